@@ -33,12 +33,7 @@ def resolve_backend(backend: str, op: str, device: torch.device) -> Literal["tor
         raise BackendUnavailableError(
             f'{op} has no Triton kernel in this version; use backend="auto" or backend="torch"'
         )
-    if (
-        backend == "auto"
-        and device.type != "cpu"
-        and not torch.compiler.is_compiling()
-        and op not in _said
-    ):
+    if backend == "auto" and device.type != "cpu" and not torch.compiler.is_compiling() and op not in _said:
         _said.add(op)
         _log.warning("%s runs its PyTorch reference on %s: no Triton kernel yet", op, device.type)
     return "torch"

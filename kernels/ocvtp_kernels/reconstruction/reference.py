@@ -1,0 +1,40 @@
+"""Area-weighted squared error in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+_EPS = 1e-8  # the official code's floor for an area and for a total weight
+
+
+def slot_weights(slot_attention: torch.Tensor, exclude_empty: bool, power: float, cap: float) -> torch.Tensor:
+    """``[B, K, N] -> [B, K]``: weight of each slot from the share of tokens it owns."""
+    owner = slot_attention.argmax(dim=1)  # [B, N]
+    counts = torch.zeros_like(slot_attention[:, :, 0]).scatter_add_(
+        1, owner, torch.ones_like(slot_attention[:, 0])
+    )
+    area = counts / owner.shape[1]
+    weights = area.clamp_min(_EPS) ** -power
+    if exclude_empty:
+        weights = torch.where(counts > 0, weights, 0.0)
+        mean = weights.sum(dim=1, keepdim=True) / (counts > 0).sum(dim=1, keepdim=True)
+    else:
+        mean = weights.mean(dim=1, keepdim=True)
+    return (weights / mean).clamp_max(cap)
+
+
+def area_weighted_mse(
+    reconstruction: torch.Tensor,
+    features: torch.Tensor,
+    slot_attention: torch.Tensor,
+    exclude_empty: bool,
+    power: float,
+    cap: float,
+) -> torch.Tensor:
+    """Loss of each image, ``[B]``. See :func:`ocvtp_kernels.reconstruction.area_weighted_mse`."""
+    dtype = torch.promote_types(reconstruction.dtype, torch.float32)
+    attention = slot_attention.detach().to(dtype)
+    per_slot = slot_weights(attention, exclude_empty, power, cap)
+    per_token = (attention * per_slot[:, :, None]).sum(dim=1)  # [B, N]
+    error = (reconstruction.to(dtype) - features.to(dtype)).square().mean(dim=2)
+    return (per_token * error).sum(dim=1) / per_token.sum(dim=1).clamp_min(_EPS)

@@ -1,0 +1,140 @@
+"""Slot Attention for inference: everything a checkpoint fixes is multiplied out beforehand.
+
+Write ``z(x) = (x - mean) * rstd`` for LayerNorm without its affine part and ``g, b`` for that part.
+With ``x`` the encoded tokens and ``s`` the slots, these hold exactly (tests prove it in float64):
+
+* ``query . key = z(s) A . z(x) + c . z(s) + r(x)``, where ``A`` contains ``Wq``, ``Wk``, the scale and
+  both norms' gains. ``c . z(s)``, from the bias of the tokens' norm, is one number per slot; the softmax
+  is over slots, so it does *not* cancel. It is carried as one more output column of the query product.
+  ``r(x)``, everything the bias of the *slots'* norm contributes, is the same for all slots and does.
+* ``W_ih (w v) = (W_ih Wv g) (w z(x)) + (W_ih Wv b) * S/(S + eps)``, where ``w = attention / (S + eps)``
+  and ``S`` is the slot's total attention: the weights sum to ``S/(S + eps)``, not to one.
+* The update, GRU and MLP of the last iteration touch nothing that selection reads, and the first
+  iteration's queries and hidden gates depend on the checkpoint and the noise alone.
+
+Floor per image at (N, K) = (576, 64), official widths: 4.72 GFLOP (the official dataflow spends
+5.96), of which the encoder MLP is 3.62; 28 MB of float32 weights and 2.4 MB of features are read once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ocvtp_kernels.slot_attention.reference import SlotAttentionWeights, gru_gates, layer_norm
+
+
+class FoldedWeights(NamedTuple):
+    """A checkpoint multiplied out for inference; made by :func:`fold`. Same letters as the weights."""
+
+    encoder_fc1_weight: torch.Tensor  # [H, C], the norm's gain inside
+    encoder_fc1_bias: torch.Tensor  # [H], the norm's bias inside
+    encoder_fc2_weight: torch.Tensor  # [D, H]
+    encoder_fc2_bias: torch.Tensor  # [D]
+    query_weight: torch.Tensor  # [D + 1, D]: Wq, Wk, scale, both gains; the last row makes the slot's bias
+    gru_input_weight: torch.Tensor  # [3D, D], Wv and the token norm's gain inside
+    gru_input_bias: torch.Tensor  # [3D]
+    gru_mass_bias: torch.Tensor  # [3D], multiplied by S / (S + eps)
+    gru_hidden_weight: torch.Tensor  # [3D, D]
+    gru_hidden_bias: torch.Tensor  # [3D]
+    mlp_fc1_weight: torch.Tensor  # [M, D], the norm's gain inside
+    mlp_fc1_bias: torch.Tensor  # [M], the norm's bias inside
+    mlp_fc2_weight: torch.Tensor  # [D, M]
+    mlp_fc2_bias: torch.Tensor  # [D]
+
+    @property
+    def in_dim(self) -> int:
+        """Width ``C`` of the features."""
+        return self.encoder_fc1_weight.shape[1]
+
+    @property
+    def slot_dim(self) -> int:
+        """Width ``D`` of a slot."""
+        return self.query_weight.shape[1]
+
+
+class SlotStart(NamedTuple):
+    """What the first iteration needs of the initial slots; constant while noise and checkpoint are."""
+
+    slots: torch.Tensor  # [B or 1, K, D]
+    queries: torch.Tensor  # [B or 1, K, D + 1]
+    gates_hidden: torch.Tensor  # [B or 1, K, 3D]
+
+
+@torch.no_grad()
+def fold(weights: SlotAttentionWeights, dtype: torch.dtype = torch.float32) -> FoldedWeights:
+    """Multiply a checkpoint out, in float64, and round the result to ``dtype`` once."""
+    w = SlotAttentionWeights(*(tensor.detach().double() for tensor in weights))
+    query_key = w.query_weight.T @ w.key_weight * w.slot_dim**-0.5  # [slot side, token side]
+    # One matrix for both the logits' token side and, as its last column, the slot's own bias.
+    token_side = torch.cat(
+        [query_key * w.input_norm_weight, (query_key @ w.input_norm_bias)[:, None]], dim=1
+    )  # [D, D + 1]
+    value_gates = w.gru_input_weight @ w.value_weight
+    folded = FoldedWeights(
+        encoder_fc1_weight=w.encoder_fc1_weight * w.encoder_norm_weight,
+        encoder_fc1_bias=w.encoder_fc1_bias + w.encoder_fc1_weight @ w.encoder_norm_bias,
+        encoder_fc2_weight=w.encoder_fc2_weight,
+        encoder_fc2_bias=w.encoder_fc2_bias,
+        query_weight=(w.slot_norm_weight[:, None] * token_side).T,
+        gru_input_weight=value_gates * w.input_norm_weight,
+        gru_input_bias=w.gru_input_bias,
+        gru_mass_bias=value_gates @ w.input_norm_bias,
+        gru_hidden_weight=w.gru_hidden_weight,
+        gru_hidden_bias=w.gru_hidden_bias,
+        mlp_fc1_weight=w.mlp_fc1_weight * w.mlp_norm_weight,
+        mlp_fc1_bias=w.mlp_fc1_bias + w.mlp_fc1_weight @ w.mlp_norm_bias,
+        mlp_fc2_weight=w.mlp_fc2_weight,
+        mlp_fc2_bias=w.mlp_fc2_bias,
+    )
+    return FoldedWeights(*(tensor.to(dtype, copy=True).contiguous() for tensor in folded))
+
+
+def start_from_slots(slots: torch.Tensor, w: FoldedWeights) -> SlotStart:
+    """First-iteration queries and hidden gates of ``slots`` ``[B or 1, K, D]``."""
+    return SlotStart(slots, _queries(slots, w), F.linear(slots, w.gru_hidden_weight, w.gru_hidden_bias))
+
+
+def slot_assignment(
+    features: torch.Tensor, start: SlotStart, w: FoldedWeights, num_iters: int, eps: float
+) -> torch.Tensor:
+    """``features`` ``[B, N, C]`` -> the last iteration's attention ``[B, K, N]``."""
+    hidden = F.gelu(F.linear(layer_norm(features), w.encoder_fc1_weight, w.encoder_fc1_bias))
+    tokens = layer_norm(F.linear(hidden, w.encoder_fc2_weight, w.encoder_fc2_bias))
+    batch = tokens.shape[0]
+    slots, queries, gates_hidden = (tensor.expand(batch, -1, -1) for tensor in start)
+    for iteration in range(num_iters - 1):
+        if iteration > 0:
+            queries = _queries(slots, w)
+            gates_hidden = F.linear(slots, w.gru_hidden_weight, w.gru_hidden_bias)
+        slots = _update(_attend(queries, tokens), tokens, slots, gates_hidden, w, eps)
+    return _attend(queries if num_iters == 1 else _queries(slots, w), tokens)
+
+
+def _queries(slots: torch.Tensor, w: FoldedWeights) -> torch.Tensor:
+    return F.linear(layer_norm(slots), w.query_weight)
+
+
+def _attend(queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Softmax over slots of ``queries`` ``[B, K, D + 1]`` (the slot's bias last) against ``[B, N, D]``."""
+    logits = torch.baddbmm(queries[:, :, -1:], queries[:, :, :-1], tokens.transpose(1, 2))
+    return logits.softmax(dim=1)
+
+
+def _update(
+    attention: torch.Tensor,
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    gates_hidden: torch.Tensor,
+    w: FoldedWeights,
+    eps: float,
+) -> torch.Tensor:
+    """One slot update, ``[B, K, D] -> [B, K, D]``: weighted mean, GRU, residual MLP."""
+    mass = attention.sum(dim=2, keepdim=True)
+    mean = attention @ tokens / (mass + eps)
+    gates_in = F.linear(mean, w.gru_input_weight, w.gru_input_bias) + mass / (mass + eps) * w.gru_mass_bias
+    slots = gru_gates(gates_in, gates_hidden, slots)
+    hidden = F.gelu(F.linear(layer_norm(slots), w.mlp_fc1_weight, w.mlp_fc1_bias))
+    return slots + F.linear(hidden, w.mlp_fc2_weight, w.mlp_fc2_bias)

@@ -1,0 +1,20 @@
+"""Seeded slot noise: the same seed gives the same noise on every device and for every image."""
+
+from __future__ import annotations
+
+import torch
+
+
+@torch.library.custom_op("ocvtp::seeded_normal", mutates_args=())
+def seeded_normal(rows: int, width: int, seed: int) -> torch.Tensor:
+    """Standard-normal ``[rows, width]`` float32 on the CPU, from a generator of its own.
+
+    An operator of its own because ``torch.compile`` can't trace a generator, and drawn on the CPU because
+    generators of different devices disagree.
+    """
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+@seeded_normal.register_fake
+def _(rows: int, width: int, seed: int) -> torch.Tensor:
+    return torch.empty(rows, width)

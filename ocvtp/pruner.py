@@ -1,0 +1,499 @@
+"""The pruner: encoder features in, kept tokens out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import save_file
+from torch import nn
+from typing_extensions import Self
+
+from ocvtp import checkpoint
+from ocvtp.config import PrunerConfig
+from ocvtp.decoder import ReconstructionDecoder
+from ocvtp.noise import seeded_normal
+from ocvtp.selection import Selection
+from ocvtp_kernels._checks import require_count, require_floating, require_shape
+from ocvtp_kernels.selection import select_tokens
+from ocvtp_kernels.slot_attention import (
+    FoldedWeights,
+    SlotAttentionWeights,
+    SlotStart,
+    fold,
+    slot_assignment,
+    slot_attention,
+    start_from_slots,
+)
+
+__all__ = ["OCPruner", "PrunerConfig", "Reconstruction"]
+
+_WEIGHTS = "model.safetensors"
+_OFFICIAL_WEIGHTS = "weights.pth"
+_CACHED_STARTS = 16  # (num_slots, seed) pairs whose first-iteration constants are kept
+_MAX_SEED = 2**63 - 1
+
+
+@dataclass
+class Reconstruction:
+    """What training compares with the features.
+
+    Attributes:
+        slots: ``[B, K, D]`` after the last iteration.
+        slot_attention: ``[B, K, N]``, softmax over slots of the last iteration.
+        reconstruction: ``[B, N, C]``.
+    """
+
+    slots: torch.Tensor
+    slot_attention: torch.Tensor
+    reconstruction: torch.Tensor
+
+
+class _TokenEncoder(nn.Module):
+    def __init__(self, config: PrunerConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.in_dim)
+        self.fc1 = nn.Linear(config.in_dim, config.hidden_dim)
+        self.fc2 = nn.Linear(config.hidden_dim, config.slot_dim)
+
+
+class _SlotAttention(nn.Module):
+    def __init__(self, config: PrunerConfig) -> None:
+        super().__init__()
+        width = config.slot_dim
+        self.input_norm = nn.LayerNorm(width)
+        self.slot_norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.gru = nn.GRUCell(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_fc1 = nn.Linear(width, config.ffn_dim)
+        self.mlp_fc2 = nn.Linear(config.ffn_dim, width)
+
+
+class _FoldCache:
+    """Folded weights of one state of the parameters, and first-iteration constants made from them."""
+
+    def __init__(self, fingerprint: tuple[object, ...], weights: FoldedWeights) -> None:
+        self.fingerprint = fingerprint
+        self.weights = weights
+        self._starts: OrderedDict[tuple[int, int], SlotStart] = OrderedDict()
+
+    def start(self, key: tuple[int, int], make: Callable[[], SlotStart]) -> SlotStart:
+        found = self._starts.get(key)
+        if found is None:
+            found = self._starts[key] = make()
+            while len(self._starts) > _CACHED_STARTS:
+                self._starts.popitem(last=False)
+        return found
+
+
+class OCPruner(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="ocvtp",
+    license="mit",
+    paper_url="https://arxiv.org/abs/2511.20439",
+    tags=["token-pruning", "vision-language-model", "slot-attention"],
+):
+    """Object-centric vision-token pruner (OC-VTP, arXiv 2511.20439).
+
+    Reads the tokens of one encoder layer, groups them into slots and keeps every slot's most
+    representative token, filled up to the budget. 7.6 M parameters at the default size.
+
+    Args:
+        config: sizes; the default is the official pruner for CLIP-L/14-336. Weights are random until
+            loaded: see :meth:`from_official` and :meth:`from_pretrained`.
+    """
+
+    def __init__(self, config: PrunerConfig | None = None) -> None:
+        super().__init__()
+        self.config = config if config is not None else PrunerConfig()
+        self._hub_mixin_config = self.config  # what save_pretrained writes to config.json
+        self.encoder = _TokenEncoder(self.config)
+        self.slot_mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, self.config.slot_dim)))
+        self.slot_log_std = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, self.config.slot_dim)))
+        self.slot_attention = _SlotAttention(self.config)
+        self.decoder = ReconstructionDecoder(self.config) if self.config.decoder_layers else None
+        self._fold_cache: _FoldCache | None = None
+
+    # ------------------------------------------------------------------------------------ inference
+
+    @torch.no_grad()
+    def forward(
+        self,
+        features: torch.Tensor,
+        keep: int = 64,
+        fill_scores: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        seed: int = 0,
+        num_slots: int | None = None,
+        backend: str = "auto",
+        precision: str = "auto",
+        return_attention: bool = False,
+        *,
+        batch_invariant: bool = True,
+    ) -> Selection:
+        """Choose which tokens of each image to keep. Computes in at least float32, autocast or not.
+
+        Same features, seed and machine: same bits, whatever the batch around them.
+
+        Args:
+            features: ``[B, N, in_dim]`` floating point, CLS dropped: the output of encoder layer
+                ``config.layer``.
+            keep: tokens to keep, ``1 <= keep <= N``.
+            fill_scores: ``[B, N]`` attention each token receives in the layer the language model reads
+                (:func:`ocvtp_kernels.received_attention.received_attention`); ranks the tokens that top
+                up the budget when slots agree on one. ``None``: a token's largest slot attention.
+            noise: ``[B or 1, num_slots, slot_dim]`` standard normal; ``None`` draws it from ``seed``, the
+                same for every image.
+            seed: of the noise, ``0 <= seed < 2**63``.
+            num_slots: slots that compete for the tokens; default ``keep``.
+            backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+            precision: of the matrix products: ``"auto"``, ``"fp32"``, ``"tf32"`` or ``"fp16"``.
+            return_attention: also return the slot attention map.
+            batch_invariant: compute image by image, so that matrix shapes, and with them rounding, do not
+                depend on the batch. ``False`` is faster on a GPU at large ``B``.
+
+        Returns:
+            A :class:`~ocvtp.selection.Selection`.
+
+        Raises:
+            TypeError, ValueError: a wrong type, width, shape or budget, or NaN or Inf in an input. On a
+                GPU, and in compiled code, NaN and Inf are caught by an asynchronous assertion instead,
+                which costs no synchronisation.
+            BackendUnavailableError: an explicit backend that can't run.
+        """
+        self._check_inputs(features, keep, fill_scores, noise, seed, num_slots, precision)
+        slots = keep if num_slots is None else num_slots
+        with _no_autocast(features.device):
+            weights, start = self._folded(noise, seed, slots)
+            if start.slots.device != features.device:
+                raise ValueError(
+                    f"features are on {features.device}, the pruner on {start.slots.device}; "
+                    "move one with .to(device)"
+                )
+            x = features.to(start.slots.dtype)
+            images = x.split(1) if batch_invariant else (x,)
+            starts = _per_image(start, len(images))
+            attention = torch.cat(
+                [
+                    slot_assignment(
+                        image,
+                        image_start,
+                        weights,
+                        num_iters=self.config.num_iters,
+                        eps=self.config.eps,
+                        backend=backend,
+                    )
+                    for image, image_start in zip(images, starts, strict=True)
+                ]
+            )
+            indices, from_slots = select_tokens(attention, keep, fill_scores, backend=backend)
+        return Selection(indices, from_slots, attention if return_attention else None)
+
+    def weights(self) -> SlotAttentionWeights:
+        """The parameters of encoder and Slot Attention, in the form the kernels take."""
+        enc, att = self.encoder, self.slot_attention
+        return SlotAttentionWeights(
+            encoder_norm_weight=enc.norm.weight,
+            encoder_norm_bias=enc.norm.bias,
+            encoder_fc1_weight=enc.fc1.weight,
+            encoder_fc1_bias=enc.fc1.bias,
+            encoder_fc2_weight=enc.fc2.weight,
+            encoder_fc2_bias=enc.fc2.bias,
+            input_norm_weight=att.input_norm.weight,
+            input_norm_bias=att.input_norm.bias,
+            slot_norm_weight=att.slot_norm.weight,
+            slot_norm_bias=att.slot_norm.bias,
+            query_weight=att.query.weight,
+            key_weight=att.key.weight,
+            value_weight=att.value.weight,
+            gru_input_weight=att.gru.weight_ih,
+            gru_hidden_weight=att.gru.weight_hh,
+            gru_input_bias=att.gru.bias_ih,
+            gru_hidden_bias=att.gru.bias_hh,
+            mlp_norm_weight=att.mlp_norm.weight,
+            mlp_norm_bias=att.mlp_norm.bias,
+            mlp_fc1_weight=att.mlp_fc1.weight,
+            mlp_fc1_bias=att.mlp_fc1.bias,
+            mlp_fc2_weight=att.mlp_fc2.weight,
+            mlp_fc2_bias=att.mlp_fc2.bias,
+        )
+
+    def initial_slots(self, noise: torch.Tensor) -> torch.Tensor:
+        """``mean + exp(log_std) * noise``: ``[..., K, D] -> [..., K, D]``, differentiable."""
+        return self.slot_mean + self.slot_log_std.exp() * noise
+
+    # ------------------------------------------------------------------------------------- training
+
+    def reconstruct(
+        self,
+        features: torch.Tensor,
+        num_slots: int = 64,
+        noise: torch.Tensor | None = None,
+        seed: int = 0,
+        mask: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> Reconstruction:
+        """Slots, their attention and the decoder's reconstruction, all differentiable (the training path).
+
+        Args:
+            features: ``[B, N, in_dim]`` floating point.
+            num_slots: slots that compete for the tokens.
+            noise: ``[B or 1, num_slots, slot_dim]`` standard normal, or ``None`` to draw it from ``seed``.
+            seed: of the noise; the same for every image.
+            mask: ``[B or 1, N]`` bool, True where the decoder must not see the token; ``None`` hides none.
+            backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+        Raises:
+            TypeError, ValueError: a wrong type or shape, or a pruner without a decoder.
+            BackendUnavailableError: an explicit backend that can't run.
+        """
+        if self.decoder is None:
+            raise ValueError(
+                "this pruner has no decoder: build it with PrunerConfig(decoder_layers=4), "
+                "or load a checkpoint that has one"
+            )
+        self._check_inputs(features, 1, None, noise, seed, num_slots, "auto")
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask must be bool; got {mask.dtype}")
+            require_shape("mask", mask, (None, features.shape[1]), "[B or 1, N]")
+        slots, attention = slot_attention(
+            features,
+            self.initial_slots(self._noise(noise, seed, num_slots)),
+            self.weights(),
+            num_iters=self.config.num_iters,
+            eps=self.config.eps,
+            dropout=self.config.dropout if self.training else 0.0,
+            backend=backend,
+        )
+        return Reconstruction(slots, attention, self.decoder(features, slots, mask))
+
+    # ---------------------------------------------------------------------------------- checkpoints
+
+    @classmethod
+    def from_official(
+        cls,
+        source: str | Path | Mapping[str, Any],
+        num_iters: int = 3,
+        decoder_heads: int = 4,
+        layer: int = 8,
+    ) -> Self:
+        """A pruner from the published weights: 25 keys (pruner) or 69 (with decoder), any sizes.
+
+        Args:
+            source: a ``.pth`` or ``.safetensors`` file, or a state dict; bare or in ``{"state_dict": ...}``.
+            num_iters: Slot Attention iterations; the file does not tell.
+            decoder_heads: attention heads of the decoder; the file does not tell.
+            layer: encoder layer it was trained on; the file does not tell.
+
+        Raises:
+            FileNotFoundError: no such file.
+            CheckpointError: a key missing, unexpected, misshapen, not finite or not a tensor; names it.
+        """
+        if isinstance(source, Mapping):
+            official = checkpoint.unwrap_state_dict(source)
+        else:
+            official = checkpoint.read_state_dict(source)
+        config = checkpoint.config_from_official(official, num_iters, decoder_heads, layer)
+        state = checkpoint.from_official_keys(official)
+        return cls._from_state(config, state, official_names=True)
+
+    def to_official(self) -> dict[str, torch.Tensor]:
+        """The state dict in the official layout (copies); :meth:`from_official` reads it back exactly."""
+        state = {key: tensor.detach().clone() for key, tensor in self.state_dict().items()}
+        return checkpoint.to_official_keys(state)
+
+    @classmethod
+    def _from_state(
+        cls, config: PrunerConfig, state: Mapping[str, torch.Tensor], *, official_names: bool
+    ) -> Self:
+        with torch.device("meta"):
+            pruner = cls(config)
+        checkpoint.check_state(state, pruner.state_dict(), official_names=official_names)
+        # Copies, so that the caller's tensors are not the module's parameters.
+        pruner.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
+        for parameter in pruner.parameters():
+            parameter.requires_grad_(True)
+        return pruner.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        state = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
+        save_file(state, save_directory / _WEIGHTS, metadata={"format": "pt"})
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        config: Mapping[str, Any] | None = None,
+        map_location: str = "cpu",
+        strict: bool = True,
+        **unknown: Any,
+    ) -> Self:
+        """The Hub mixin's loading hook: our format, or a repository that holds only ``weights.pth``."""
+        if unknown:
+            raise TypeError(f"from_pretrained got unknown argument(s) {sorted(unknown)}")
+        if not strict:
+            raise ValueError("strict=False would leave part of the pruner random; it is not supported")
+
+        def file(name: str) -> Path | None:
+            if Path(model_id).is_dir():
+                found = Path(model_id) / name
+                return found if found.exists() else None
+            try:
+                return Path(
+                    hf_hub_download(
+                        model_id,
+                        name,
+                        revision=revision,
+                        cache_dir=cache_dir,
+                        force_download=force_download,
+                        token=token,
+                        local_files_only=local_files_only,
+                    )
+                )
+            except EntryNotFoundError:
+                return None
+
+        weights = file(_WEIGHTS)
+        if weights is not None:
+            if config is None:
+                raise checkpoint.CheckpointError(f"{model_id} has {_WEIGHTS} but no config.json")
+            state = checkpoint.read_state_dict(weights)
+            pruner = cls._from_state(PrunerConfig.from_dict(config), state, official_names=False)
+        else:
+            weights = file(_OFFICIAL_WEIGHTS)
+            if weights is None:
+                raise FileNotFoundError(f"{model_id} has neither {_WEIGHTS} nor {_OFFICIAL_WEIGHTS}")
+            pruner = cls.from_official(weights)
+        return pruner.to(map_location)
+
+    # ------------------------------------------------------------------------------------ internals
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode. Entering it forgets folded weights, which are about to be outdated."""
+        if mode:
+            self._fold_cache = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self._fold_cache = None
+        return super()._apply(fn, recurse)
+
+    def _check_inputs(
+        self,
+        features: torch.Tensor,
+        keep: int,
+        fill_scores: torch.Tensor | None,
+        noise: torch.Tensor | None,
+        seed: int,
+        num_slots: int | None,
+        precision: str,
+    ) -> None:
+        require_floating("features", features)
+        require_shape("features", features, (None, None, self.config.in_dim), "[B, N, in_dim]")
+        batch, tokens, _ = features.shape
+        if batch == 0 or tokens == 0:
+            raise ValueError(f"features needs at least one image and one token; got {list(features.shape)}")
+        require_count("keep", keep, tokens, "the number of tokens")
+        slots = keep
+        if num_slots is not None:
+            slots = require_count("num_slots", num_slots, 1_000_000, "a sane number of slots")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _MAX_SEED:
+            raise ValueError(f"seed must be an int in [0, 2**63); got {seed!r}")
+        if precision not in ("auto", "fp32", "tf32", "fp16"):
+            raise ValueError(f'precision must be "auto", "fp32", "tf32" or "fp16"; got {precision!r}')
+        if precision in ("tf32", "fp16"):
+            raise ValueError(
+                f'precision="{precision}" needs a Triton kernel, and there is none in this version'
+            )
+        _check_finite("features", features)
+        if fill_scores is not None:
+            require_floating("fill_scores", fill_scores)
+            require_shape("fill_scores", fill_scores, (batch, tokens), "[B, N]")
+            _check_finite("fill_scores", fill_scores)
+        if noise is not None:
+            require_floating("noise", noise)
+            require_shape(
+                "noise", noise, (None, slots, self.config.slot_dim), "[B or 1, num_slots, slot_dim]"
+            )
+            if noise.shape[0] not in (1, batch):
+                raise ValueError(f"noise must have batch size 1 or {batch}; got {noise.shape[0]}")
+            _check_finite("noise", noise)
+
+    def _noise(self, noise: torch.Tensor | None, seed: int, num_slots: int) -> torch.Tensor:
+        if noise is None:
+            noise = seeded_normal(num_slots, self.config.slot_dim, seed)[None]
+        return noise.to(self.slot_mean)
+
+    def _folded(
+        self, noise: torch.Tensor | None, seed: int, num_slots: int
+    ) -> tuple[FoldedWeights, SlotStart]:
+        """Folded weights and first-iteration constants, from the cache where parameters are unchanged."""
+        cache = self._fold_cache
+        compiling = torch.compiler.is_compiling()
+        # A compiled graph can't look at version counters: it takes what the last eager call left (any
+        # change of weights through load_state_dict, .to() or training forgets it), or folds by itself.
+        if not compiling:
+            fingerprint = tuple(_identity(parameter) for parameter in self.parameters())
+            if cache is None or cache.fingerprint != fingerprint:
+                cache = self._fold_cache = _FoldCache(fingerprint, self._fold())
+        weights = cache.weights if cache is not None else self._fold()
+
+        def make() -> SlotStart:
+            slots = self.initial_slots(self._noise(noise, seed, num_slots))
+            return start_from_slots(slots.to(weights.query_weight.dtype), weights)
+
+        if noise is not None or compiling or cache is None:
+            return weights, make()
+        return weights, cache.start((num_slots, seed), make)
+
+    def _fold(self) -> FoldedWeights:
+        dtype = torch.promote_types(self.slot_mean.dtype, torch.float32)
+        return fold(self.weights(), dtype)
+
+
+def _identity(parameter: torch.Tensor) -> tuple[object, ...]:
+    """Changes whenever the parameter's values may have: in-place writes, swapped storage or tensor."""
+    version = -1 if parameter.is_inference() else parameter._version
+    return id(parameter), version, parameter.untyped_storage()._cdata
+
+
+def _per_image(start: SlotStart, images: int) -> list[SlotStart]:
+    if start.slots.shape[0] == 1 or images == 1:
+        return [start] * images
+    return [SlotStart(*(tensor[i : i + 1] for tensor in start)) for i in range(images)]
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Half-precision autocast around ``generate`` must not reach the pruner."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    low, high = torch.aminmax(tensor.detach())
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    message = f"{name} contains NaN or Inf; look at the encoder's dtype (float16 overflows) and its input"
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not finite:
+            raise ValueError(message)
+    else:
+        torch._assert_async(finite, message)

@@ -1,0 +1,87 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import settings
+from safetensors import safe_open
+
+from ocvtp import OCPruner, PrunerConfig
+
+DATA = Path(__file__).parent / "data"
+SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+
+# Timings vary on shared machines; examples are derandomised so that CI and a laptop test the same ones.
+settings.register_profile("ocvtp", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("ocvtp")
+
+
+class Golden(NamedTuple):
+    """Tensors of the official implementation, and the configuration that made them."""
+
+    tensors: dict[str, torch.Tensor]
+    config: dict
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """The official state dict."""
+        return {k[len("param.") :]: v for k, v in self.tensors.items() if k.startswith("param.")}
+
+    @property
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Gradient of the mean loss for every parameter, by official name."""
+        return {k[len("grad.") :]: v for k, v in self.tensors.items() if k.startswith("grad.")}
+
+
+def read_golden(path: Path) -> Golden:
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        config = json.loads((file.metadata() or {}).get("config", "{}"))
+    return Golden(tensors, config)
+
+
+@pytest.fixture(scope="session", params=["tiny", "small"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    folder = DATA if request.param == "tiny" else SHARED_GOLDEN
+    path = folder / f"{request.param}.safetensors"
+    if not path.exists():
+        pytest.skip(f"{path.name} is 3 MB and not part of the repository")
+    return read_golden(path)
+
+
+@pytest.fixture(scope="session")
+def golden_selection() -> dict[str, torch.Tensor]:
+    return read_golden(DATA / "select_small.safetensors").tensors
+
+
+SMALL = PrunerConfig(in_dim=48, hidden_dim=96, slot_dim=32, ffn_dim=64, layer=1)
+
+
+def make_pruner(config: PrunerConfig = SMALL, seed: int = 0) -> OCPruner:
+    """A random pruner whose norms, biases and slot spread are not at their neutral start values."""
+    generator = torch.Generator().manual_seed(seed)
+    pruner = OCPruner(config)
+    with torch.no_grad():
+        for name, parameter in pruner.named_parameters():
+            draw = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                is_gain = "norm" in name and name.endswith("weight")
+                parameter.copy_(is_gain + 0.2 * draw)
+            elif parameter.ndim == 2:
+                parameter.copy_(1.5 * draw * parameter.shape[1] ** -0.5)
+    return pruner.eval()
+
+
+@pytest.fixture
+def pruner() -> OCPruner:
+    return make_pruner()
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm())
