@@ -392,6 +392,10 @@ class OCPruner(
             self._fold_cache = None
         return super().train(mode)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._fold_cache = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         self._fold_cache = None
         return super()._apply(fn, recurse)

@@ -74,6 +74,8 @@ def make_pruner(config: PrunerConfig = SMALL, seed: int = 0) -> OCPruner:
                 parameter.copy_(is_gain + 0.2 * draw)
             elif parameter.ndim == 2:
                 parameter.copy_(1.5 * draw * parameter.shape[1] ** -0.5)
+            else:
+                parameter.copy_(0.1 * draw)
     return pruner.eval()
 
 
