@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import save_file
 from torch import nn
 from typing_extensions import Self
@@ -19,6 +18,8 @@ from typing_extensions import Self
 from ocvtp import checkpoint
 from ocvtp.config import PrunerConfig
 from ocvtp.decoder import ReconstructionDecoder
+from ocvtp.folding import FoldedState, fingerprint
+from ocvtp.hub import PrunerFiles
 from ocvtp.noise import seeded_normal
 from ocvtp.selection import Selection
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
@@ -35,9 +36,9 @@ from ocvtp_kernels.slot_attention import (
 
 __all__ = ["OCPruner", "PrunerConfig", "Reconstruction"]
 
+_CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _OFFICIAL_WEIGHTS = "weights.pth"
-_CACHED_STARTS = 16  # (num_slots, seed) pairs whose first-iteration constants are kept
 _MAX_SEED = 2**63 - 1
 
 
@@ -79,23 +80,6 @@ class _SlotAttention(nn.Module):
         self.mlp_fc2 = nn.Linear(config.ffn_dim, width)
 
 
-class _FoldCache:
-    """Folded weights of one state of the parameters, and first-iteration constants made from them."""
-
-    def __init__(self, fingerprint: tuple[object, ...], weights: FoldedWeights) -> None:
-        self.fingerprint = fingerprint
-        self.weights = weights
-        self._starts: OrderedDict[tuple[int, int], SlotStart] = OrderedDict()
-
-    def start(self, key: tuple[int, int], make: Callable[[], SlotStart]) -> SlotStart:
-        found = self._starts.get(key)
-        if found is None:
-            found = self._starts[key] = make()
-            while len(self._starts) > _CACHED_STARTS:
-                self._starts.popitem(last=False)
-        return found
-
-
 class OCPruner(
     nn.Module,
     PyTorchModelHubMixin,
@@ -123,7 +107,7 @@ class OCPruner(
         self.slot_log_std = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, self.config.slot_dim)))
         self.slot_attention = _SlotAttention(self.config)
         self.decoder = ReconstructionDecoder(self.config) if self.config.decoder_layers else None
-        self._fold_cache: _FoldCache | None = None
+        self._folded_state: FoldedState | None = None
 
     # ------------------------------------------------------------------------------------ inference
 
@@ -331,57 +315,53 @@ class OCPruner(
         state = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
         save_file(state, save_directory / _WEIGHTS, metadata={"format": "pt"})
 
+    # The mixin's version takes any keyword and drops it; here an unknown argument raises.
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
+        folder_or_repo_id: str | Path,
         *,
-        model_id: str,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
-        config: Mapping[str, Any] | None = None,
-        map_location: str = "cpu",
-        strict: bool = True,
-        **unknown: Any,
+        map_location: str | torch.device = "cpu",
     ) -> Self:
-        """The Hub mixin's loading hook: our format, or a repository that holds only ``weights.pth``."""
-        if unknown:
-            raise TypeError(f"from_pretrained got unknown argument(s) {sorted(unknown)}")
-        if not strict:
-            raise ValueError("strict=False would leave part of the pruner random; it is not supported")
+        """A pruner from ``config.json`` and ``model.safetensors``, or from official ``weights.pth`` alone.
 
-        def file(name: str) -> Path | None:
-            if Path(model_id).is_dir():
-                found = Path(model_id) / name
-                return found if found.exists() else None
-            try:
-                return Path(
-                    hf_hub_download(
-                        model_id,
-                        name,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        token=token,
-                        local_files_only=local_files_only,
-                    )
-                )
-            except EntryNotFoundError:
-                return None
+        Args:
+            folder_or_repo_id: a local folder, or a repository on the Hugging Face Hub.
+            revision: branch, tag or commit of the repository.
+            cache_dir: where downloads are kept.
+            force_download: download even what is cached.
+            local_files_only: use only what is cached.
+            token: for private repositories.
+            map_location: device of the pruner.
 
-        weights = file(_WEIGHTS)
-        if weights is not None:
-            if config is None:
-                raise checkpoint.CheckpointError(f"{model_id} has {_WEIGHTS} but no config.json")
-            state = checkpoint.read_state_dict(weights)
-            pruner = cls._from_state(PrunerConfig.from_dict(config), state, official_names=False)
-        else:
-            weights = file(_OFFICIAL_WEIGHTS)
-            if weights is None:
-                raise FileNotFoundError(f"{model_id} has neither {_WEIGHTS} nor {_OFFICIAL_WEIGHTS}")
+        Raises:
+            FileNotFoundError: no such folder, or no weights in it.
+            CheckpointError: a key missing, unexpected, misshapen or not finite; names it.
+            ValueError: ``config.json`` has fields this version does not know.
+        """
+        files = PrunerFiles(
+            folder_or_repo_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        if (weights := files.find(_WEIGHTS)) is not None:
+            config_file = files.find(_CONFIG)
+            if config_file is None:
+                raise checkpoint.CheckpointError(f"{folder_or_repo_id} has {_WEIGHTS} but no {_CONFIG}")
+            config = PrunerConfig.from_dict(json.loads(config_file.read_text(encoding="utf-8")))
+            pruner = cls._from_state(config, checkpoint.read_state_dict(weights), official_names=False)
+        elif (weights := files.find(_OFFICIAL_WEIGHTS)) is not None:
             pruner = cls.from_official(weights)
+        else:
+            raise files.missing(_WEIGHTS, _OFFICIAL_WEIGHTS)
         return pruner.to(map_location)
 
     # ------------------------------------------------------------------------------------ internals
@@ -389,15 +369,15 @@ class OCPruner(
     def train(self, mode: bool = True) -> Self:
         """Set training mode. Entering it forgets folded weights, which are about to be outdated."""
         if mode:
-            self._fold_cache = None
+            self._folded_state = None
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._fold_cache = None
+        self._folded_state = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        self._fold_cache = None
+        self._folded_state = None
         return super()._apply(fn, recurse)
 
     def _check_inputs(
@@ -450,14 +430,14 @@ class OCPruner(
         self, noise: torch.Tensor | None, seed: int, num_slots: int
     ) -> tuple[FoldedWeights, SlotStart]:
         """Folded weights and first-iteration constants, from the cache where parameters are unchanged."""
-        cache = self._fold_cache
+        cache = self._folded_state
         compiling = torch.compiler.is_compiling()
         # A compiled graph can't look at version counters: it takes what the last eager call left (any
         # change of weights through load_state_dict, .to() or training forgets it), or folds by itself.
         if not compiling:
-            fingerprint = tuple(_identity(parameter) for parameter in self.parameters())
-            if cache is None or cache.fingerprint != fingerprint:
-                cache = self._fold_cache = _FoldCache(fingerprint, self._fold())
+            current = fingerprint(self.parameters())
+            if cache is None or cache.fingerprint != current:
+                cache = self._folded_state = FoldedState(current, self._fold())
         weights = cache.weights if cache is not None else self._fold()
 
         def make() -> SlotStart:
@@ -466,17 +446,11 @@ class OCPruner(
 
         if noise is not None or compiling or cache is None:
             return weights, make()
-        return weights, cache.start((num_slots, seed), make)
+        return weights, cache.start(num_slots, seed, make)
 
     def _fold(self) -> FoldedWeights:
         dtype = torch.promote_types(self.slot_mean.dtype, torch.float32)
         return fold(self.weights(), dtype)
-
-
-def _identity(parameter: torch.Tensor) -> tuple[object, ...]:
-    """Changes whenever the parameter's values may have: in-place writes, swapped storage or tensor."""
-    version = -1 if parameter.is_inference() else parameter._version
-    return id(parameter), version, parameter.untyped_storage()._cdata
 
 
 def _per_image(start: SlotStart, images: int) -> list[SlotStart]:

@@ -182,7 +182,7 @@ def test_many_seeds_stay_bounded() -> None:
     first = pruner(x, keep=8, seed=0).indices
     for seed in range(40):
         pruner(x, keep=8, seed=seed)
-    assert len(pruner._fold_cache._starts) <= 16
+    assert len(pruner._folded_state._starts) <= 16
     assert torch.equal(pruner(x, keep=8, seed=0).indices, first)
 
 
