@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ocvtp.hub import PrunerFiles
 from ocvtp.noise import seeded_normal
 from ocvtp.selection import Selection
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
+from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels.selection import select_tokens
 from ocvtp_kernels.slot_attention import (
     FoldedWeights,
@@ -158,7 +158,7 @@ class OCPruner(
         """
         self._check_inputs(features, keep, fill_scores, noise, seed, num_slots, precision)
         slots = keep if num_slots is None else num_slots
-        with _no_autocast(features.device):
+        with without_autocast(features.device):
             weights, start = self._folded(noise, seed, slots)
             if start.slots.device != features.device:
                 raise ValueError(
@@ -457,13 +457,6 @@ def _per_image(start: SlotStart, images: int) -> list[SlotStart]:
     if start.slots.shape[0] == 1 or images == 1:
         return [start] * images
     return [SlotStart(*(tensor[i : i + 1] for tensor in start)) for i in range(images)]
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Half-precision autocast around ``generate`` must not reach the pruner."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:

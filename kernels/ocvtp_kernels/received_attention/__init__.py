@@ -6,6 +6,7 @@ import torch
 
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require_floating, require_shape
+from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels.received_attention import reference
 
 __all__ = ["received_attention"]
@@ -28,7 +29,8 @@ def received_attention(
 
     Returns:
         ``[B, N]`` in float32 (float64 for float64 inputs). Averaging half-precision maps would leave
-        about a hundred distinct scores for 576 tokens, so the accumulation is never in half precision.
+        about a hundred distinct scores for 576 tokens, so the accumulation is never in half precision,
+        under autocast neither.
 
     Raises:
         TypeError, ValueError: a wrong type, rank or shape.
@@ -39,4 +41,5 @@ def received_attention(
     require_shape("q", q, (None, None, None, None), "[B, H, M, d]")
     require_shape("k", k, (q.shape[0], q.shape[1], None, q.shape[3]), "[B, H, N, d]")
     resolve_backend(backend, "received_attention", q.device)
-    return reference.received_attention(q, k, q.shape[-1] ** -0.5 if scale is None else scale)
+    with without_autocast(q.device):
+        return reference.received_attention(q, k, q.shape[-1] ** -0.5 if scale is None else scale)
