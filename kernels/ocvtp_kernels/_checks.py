@@ -16,9 +16,10 @@ def require_floating(name: str, tensor: object) -> torch.Tensor:
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
     """Raise ``ValueError`` unless ``tensor`` has ``shape``; ``None`` matches any size."""
-    matches = tensor.ndim == len(shape) and all(
-        want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
-    )
+    matches = tensor.ndim == len(shape)
+    if matches:  # a plain loop: torch.compile in torch 2.7 can't trace a generator
+        for dim, want in enumerate(shape):
+            matches = matches and (want is None or want == tensor.shape[dim])
     if not matches:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape {meaning} = [{wanted}]; got {list(tensor.shape)}")

@@ -59,7 +59,7 @@ def slot_attention(
         TypeError, ValueError: a wrong type or shape.
         BackendUnavailableError: an explicit backend that can't run.
     """
-    _check(features, slots, weights.in_dim, weights.slot_dim, num_iters)
+    _check(features, slots, weights.encoder_fc1_weight, weights.query_weight, num_iters)
     resolve_backend(backend, "slot_attention", features.device)
     encoded = reference.encode(features, weights)
     return reference.slot_attention(encoded, slots, weights, num_iters, eps, truncate, dropout)
@@ -94,16 +94,22 @@ def slot_assignment(
         TypeError, ValueError: a wrong type or shape.
         BackendUnavailableError: an explicit backend that can't run.
     """
-    _check(features, start.slots, weights.in_dim, weights.slot_dim, num_iters)
+    _check(features, start.slots, weights.encoder_fc1_weight, weights.query_weight, num_iters)
     resolve_backend(backend, "slot_attention", features.device)
     return folded.slot_assignment(features, start, weights, num_iters, eps)
 
 
-def _check(features: torch.Tensor, slots: torch.Tensor, in_dim: int, slot_dim: int, num_iters: int) -> None:
+def _check(
+    features: torch.Tensor,
+    slots: torch.Tensor,
+    encoder_weight: torch.Tensor,  # [H, C]
+    query_weight: torch.Tensor,  # [D or D + 1, D]
+    num_iters: int,
+) -> None:
     require_floating("features", features)
     require_floating("slots", slots)
-    require_shape("features", features, (None, None, in_dim), "[B, N, C]")
-    require_shape("slots", slots, (None, None, slot_dim), "[B or 1, K, D]")
+    require_shape("features", features, (None, None, encoder_weight.shape[1]), "[B, N, C]")
+    require_shape("slots", slots, (None, None, query_weight.shape[1]), "[B or 1, K, D]")
     if slots.shape[0] not in (1, features.shape[0]):
         raise ValueError(f"slots must have batch size 1 or {features.shape[0]}; got {slots.shape[0]}")
     require_count("num_iters", num_iters, _MAX_ITERATIONS, "a sane number of iterations")

@@ -44,16 +44,6 @@ class FoldedWeights(NamedTuple):
     mlp_fc2_weight: torch.Tensor  # [D, M]
     mlp_fc2_bias: torch.Tensor  # [D]
 
-    @property
-    def in_dim(self) -> int:
-        """Width ``C`` of the features."""
-        return self.encoder_fc1_weight.shape[1]
-
-    @property
-    def slot_dim(self) -> int:
-        """Width ``D`` of a slot."""
-        return self.query_weight.shape[1]
-
 
 class SlotStart(NamedTuple):
     """What the first iteration needs of the initial slots; constant while noise and checkpoint are."""
@@ -67,7 +57,7 @@ class SlotStart(NamedTuple):
 def fold(weights: SlotAttentionWeights, dtype: torch.dtype = torch.float32) -> FoldedWeights:
     """Multiply a checkpoint out, in float64, and round the result to ``dtype`` once."""
     w = SlotAttentionWeights(*(tensor.detach().double() for tensor in weights))
-    query_key = w.query_weight.T @ w.key_weight * w.slot_dim**-0.5  # [slot side, token side]
+    query_key = w.query_weight.T @ w.key_weight * w.query_weight.shape[0] ** -0.5  # [slot side, token side]
     # One matrix for both the logits' token side and, as its last column, the slot's own bias.
     token_side = torch.cat(
         [query_key * w.input_norm_weight, (query_key @ w.input_norm_bias)[:, None]], dim=1

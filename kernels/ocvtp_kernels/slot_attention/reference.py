@@ -40,16 +40,6 @@ class SlotAttentionWeights(NamedTuple):
     mlp_fc2_weight: torch.Tensor  # [D, M]
     mlp_fc2_bias: torch.Tensor  # [D]
 
-    @property
-    def in_dim(self) -> int:
-        """Width ``C`` of the features."""
-        return self.encoder_norm_weight.shape[0]
-
-    @property
-    def slot_dim(self) -> int:
-        """Width ``D`` of a slot."""
-        return self.query_weight.shape[0]
-
 
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
