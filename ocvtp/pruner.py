@@ -156,7 +156,8 @@ class OCPruner(
                 which costs no synchronisation.
             BackendUnavailableError: an explicit backend that can't run.
         """
-        self._check_inputs(features, keep, fill_scores, noise, seed, num_slots, precision)
+        check_options(seed, precision)
+        self._check_inputs(features, keep, fill_scores, noise, num_slots)
         slots = keep if num_slots is None else num_slots
         with without_autocast(features.device):
             weights, start = self._folded(noise, seed, slots)
@@ -247,7 +248,8 @@ class OCPruner(
                 "this pruner has no decoder: build it with PrunerConfig(decoder_layers=4), "
                 "or load a checkpoint that has one"
             )
-        self._check_inputs(features, 1, None, noise, seed, num_slots, "auto")
+        check_options(seed)
+        self._check_inputs(features, 1, None, noise, num_slots)
         if mask is not None:
             if mask.dtype != torch.bool:
                 raise TypeError(f"mask must be bool; got {mask.dtype}")
@@ -386,9 +388,7 @@ class OCPruner(
         keep: int,
         fill_scores: torch.Tensor | None,
         noise: torch.Tensor | None,
-        seed: int,
         num_slots: int | None,
-        precision: str,
     ) -> None:
         require_floating("features", features)
         require_shape("features", features, (None, None, self.config.in_dim), "[B, N, in_dim]")
@@ -399,14 +399,6 @@ class OCPruner(
         slots = keep
         if num_slots is not None:
             slots = require_count("num_slots", num_slots, 1_000_000, "a sane number of slots")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _MAX_SEED:
-            raise ValueError(f"seed must be an int in [0, 2**63); got {seed!r}")
-        if precision not in ("auto", "fp32", "tf32", "fp16"):
-            raise ValueError(f'precision must be "auto", "fp32", "tf32" or "fp16"; got {precision!r}')
-        if precision in ("tf32", "fp16"):
-            raise ValueError(
-                f'precision="{precision}" needs a Triton kernel, and there is none in this version'
-            )
         _check_finite("features", features)
         if fill_scores is not None:
             require_floating("fill_scores", fill_scores)
@@ -451,6 +443,16 @@ class OCPruner(
     def _fold(self) -> FoldedWeights:
         dtype = torch.promote_types(self.slot_mean.dtype, torch.float32)
         return fold(self.weights(), dtype)
+
+
+def check_options(seed: int, precision: str = "auto") -> None:
+    """Raise ``ValueError`` for a seed or a precision that no call could use."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _MAX_SEED:
+        raise ValueError(f"seed must be an int in [0, 2**63); got {seed!r}")
+    if precision not in ("auto", "fp32", "tf32", "fp16"):
+        raise ValueError(f'precision must be "auto", "fp32", "tf32" or "fp16"; got {precision!r}')
+    if precision in ("tf32", "fp16"):
+        raise ValueError(f'precision="{precision}" needs a Triton kernel; this version has none')
 
 
 def _per_image(start: SlotStart, images: int) -> list[SlotStart]:

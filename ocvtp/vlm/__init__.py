@@ -1,0 +1,24 @@
+"""Token pruning for Hugging Face vision-language models: a patch on one instance, put on and taken off.
+
+ocvtp.apply(model, pruner, keep=64)
+model.generate(**inputs)
+ocvtp.remove(model)
+"""
+
+from __future__ import annotations
+
+from ocvtp.vlm.errors import PatchError, UnsupportedModelError
+from ocvtp.vlm.patch import apply, pruned, remove, select
+from ocvtp.vlm.report import PruneReport
+from ocvtp.vlm.timing import stage_times
+
+__all__ = [
+    "PatchError",
+    "PruneReport",
+    "UnsupportedModelError",
+    "apply",
+    "pruned",
+    "remove",
+    "select",
+    "stage_times",
+]

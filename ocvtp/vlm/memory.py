@@ -1,0 +1,99 @@
+"""What a key-value cache holds, for conversations that go on with it.
+
+After a pruned call, a cache is shorter than the conversation the user has in hand. transformers slices the
+next turn's ``input_ids`` by the cache's length, so without a note it would feed image placeholders again and
+answer from a scrambled prompt without an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ocvtp.vlm.prompt import identity
+
+_ATTRIBUTE = "_ocvtp_note"
+
+
+@dataclass(frozen=True)
+class CacheNote:
+    """Relation of a cache to the long sequence.
+
+    Attributes:
+        index: ``[B, C]`` long column behind every cached one, -1 for padding.
+        long: columns of the long sequence so far.
+        next_position: ``[B, 1]`` position of the next token; ``None`` where ``generate`` filled the cache,
+            which numbers tokens by counting the attention mask.
+        pruned: whether the two sequences differ at all.
+    """
+
+    index: torch.Tensor
+    long: int
+    next_position: torch.Tensor | None
+    pruned: bool = True
+
+    def cropped(self, length: int) -> CacheNote:
+        """The note of a cache cropped to its first ``length`` columns.
+
+        Raises:
+            ValueError: the cache grew, or lost more than the text at its end.
+        """
+        lost = self.index.shape[1] - length
+        if lost == 0:
+            return self
+        tail = torch.arange(self.long - lost, self.long, device=self.index.device)
+        if lost < 0 or not bool((self.index[:, length:] == tail).all()):
+            raise ValueError(
+                f"a pruned prompt filled this cache with {self.index.shape[1]} tokens and it now holds "
+                f"{length}; continue with the cache as generate returned it, or start with an empty one"
+            )
+        position = None if self.next_position is None else self.next_position - lost
+        return CacheNote(self.index[:, :length], self.long - lost, position)
+
+    def to(self, device: torch.device) -> CacheNote:
+        """The note on another device."""
+        position = None if self.next_position is None else self.next_position.to(device)
+        return CacheNote(self.index.to(device), self.long, position, self.pruned)
+
+
+def cached_length(cache: Any) -> int:
+    """Tokens in a cache; 0 for none."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def note_of(cache: Any) -> CacheNote | None:
+    """The note on a cache, or ``None``. A cache that was emptied loses its note."""
+    note = getattr(cache, _ATTRIBUTE, None)
+    if note is not None and not cached_length(cache):
+        write_note(cache, None)
+        return None
+    return note
+
+
+def write_note(cache: Any, note: CacheNote | None) -> None:
+    """Put a note on a cache, or take it off."""
+    if note is not None:
+        setattr(cache, _ATTRIBUTE, note)
+    elif hasattr(cache, _ATTRIBUTE):
+        delattr(cache, _ATTRIBUTE)
+
+
+def prefix_of(cache: Any, batch: int, device: torch.device, *, generating: bool) -> CacheNote | None:
+    """What ``cache`` holds of a conversation of ``batch`` rows; ``None`` if nothing.
+
+    Raises:
+        ValueError: the cache belongs to another batch, or was changed beyond recognition.
+    """
+    length = cached_length(cache)
+    if not length:
+        return None
+    note = note_of(cache)
+    if note is None:
+        # Filled without pruning, so by the same entry point the user continues with.
+        start = None if generating else torch.full((batch, 1), length, device=device)
+        return CacheNote(identity(batch, 0, length, device), length, start, pruned=False)
+    if note.index.shape[0] != batch:
+        raise ValueError(f"the cache holds {note.index.shape[0]} sequences, the prompt has {batch}")
+    return note.cropped(length).to(device)

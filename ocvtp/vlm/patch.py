@@ -1,0 +1,364 @@
+"""Installing and removing the patch on one model instance."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+
+from ocvtp.selection import Selection
+from ocvtp.vlm import calls
+from ocvtp.vlm.adapter import Adapter, Positions, Settings, adapter_for
+from ocvtp.vlm.errors import PatchError, UnsupportedModelError
+from ocvtp.vlm.handover import route_of
+from ocvtp.vlm.llava import check_layers
+from ocvtp.vlm.report import PruneReport
+from ocvtp.vlm.timing import Clock
+from ocvtp.vlm.versions import transformers_older_than
+from ocvtp_kernels._backend import resolve_backend
+from ocvtp_kernels._checks import require_count
+
+_CONTROLLER = "_ocvtp"
+_PATCHED = {"forward": calls.forward, "generate": calls.generate}
+
+
+class Controller:
+    """State of one patched model.
+
+    A plain object in the instance's ``__dict__``: no module, so nothing of it (the pruner least of all) gets
+    into ``state_dict``, ``save_pretrained``, ``parameters`` or quantisation.
+    """
+
+    def __init__(self, model: Any, adapter: Adapter, settings: Settings) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.settings = settings
+        self.enabled = True
+        self.clock: Clock | None = None
+        #: Instance attributes that were there before ours: accelerate's or torch.compile's wrappers.
+        self.previous = {name: model.__dict__.get(name) for name in _PATCHED}
+        #: The bound methods below the patch. A deep copy of the model rebinds them.
+        self.originals = {name: getattr(model, name) for name in _PATCHED}
+        self._names = {
+            name: tuple(
+                parameter.name
+                for parameter in inspect.signature(getattr(type(model), name)).parameters.values()
+                if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            )[1:]
+            for name in _PATCHED
+        }
+
+    def argument(self, method: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One argument of a call, by position or by name."""
+        if name in kwargs:
+            return kwargs[name]
+        return self.by_name(method, args, {}).get(name) if args else None
+
+    def by_name(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a call, by name."""
+        names = self._names[method]
+        if len(args) > len(names):
+            raise TypeError(f"{method}() takes at most {len(names)} positional arguments; got {len(args)}")
+        given = dict(zip(names, args, strict=False))
+        for name in given:
+            if name in kwargs:
+                raise TypeError(f"{method}() got multiple values for argument {name!r}")
+        return {**given, **kwargs}
+
+    def has_pixels(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call brings pixels along."""
+        return any(self.argument(method, key, args, kwargs) is not None for key in self.adapter.pixel_keys)
+
+
+def apply(
+    model: Any,
+    pruner: torch.nn.Module,
+    keep: int = 64,
+    positions: Literal["compact", "original", "auto"] = "auto",
+    *,
+    seed: int = 0,
+    backend: str = "auto",
+    precision: str = "auto",
+) -> PruneReport:
+    """Patch a vision-language model in place, so that ``forward`` and ``generate`` prune image tokens.
+
+    Nothing changes for the caller: same inputs from the same processor, and ``generate`` returns the full
+    prompt followed by the new tokens. Calls without pixels are untouched. ``forward`` returns the logits of
+    the short sequence. Applying again replaces the settings. The patch is on this instance alone; it
+    survives ``copy.deepcopy`` and leaves no trace in ``state_dict`` and ``save_pretrained``. Image features
+    that the caller computes with ``get_image_features`` are not pruned, and forward hooks on the vision
+    tower as a whole don't fire (those on its layers do).
+
+    Args:
+        model: ``LlavaForConditionalGeneration`` with a CLIP or SigLIP tower, or a PEFT or ``torch.compile``
+            wrapper around one.
+        pruner: an :class:`~ocvtp.pruner.OCPruner` for the tower's width. Moved to the tower's device on use.
+        keep: image tokens to keep per image. A class token the model consumes is kept on top of it.
+        positions: ``"compact"`` numbers the short prompt 0, 1, 2, ... as the official code does;
+            ``"original"`` leaves every token the position it has in the long prompt (transformers >= 5.10).
+            ``"auto"`` is compact for models with one-dimensional positions. ``position_ids`` passed by the
+            caller are always kept as they are.
+        seed: of the pruner's slots.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``, for fused operations.
+        precision: of the pruner, see :class:`~ocvtp.pruner.OCPruner`.
+
+    Returns:
+        A :class:`~ocvtp.vlm.PruneReport`; print it.
+
+    Raises:
+        UnsupportedModelError: no adapter knows the model or its vision tower.
+        PatchError: somebody else patched a method of this instance that pruning would bypass or wrap.
+        TypeError, ValueError: a pruner or a setting that does not fit.
+    """
+    target = _unwrap(model)
+    adapter = adapter_for(target)
+    settings, report = _check(adapter, pruner, keep, positions, seed, backend, precision)
+    _install(target, adapter, settings)
+    return report
+
+
+def remove(model: Any) -> None:
+    """Undo :func:`apply`; the model computes the same bits as before. Does nothing to an unpatched model.
+
+    If accelerate or ``torch.compile`` has wrapped the patched methods since, their wrappers stay and the
+    patch underneath them is switched off.
+    """
+    target = _unwrap(model)
+    controller = target.__dict__.get(_CONTROLLER)
+    if controller is None:
+        return
+    controller.enabled = False
+    current = {name: target.__dict__.get(name) for name in _PATCHED}
+    if any(_may_call_ours(target, name) for name in _PATCHED):
+        return
+    for name, method in current.items():
+        if not _is_ours(method):  # someone restored it over our heads
+            continue
+        if controller.previous[name] is None:
+            del target.__dict__[name]
+        else:
+            target.__dict__[name] = controller.previous[name]
+    del target.__dict__[_CONTROLLER]
+
+
+@contextlib.contextmanager
+def pruned(
+    model: Any,
+    pruner: torch.nn.Module,
+    keep: int = 64,
+    positions: Literal["compact", "original", "auto"] = "auto",
+    *,
+    seed: int = 0,
+    backend: str = "auto",
+    precision: str = "auto",
+) -> Iterator[PruneReport]:
+    """:func:`apply` for the length of a ``with`` block; afterwards the model is as it was before.
+
+    Also an earlier :func:`apply` comes back. The state belongs to the model, not to the thread.
+
+    Raises:
+        Whatever :func:`apply` raises.
+    """
+    target = _unwrap(model)
+    controller = target.__dict__.get(_CONTROLLER)
+    before = controller.settings if controller is not None and controller.enabled else None
+    report = apply(model, pruner, keep, positions, seed=seed, backend=backend, precision=precision)
+    try:
+        yield report
+    finally:
+        if before is None:
+            remove(target)
+        else:
+            _install(target, adapter_for(target), before)
+
+
+def select(model: Any, pixel_values: torch.Tensor, *, return_attention: bool = False) -> Selection:
+    """Which tokens a patched model keeps of each image, without running the language model.
+
+    Args:
+        model: patched by :func:`apply`.
+        pixel_values: ``[images, 3, H, W]`` from the model's processor.
+        return_attention: also return the slot attention map.
+
+    Raises:
+        PatchError: ``model`` is not patched.
+    """
+    controller = controller_of(model)
+    with torch.no_grad():
+        return controller.adapter.select(pixel_values, controller.settings, return_attention=return_attention)
+
+
+def controller_of(model: Any) -> Controller:
+    """The controller of a patched model.
+
+    Raises:
+        PatchError: there is none, or it is switched off.
+    """
+    controller = _unwrap(model).__dict__.get(_CONTROLLER)
+    if controller is None or not controller.enabled:
+        raise PatchError("this model is not patched; call ocvtp.apply(model, pruner) first")
+    return controller
+
+
+def _unwrap(model: Any) -> Any:
+    """The model inside ``torch.compile`` and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif type(model).__module__.startswith("peft.") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            break
+    if not isinstance(model, torch.nn.Module):
+        raise UnsupportedModelError(f"can't prune a {type(model).__name__}: not a torch.nn.Module")
+    return model
+
+
+def _check(
+    adapter: Adapter,
+    pruner: torch.nn.Module,
+    keep: int,
+    positions: str,
+    seed: int,
+    backend: str,
+    precision: str,
+) -> tuple[Settings, PruneReport]:
+    config: Any = getattr(pruner, "config", None)
+    if not callable(pruner) or not hasattr(config, "in_dim") or not hasattr(config, "layer"):
+        raise TypeError(f"pruner must be an ocvtp.OCPruner; got {type(pruner).__name__}")
+    facts = adapter.facts({})
+    if config.in_dim != facts.width:
+        raise ValueError(
+            f"the pruner reads features of width {config.in_dim}, the {facts.tower} of this model makes them "
+            f"{facts.width} wide; use a pruner trained for this tower"
+        )
+    check_layers(config.layer, facts.consumed_layers)
+    require_count("keep", keep, facts.tokens, "the image tokens of this model")
+    model = adapter.model
+    settings = Settings(
+        pruner=pruner,
+        keep=keep,
+        positions=_resolve_positions(positions),
+        seed=seed,
+        backend=backend,
+        precision=precision,
+        route=route_of(model),
+        attention=str(model.config.get_text_config()._attn_implementation),
+    )
+    report = PruneReport(
+        family=model.config.model_type,
+        tower=facts.tower,
+        read_layer=config.layer,
+        consumed_layers=facts.consumed_layers,
+        num_layers=facts.num_layers,
+        attention=facts.attention,
+        backend=resolve_backend(backend, "received_attention", facts.device),
+        tokens_before=facts.tokens + facts.extra_rows,
+        tokens_after=keep + facts.extra_rows,
+        positions=settings.positions,
+        route=settings.route,
+    )
+    return settings, report
+
+
+def _resolve_positions(positions: str) -> Positions:
+    if positions not in (*get_args(Positions), "auto"):
+        raise ValueError(f'positions must be "compact", "original" or "auto"; got {positions!r}')
+    if positions != "original":
+        return "compact"
+    if transformers_older_than("5.10"):
+        raise ValueError(
+            'positions="original" needs transformers >= 5.10: older ones number generated tokens by the '
+            "attention mask, whatever the prompt's positions"
+        )
+    return "original"
+
+
+def _install(model: Any, adapter: Adapter, settings: Settings) -> None:
+    _refuse_foreign_patches(model, adapter)
+    controller = model.__dict__.get(_CONTROLLER)
+    if controller is not None and all(_reaches_ours(model.__dict__.get(name)) for name in _PATCHED):
+        controller.adapter, controller.settings, controller.enabled = adapter, settings, True
+        return
+    if controller is not None:  # one of the two methods was replaced by its unpatched self
+        remove(model)
+    model.__dict__[_CONTROLLER] = Controller(model, adapter, settings)
+    for name in _PATCHED:
+        model.__dict__[name] = types.MethodType(_wrapper(type(model), name), model)
+
+
+def _wrapper(cls: type, name: str) -> Any:
+    """A function for the class's method ``name`` that asks the instance it is bound to, so copies rebind."""
+    run = _PATCHED[name]
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(self.__dict__[_CONTROLLER], args, kwargs)
+
+    # generate inspects the signature of forward. The class's function has it whatever sits on the instance.
+    functools.update_wrapper(patched, getattr(cls, name))
+    patched.__dict__[_CONTROLLER] = name
+    return patched
+
+
+def _is_ours(method: Any) -> bool:
+    return _CONTROLLER in getattr(getattr(method, "__func__", None), "__dict__", {})
+
+
+def _reaches_ours(method: Any) -> bool:
+    """Whether a method is ours or a known wrapper around ours."""
+    while method is not None:
+        if _is_ours(method):
+            return True
+        method = _inside(method)
+    return False
+
+
+def _may_call_ours(model: Any, name: str) -> bool:
+    """Whether somebody else's method on the instance calls ours, or may."""
+    method = model.__dict__.get(name)
+    if method is None or _is_ours(method):
+        return False
+    return _reaches_ours(method) or not _is_known(model, name)
+
+
+def _inside(method: Any) -> Any:
+    """What an accelerate or ``torch.compile`` wrapper wraps, else ``None``."""
+    compiled = getattr(method, "_torchdynamo_orig_callable", None)
+    if compiled is not None:
+        return compiled
+    return getattr(method, "__wrapped__", None) if _is_accelerates(method) else None
+
+
+def _is_accelerates(method: Any) -> bool:
+    function = getattr(method, "func", method)  # accelerate binds the module with functools.partial
+    return str(getattr(function, "__module__", "")).startswith("accelerate.")
+
+
+def _is_known(module: torch.nn.Module, name: str) -> bool:
+    """Whether an instance's method is the class's own, ours, accelerate's or ``torch.compile``'s."""
+    method = module.__dict__.get(name)
+    if method is None or _is_ours(method) or _is_accelerates(method):
+        return True
+    if getattr(method, "_torchdynamo_orig_callable", None) is not None:
+        return True
+    # accelerate puts the bound original on the instance when its hooks are removed
+    return getattr(method, "__func__", None) is getattr(type(module), name)
+
+
+def _refuse_foreign_patches(model: Any, adapter: Adapter) -> None:
+    suspects = [(name, model, name) for name in _PATCHED]
+    for path, module, name in [*suspects, *adapter.bypassed_methods()]:
+        if _is_known(module, name):
+            continue
+        method = module.__dict__[name]
+        origin = getattr(method, "__module__", None) or type(method).__module__
+        label = getattr(method, "__qualname__", None) or repr(method)
+        raise PatchError(
+            f"{path} of this {type(model).__name__} was replaced by {origin}.{label}; pruning would go "
+            "around or under it. Remove that patch first, or apply it after ocvtp"
+        )

@@ -1,0 +1,47 @@
+"""Fixtures for the patch's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from skips import needs_mm_route, needs_original
+from tiny_llava import llava, pruner
+from transformers import LlavaForConditionalGeneration
+
+from ocvtp import OCPruner
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["mm_encoder_outputs", "inputs_embeds"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both hand-over routes; the older one also on a transformers that has the newer."""
+    if request.param == "mm_encoder_outputs":
+        needs_mm_route()
+    monkeypatch.setattr("ocvtp.vlm.patch.route_of", lambda model: request.param)
+    return request.param
+
+
+@pytest.fixture(params=["compact", "original"])
+def positions(request: pytest.FixtureRequest) -> str:
+    if request.param == "original":
+        needs_original()
+    return request.param
+
+
+@pytest.fixture
+def model() -> LlavaForConditionalGeneration:
+    return llava()
+
+
+@pytest.fixture
+def oc_pruner() -> OCPruner:
+    return pruner()

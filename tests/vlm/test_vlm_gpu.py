@@ -1,0 +1,52 @@
+"""The patch on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_llava import GREEDY, KEEP, llava, mixed, pruner
+
+import ocvtp
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+def to_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: tensor.cuda() for name, tensor in inputs.items()}
+
+
+def test_a_model_that_moved(route: str, positions: str) -> None:
+    model, batch = llava(), mixed()[0]
+    ocvtp.apply(model, pruner(), keep=KEEP, positions=positions)
+    want_indices = ocvtp.vlm.select(model, batch["pixel_values"]).indices
+    want = model(**batch).logits
+    model.cuda()
+    got_indices = ocvtp.vlm.select(model, batch["pixel_values"].cuda()).indices
+    assert torch.equal(got_indices.cpu(), want_indices)
+    torch.testing.assert_close(model(**to_gpu(batch)).logits.cpu(), want, atol=1e-2, rtol=1e-2)
+    out = model.generate(**to_gpu(batch), **GREEDY)
+    assert torch.equal(out[:, : batch["input_ids"].shape[1]].cpu(), batch["input_ids"])
+
+
+def test_keeping_all_changes_no_bit_in_half_precision(route: str) -> None:
+    model, batch = llava().bfloat16().cuda(), to_gpu(mixed()[0])
+    with torch.no_grad():
+        want = model(**batch).logits
+    ids = model.generate(**batch, **GREEDY)
+    ocvtp.apply(model, pruner(), keep=16)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, want)
+    assert torch.equal(model.generate(**batch, **GREEDY), ids)
+
+
+def test_stage_times_on_a_gpu() -> None:
+    model, batch = llava().cuda(), to_gpu(mixed()[0])
+    ocvtp.apply(model, pruner(), keep=KEEP)
+    with ocvtp.vlm.stage_times(model) as times:
+        model.generate(**batch, **GREEDY)
+    assert all(value > 0 for value in times.values())
