@@ -158,7 +158,7 @@ def slot_panel(
     owner = np.argmax(attention, axis=0).reshape(grid)
     colours = _assign_colours(owner)
     grey = _grey(np.asarray(grown, dtype=np.float64))
-    tint = _spread(colours[owner], patch)
+    tint = np.asarray(_spread(colours[owner], patch), dtype=np.float64)
     # The photograph modulates the colour's brightness, so objects stay recognisable under it.
     shown = _TINT * tint * (0.55 + 0.45 * grey / 255) + (1 - _TINT) * grey
     panel = Image.fromarray(np.clip(np.rint(shown), 0, 255).astype(np.uint8))
@@ -240,13 +240,13 @@ def overlay(
         ((None, "one colour per slot; dot: the patch kept for it"),),
     )
     for left_edge, entries in zip(columns, legends, strict=True):
-        x = float(left_edge)
+        at = float(left_edge)
         for colour, words in entries:
             if colour is not None:
-                draw.rectangle((x, y + 2, x + text, y + 2 + text), outline=colour, width=max(2, text // 5))
-                x += 1.5 * text
-            draw.text((x, y), words, _INK, small)
-            x += draw.textlength(words, small) + 1.5 * text
+                draw.rectangle((at, y + 2, at + text, y + 2 + text), outline=colour, width=max(2, text // 5))
+                at += 1.5 * text
+            draw.text((at, y), words, _INK, small)
+            at += draw.textlength(words, small) + 1.5 * text
     if note:
         draw.text((margin, y + row + text // 3), note, _FAINT, small)
     return page

@@ -176,7 +176,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         OCPruner.from_official(path)
-    for content in (b"", b"not a checkpoint"):
+    for content in (b"", b"junk", b"not a checkpoint", bytes(range(256))):
         path.write_bytes(content)
         with pytest.raises(CheckpointError):
             OCPruner.from_official(path)

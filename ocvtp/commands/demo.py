@@ -1,0 +1,296 @@
+"""``ocvtp demo``: the main job on a real photograph, with nothing to download.
+
+The model has LLaVA-1.5's vision geometry (CLIP-L/14-336, 576 tokens) and a language model of half a billion
+parameters. Its weights are random, so what it says and which patches it keeps mean nothing; how long it takes
+does not depend on the values.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ocvtp.commands.errors import UserError
+from ocvtp.commands.loading import check_keep
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from ocvtp import OCPruner
+
+_NOTE = "random weights: the selection means nothing"
+_RANDOM = "Weights are random: answers and kept patches mean nothing here, only the times are real."
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """Shape of the demo's model.
+
+    Attributes:
+        vision: of the CLIP tower: ``hidden_size``, ``intermediate_size``, ``num_hidden_layers``,
+            ``num_attention_heads``, ``image_size``, ``patch_size``.
+        text: of the Llama language model, ``vocab_size`` among them; the last id is the image placeholder.
+        pruner: ``hidden_dim``, ``slot_dim``, ``ffn_dim`` and ``layer``.
+        prompt_tokens: text tokens around the image.
+    """
+
+    vision: dict[str, int]
+    text: dict[str, int]
+    pruner: dict[str, int]
+    prompt_tokens: int = 24
+
+    @property
+    def image_tokens(self) -> int:
+        """Patches of an image."""
+        return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
+
+
+LLAVA_SHAPED = DemoSize(
+    vision={
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+    },
+    text={
+        "vocab_size": 32064,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+    pruner={"hidden_dim": 2048, "slot_dim": 512, "ffn_dim": 2048, "layer": 8},
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of every timed run, unpruned and pruned in turns."""
+
+    name: str
+    unpruned: list[float]
+    pruned: list[float]
+
+    @property
+    def speedup(self) -> float:
+        """Ratio of the medians."""
+        return statistics.median(self.unpruned) / statistics.median(self.pruned)
+
+
+def run(
+    *,
+    out: Path,
+    keep: int,
+    repeats: int,
+    threads: int | None,
+    console: Console,
+    size: DemoSize = LLAVA_SHAPED,
+) -> list[Comparison]:
+    """Build, check, time, draw; returns the timings that the table shows.
+
+    Raises:
+        UserError: an impossible budget or output folder, or scikit-image is not installed.
+    """
+    check_keep(keep)
+    if keep > size.image_tokens:
+        raise UserError(f"--keep must be at most {size.image_tokens}, the tokens of one image; got {keep}")
+    photograph = _photograph()
+    out.mkdir(parents=True, exist_ok=True)
+
+    import torch
+
+    import ocvtp
+    from ocvtp.commands.visualize import draw
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console.print(f"[bold]{_RANDOM}[/]")
+    with console.status("building a LLaVA-1.5-shaped model and a pruner with random weights"):
+        torch.manual_seed(0)
+        model, processor = _build(size)
+        pruner = ocvtp.OCPruner(ocvtp.PrunerConfig(in_dim=size.vision["hidden_size"], **size.pruner)).eval()
+    inputs = _inputs(size, processor, photograph)
+    billions = sum(p.numel() for p in _language_model(model)) / 1e9
+    console.print(
+        f"photograph: scikit-image's astronaut; tower: {size.vision['num_hidden_layers']} layers, "
+        f"{size.image_tokens} tokens; language model: {billions:.2f} B parameters; "
+        f"float32, {torch.get_num_threads()} CPU threads"
+    )
+
+    with console.status(
+        "correctness first: the pruned model against the unpruned one and a hand-made prompt"
+    ):
+        long, short = _check(model, pruner, inputs, keep)
+    console.print(
+        "checks passed: all tokens kept gives the unpatched model's token; "
+        f"{keep} kept give that of a prompt shortened by hand"
+    )
+    comparisons = _time(model, pruner, inputs, keep, (long, short), repeats, console)
+    console.print(_table(comparisons, keep, size, repeats))
+    console.print(_RANDOM)
+
+    with console.status("drawing"), ocvtp.pruned(model, pruner, keep=keep):
+        picture = draw(model, inputs["pixel_values"], processor, _NOTE)
+    path = out / "overlay.png"
+    picture.save(path)
+    console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return comparisons
+
+
+def _photograph() -> Image:
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise UserError("the demo's photograph comes with scikit-image: pip install scikit-image") from error
+    from PIL import Image
+
+    return Image.fromarray(data.astronaut())
+
+
+def _build(size: DemoSize) -> tuple[Any, Any]:
+    """``(model, image processor)``."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**size.vision),
+        text_config=LlamaConfig(**size.text, eos_token_id=None, pad_token_id=0),
+        image_token_index=size.text["vocab_size"] - 1,
+        image_seq_length=size.image_tokens,
+        vision_feature_layer=-2,
+    )
+    side = size.vision["image_size"]
+    processor = _image_processor_class()(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    return LlavaForConditionalGeneration(config).eval(), processor
+
+
+def _image_processor_class() -> Any:
+    """CLIP's image processor on pillow, under the name this release of transformers has for it."""
+    import transformers
+
+    found = getattr(transformers, "CLIPImageProcessorPil", None)
+    return found if found is not None else transformers.CLIPImageProcessor
+
+
+def _inputs(size: DemoSize, processor: Any, photograph: Image) -> dict[str, torch.Tensor]:
+    """A prompt of made-up words around the photograph's placeholders, ``[1, S]``, and its pixels."""
+    import torch
+
+    words = torch.randint(1, size.text["vocab_size"] - 1, (size.prompt_tokens,))
+    placeholders = torch.full((size.image_tokens,), size.text["vocab_size"] - 1)
+    before = size.prompt_tokens // 2
+    ids = torch.cat([words[:before], placeholders, words[before:]])[None]
+    pixels = processor(images=photograph, return_tensors="pt")["pixel_values"]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def _first_token(model: Any, inputs: dict[str, torch.Tensor]) -> int:
+    return int(model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1])
+
+
+def _check(
+    model: Any, pruner: OCPruner, inputs: dict[str, torch.Tensor], keep: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare first tokens; returns the embedded long and short prompts, ``[1, S, D]`` and ``[1, S', D]``."""
+    import torch
+
+    import ocvtp
+    from ocvtp.vlm import select
+
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    where = ids == model.config.image_token_id
+    tokens = int(where.sum())
+    with ocvtp.pruned(model, pruner, keep=tokens):
+        all_kept = _first_token(model, inputs)
+    with ocvtp.pruned(model, pruner, keep=keep):
+        pruned_token = _first_token(model, inputs)
+        selection = select(model, pixels)
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=pixels)
+        rows = torch.cat(list(getattr(features, "pooler_output", features)))
+        long = model.get_input_embeddings()(ids).masked_scatter(where[..., None], rows)
+    stays = ~where
+    stays[0, where[0].nonzero()[selection.indices[0], 0]] = True
+    short = long[:, stays[0]]
+    if all_kept != _first_token(model, inputs):
+        raise RuntimeError("with every token kept, the pruned model answers differently: please report this")
+    if pruned_token != _prefill(model, short):
+        raise RuntimeError("the pruned model disagrees with a prompt shortened by hand: please report this")
+    return long, short
+
+
+def _prefill(model: Any, embeddings: torch.Tensor) -> int:
+    """The language model alone, on an embedded prompt ``[1, S, D]``; the first token."""
+    import torch
+
+    with torch.no_grad():
+        return int(model(inputs_embeds=embeddings, logits_to_keep=1).logits[0, -1].argmax())
+
+
+def _time(
+    model: Any,
+    pruner: OCPruner,
+    inputs: dict[str, torch.Tensor],
+    keep: int,
+    prompts: tuple[torch.Tensor, torch.Tensor],
+    repeats: int,
+    console: Console,
+) -> list[Comparison]:
+    """Unpruned and pruned in turns: a slow moment of the machine hits both. The checks were the warm-up."""
+    import ocvtp
+
+    long, short = prompts
+    prefill = Comparison("language model prefill", [], [])
+    first = Comparison("time to first token", [], [])
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("timing", total=repeats)
+        for number in range(repeats):
+            progress.update(task, description=f"timing, round {number + 1} of {repeats}")
+            prefill.unpruned.append(_seconds(lambda: _prefill(model, long)))
+            prefill.pruned.append(_seconds(lambda: _prefill(model, short)))
+            first.unpruned.append(_seconds(lambda: _first_token(model, inputs)))
+            with ocvtp.pruned(model, pruner, keep=keep):
+                first.pruned.append(_seconds(lambda: _first_token(model, inputs)))
+            progress.advance(task)
+    return [prefill, first]
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _table(comparisons: list[Comparison], keep: int, size: DemoSize, repeats: int) -> Table:
+    table = Table(
+        "",
+        f"unpruned, {size.image_tokens} tokens",
+        f"pruned, {keep} tokens",
+        "speed-up",
+        title=f"seconds, median of {repeats} (least - most), random weights",
+    )
+    for comparison in comparisons:
+        cells = [
+            f"{statistics.median(runs):.3f} ({min(runs):.3f} - {max(runs):.3f})"
+            for runs in (comparison.unpruned, comparison.pruned)
+        ]
+        table.add_row(comparison.name, *cells, f"{comparison.speedup:.2f}x")
+    return table
+
+
+def _language_model(model: Any) -> list[torch.nn.Parameter]:
+    return [*model.model.language_model.parameters(), *model.lm_head.parameters()]

@@ -1,0 +1,50 @@
+"""``ocvtp env``: what is installed and what will run; the first thing a bug report needs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import ocvtp
+
+_PACKAGES = ("torch", "triton", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow")
+_ROUTES_SINCE = (5, 18)  # transformers hands encoded images through generate since then
+
+
+def collect() -> dict[str, str]:
+    """Name -> value, in the order to print."""
+    facts = {"ocvtp": ocvtp.__version__, "python": platform.python_version(), "system": platform.platform()}
+    for package in _PACKAGES:
+        facts[package] = _version(package)
+    facts["devices"] = _devices()
+    facts["kernel backend"] = "torch (PyTorch reference; this version has no Triton kernels)"
+    facts["image hand-over"] = _route(facts["transformers"])
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _devices() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "unknown: torch is absent"
+    import torch
+
+    names = [f"cpu ({torch.get_num_threads()} threads)"]
+    names += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    return ", ".join(names)
+
+
+def _route(transformers: str) -> str:
+    if transformers == "absent":
+        return "none: transformers is absent"
+    release = tuple(int(part) for part in transformers.split(".")[:2])
+    if release >= _ROUTES_SINCE:
+        return "mm_encoder_outputs"
+    return "inputs_embeds (assisted decoding and chunked prefill need transformers >= 5.18)"

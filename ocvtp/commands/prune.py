@@ -1,0 +1,166 @@
+"""``ocvtp prune``: ask a model about a photograph, with most of its image tokens left out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from ocvtp.commands.loading import (
+    check_keep,
+    load_image,
+    load_model,
+    load_pruner,
+    resolve_device,
+    resolve_dtype,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+# LLaVA-1.5's own conversation format, for processors that carry no chat template.
+_LLAVA_PROMPT = "USER: <image>\n{prompt} ASSISTANT:"
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """One answer and what it took.
+
+    ``milliseconds`` sums ``vision tower``, ``pruner``, ``projector`` and ``prefill`` (the rest of the way
+    to the first token) to ``time to first token``; ``decode`` is everything after it.
+    """
+
+    answer: str
+    image_tokens_before: int
+    image_tokens_after: int
+    prompt_tokens_before: int
+    prompt_tokens_after: int
+    new_tokens: int
+    milliseconds: dict[str, float]
+    device: str
+    dtype: str
+    report: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def run(
+    image: Path,
+    *,
+    model: str,
+    pruner: str,
+    keep: int,
+    prompt: str,
+    max_new_tokens: int,
+    device: str,
+    dtype: str,
+    positions: Literal["auto", "compact", "original"],
+    seed: int,
+    console: Console,
+) -> PruneResult:
+    """Load, patch, answer, time. Progress goes to ``console``."""
+    check_keep(keep)
+    picture = load_image(image)
+    on = resolve_device(device)
+    as_dtype = resolve_dtype(dtype, on)
+    with console.status("loading the pruner"):
+        loaded_pruner = load_pruner(pruner)
+    with console.status(f"loading {model}"):
+        vlm, processor = load_model(model, on, as_dtype)
+
+    import ocvtp
+
+    report = ocvtp.apply(vlm, loaded_pruner, keep=keep, positions=positions, seed=seed)
+    inputs = processor(images=picture, text=_prompt(processor, prompt), return_tensors="pt")
+    inputs = inputs.to(on, as_dtype)
+    if on.type != "cpu":  # the first run on a GPU pays for loading kernels
+        with console.status("warming up"):
+            vlm.generate(**inputs, max_new_tokens=1, do_sample=False)
+    with console.status("answering"):
+        output, milliseconds = timed_generate(vlm, inputs, max_new_tokens)
+    before = inputs["input_ids"].shape[1]
+    answer = processor.decode(output[0, before:], skip_special_tokens=True).strip()
+    dropped = report.tokens_before - report.tokens_after
+    return PruneResult(
+        answer=answer,
+        image_tokens_before=report.tokens_before,
+        image_tokens_after=report.tokens_after,
+        prompt_tokens_before=before,
+        prompt_tokens_after=before - dropped,
+        new_tokens=output.shape[1] - before,
+        milliseconds=milliseconds,
+        device=str(on),
+        dtype=str(as_dtype).removeprefix("torch."),
+        report=str(report),
+    )
+
+
+class _TokenClock:
+    """A streamer that notes when the prompt and every token pass."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(self._now())
+
+    def end(self) -> None:
+        self.finished = self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def timed_generate(
+    model: Any, inputs: dict[str, Any], max_new_tokens: int
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Greedy answer of a patched model, and the milliseconds of every stage."""
+    from ocvtp.vlm import stage_times
+
+    clock = _TokenClock(model.device)
+    with stage_times(model) as stages:
+        start = time.perf_counter()
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
+    first = (clock.times[1] - start) * 1e3  # times[0] is the prompt
+    milliseconds = dict(stages)
+    milliseconds["prefill"] = first - sum(stages.values())
+    milliseconds["time to first token"] = first
+    milliseconds["decode"] = (clock.finished - clock.times[1]) * 1e3
+    return output, milliseconds
+
+
+def show(result: PruneResult, console: Console) -> None:
+    """The answer, then the figures."""
+    console.print(result.answer, markup=False, highlight=False)
+    console.print()
+    console.print(
+        f"image tokens {result.image_tokens_before} -> {result.image_tokens_after}, "
+        f"prompt {result.prompt_tokens_before} -> {result.prompt_tokens_after}, "
+        f"{result.new_tokens} new ({result.device}, {result.dtype})"
+    )
+    table = Table("stage", "ms")
+    table.columns[1].justify = "right"
+    for stage, milliseconds in result.milliseconds.items():
+        table.add_row(stage, f"{milliseconds:.1f}", style="bold" if stage == "time to first token" else None)
+    console.print(table)
+
+
+def _prompt(processor: Any, prompt: str) -> str:
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text: str = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        return text
+    return _LLAVA_PROMPT.format(prompt=prompt)

@@ -1,0 +1,73 @@
+"""``ocvtp visualize``: what is kept of a photograph, as a picture (the paper's Figure 4)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ocvtp.commands.errors import UserError
+from ocvtp.commands.loading import check_keep, load_image, load_model, load_pruner, resolve_device
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+
+def run(
+    image: Path, *, model: str, pruner: str, keep: int, out: Path, device: str, seed: int, console: Console
+) -> None:
+    """Load, select, draw, write ``out``."""
+    check_keep(keep)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out must end in .png; got {out}")
+    if not out.parent.is_dir():
+        raise UserError(f"no folder {out.parent} to write {out.name} into")
+    picture = load_image(image)
+    on = resolve_device(device)
+    with console.status("loading the pruner"):
+        loaded_pruner = load_pruner(pruner)
+
+    import torch
+
+    import ocvtp
+
+    with console.status(f"loading {model}"):
+        vlm, processor = load_model(model, on, torch.float32)
+    ocvtp.apply(vlm, loaded_pruner, keep=keep, seed=seed)
+    pixels = processor.image_processor(images=picture, return_tensors="pt")["pixel_values"].to(on)
+    with console.status("selecting"):
+        drawn = draw(vlm, pixels, processor.image_processor)
+    drawn.save(out)
+
+
+def draw(model: Any, pixel_values: torch.Tensor, image_processor: Any, note: str | None = None) -> Image:
+    """The overlay of one image on a patched model.
+
+    Args:
+        model: patched by ``ocvtp.apply``.
+        pixel_values: ``[1, 3, H, W]`` from ``image_processor``.
+        image_processor: knows how to undo its normalisation.
+        note: a line under the legend.
+    """
+    from ocvtp.visualize import overlay, unnormalize
+    from ocvtp.vlm import select
+
+    selection = select(model, pixel_values, return_attention=True)
+    assert selection.slot_attention is not None  # asked for
+    patch = model.config.vision_config.patch_size
+    grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
+    seen = unnormalize(
+        pixel_values[0].cpu().numpy(),
+        image_processor.image_mean,
+        image_processor.image_std,
+        image_processor.rescale_factor,
+    )
+    return overlay(
+        seen,
+        selection.indices[0].cpu().numpy(),
+        selection.slot_attention[0].cpu().numpy(),
+        grid,
+        note=note,
+    )

@@ -1,0 +1,289 @@
+"""prune, visualize, env and the demo, end to end on local folders."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+import ocvtp
+from ocvtp.cli import app
+from ocvtp.commands import demo
+from tests.cli.conftest import Files
+from tests.vlm.processor import image_processor
+from tests.vlm.tiny_llava import GREEDY
+
+ASK = ["--prompt", "w5 w6", "--keep", "5", "--max-new-tokens", "6"]
+
+
+def run(*arguments: str | Path, code: int = 0) -> str:
+    """Run a command in this process; returns what it wrote, both streams."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def json_in(output: str) -> dict:
+    """The JSON object in a command's output, which progress may surround."""
+    return json.loads(output[output.index("{\n") : output.rindex("\n}") + 2])
+
+
+class TestPrune:
+    def test_answer_and_figures(self, files: Files) -> None:
+        result = json_in(run("prune", *files.arguments, *ASK, "--json"))
+        assert (result["image_tokens_before"], result["image_tokens_after"]) == (16, 5)
+        assert result["prompt_tokens_before"] - result["prompt_tokens_after"] == 11
+        assert (result["device"], result["dtype"]) == ("cpu", "float32")
+        assert result["new_tokens"] == 6
+        times = result["milliseconds"]
+        stages = ["vision tower", "pruner", "projector", "prefill"]
+        assert all(times[stage] > 0 for stage in stages)
+        assert sum(times[stage] for stage in stages) == pytest.approx(times["time to first token"])
+
+    def test_the_answer_is_the_pruned_models(self, files: Files) -> None:
+        processor = transformers.AutoProcessor.from_pretrained(files.model)
+        model = transformers.LlavaForConditionalGeneration.from_pretrained(files.model).eval()
+        ocvtp.apply(model, ocvtp.OCPruner.from_pretrained(files.pruner), keep=5)
+        text = "USER: <image>\nw5 w6 ASSISTANT:"
+        inputs = processor(images=Image.open(files.image), text=text, return_tensors="pt")
+        output = model.generate(**inputs, **GREEDY)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer.strip()
+        assert json_in(run("prune", *files.arguments, *ASK, "--json"))["answer"] == answer.strip()
+        assert answer.strip() in run("prune", *files.arguments, *ASK)
+
+    def test_chat_template(self, files: Files, tmp_path: Path) -> None:
+        model = tmp_path / "model"
+        processor = transformers.AutoProcessor.from_pretrained(files.model)
+        processor.chat_template = (
+            "{% for m in messages %}{% for c in m.content %}"
+            "{% if c.type == 'image' %} <image> {% else %} w9 {{ c.text }} {% endif %}"
+            "{% endfor %}{% endfor %}"
+        )
+        transformers.LlavaForConditionalGeneration.from_pretrained(files.model).save_pretrained(model)
+        processor.save_pretrained(model)
+        arguments = [*files.arguments]
+        arguments[2] = str(model)
+        result = json_in(run("prune", *arguments, *ASK, "--json"))
+        assert result["prompt_tokens_before"] == 16 + 3  # image, w9 and the two words of the prompt
+
+    def test_official_weights_file(self, files: Files, tmp_path: Path) -> None:
+        """The command's default layer is the official one; this file's encoder has too few layers for it."""
+        torch.save(ocvtp.OCPruner.from_pretrained(files.pruner).to_official(), tmp_path / "weights.pth")
+        arguments = [*files.arguments]
+        arguments[4] = str(tmp_path / "weights.pth")
+        assert "reads encoder layer 8" in run("prune", *arguments, *ASK, code=2)
+
+    def test_half_precision(self, files: Files) -> None:
+        result = json_in(run("prune", *files.arguments, *ASK, "--dtype", "bfloat16", "--json"))
+        assert result["dtype"] == "bfloat16"
+
+
+class TestVisualize:
+    def test_writes_the_overlay(self, files: Files, tmp_path: Path) -> None:
+        out = tmp_path / "overlay.png"
+        assert f"wrote {out}" in run("visualize", *files.arguments, "--keep", "5", "--out", out)
+        with Image.open(out) as picture:
+            assert picture.format == "PNG"
+            assert picture.width > 2 * 600  # two panels, enlarged
+
+    def test_output_is_checked_before_anything_loads(self, files: Files, tmp_path: Path) -> None:
+        assert "must end in .png" in run("visualize", *files.arguments, "--out", "overlay.jpg", code=2)
+        missing = tmp_path / "nowhere" / "overlay.png"
+        assert "no folder" in run("visualize", *files.arguments, "--out", missing, code=2)
+
+
+class TestBadInput:
+    @pytest.fixture
+    def change(self, files: Files, monkeypatch: pytest.MonkeyPatch) -> object:
+        """Run ``prune`` with one thing wrong; no model may have been loaded by then."""
+
+        def run_with(position: int | None, value: str | Path, *extra: str, loads: bool = False) -> str:
+            if not loads:
+                monkeypatch.setattr(
+                    "transformers.AutoModelForImageTextToText.from_pretrained",
+                    lambda *_, **__: pytest.fail("a model was loaded before the mistake was found"),
+                )
+            arguments = [*files.arguments]
+            if position is not None:
+                arguments[position] = str(value)
+            return run("prune", *arguments, *ASK, *extra, code=2)
+
+        return run_with
+
+    def test_image(self, change: object, tmp_path: Path, files: Files) -> None:
+        assert "no image at" in change(0, tmp_path / "missing.jpg")
+        broken = tmp_path / "broken.jpg"
+        broken.write_bytes(files.image.read_bytes()[:200])
+        assert "can't be decoded" in change(0, broken)
+        broken.write_text("not an image")
+        assert "can't be decoded" in change(0, broken)
+        assert "no image at" in change(0, tmp_path)  # a folder
+
+    def test_budget(self, change: object) -> None:
+        assert "--keep must be at least 1" in change(None, "", "--keep", "0")
+
+    def test_budget_beyond_the_image(self, change: object) -> None:
+        assert "between 1 and 16" in change(None, "", "--keep", "17", loads=True)
+
+    def test_pruner(self, change: object, tmp_path: Path) -> None:
+        assert "neither a folder nor a repository id" in change(4, tmp_path / "nowhere")
+        assert "has neither" in change(4, tmp_path)
+        (tmp_path / "weights.pth").write_text("junk")
+        assert "can't be read" in change(4, tmp_path / "weights.pth")
+
+    def test_pruner_of_another_width(self, change: object, tmp_path: Path) -> None:
+        config = ocvtp.PrunerConfig(in_dim=48, hidden_dim=8, slot_dim=8, ffn_dim=8, layer=1)
+        ocvtp.OCPruner(config).save_pretrained(tmp_path)
+        output = change(4, tmp_path, loads=True)
+        assert "48" in output
+        assert "64" in output
+
+    def test_model(self, change: object, tmp_path: Path) -> None:
+        assert "no model folder" in change(2, tmp_path / "nowhere")
+        transformers.BertConfig().save_pretrained(tmp_path)
+        assert "'bert' model; ocvtp prunes these: llava" in change(2, tmp_path)
+
+    def test_device_and_dtype(self, change: object) -> None:
+        assert "unknown device 'tpu9'" in change(6, "tpu9")
+        assert "unknown dtype 'int8'" in change(None, "", "--dtype", "int8")
+        if not torch.cuda.is_available():
+            assert "use --device cpu" in change(6, "cuda")
+
+
+def test_unexpected_failures_are_not_hidden(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("ocvtp.apply", fail)
+    result = CliRunner().invoke(app, ["prune", *files.arguments, *ASK])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_env() -> None:
+    facts = json_in(run("env", "--json"))
+    assert facts["ocvtp"] == ocvtp.__version__
+    assert facts["torch"] == torch.__version__
+    assert facts["transformers"] == transformers.__version__
+    assert "PyTorch reference" in facts["kernel backend"]
+    table = run("env")
+    assert all(name in table for name in facts)
+
+
+def test_env_without_transformers_and_triton() -> None:
+    code = (
+        "import importlib.metadata as m; real = m.version\n"
+        "def version(name):\n"
+        "    if name in ('triton', 'transformers'): raise m.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "m.version = version\n"
+        "import sys; sys.modules['triton'] = sys.modules['transformers'] = None\n"
+        "sys.argv = ['ocvtp', 'env', '--json']\n"
+        "from ocvtp.cli import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["triton"] == facts["transformers"] == "absent"
+    assert "transformers is absent" in facts["image hand-over"]
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom ocvtp.cli import main\n"
+        "sys.argv = ['ocvtp', {argument!r}]\n"
+        "try: main()\nexcept SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    for argument, expected in (("--version", f"ocvtp {ocvtp.__version__}"), ("--help", "visualize")):
+        result = subprocess.run(
+            [sys.executable, "-c", code.format(argument=argument)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        assert expected in result.stdout
+
+
+class TestDemo:
+    TINY = demo.DemoSize(
+        vision={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        text={
+            "vocab_size": 200,
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        },
+        pruner={"hidden_dim": 96, "slot_dim": 32, "ffn_dim": 64, "layer": 2},
+    )
+
+    def demonstrate(self, out: Path, **options: object) -> tuple[str, list[demo.Comparison]]:
+        pytest.importorskip("skimage")
+        console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+        settings = {"keep": 5, "repeats": 2, "threads": None, **options}
+        comparisons = demo.run(out=out, console=console, size=self.TINY, **settings)
+        return console.export_text(), comparisons
+
+    def test_checks_times_and_draws(self, tmp_path: Path) -> None:
+        text, comparisons = self.demonstrate(tmp_path / "out")
+        assert [c.name for c in comparisons] == ["language model prefill", "time to first token"]
+        for comparison in comparisons:
+            assert len(comparison.unpruned) == len(comparison.pruned) == 2
+            assert f"{comparison.speedup:.2f}x" in text
+        assert text.count("Weights are random") == 2
+        assert "checks passed" in text
+        with Image.open(tmp_path / "out" / "overlay.png") as picture:
+            assert picture.width > 1000
+
+    def test_a_wrong_selection_stops_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The gate is real: a hand-over that disagrees with the selection must not be timed."""
+        monkeypatch.setattr("ocvtp.commands.demo._prefill", lambda model, embeddings: -1)
+        with pytest.raises(RuntimeError, match="shortened by hand"):
+            self.demonstrate(tmp_path)
+
+    def test_budgets(self) -> None:
+        assert "at least 1" in run("demo", "--keep", "0", code=2)
+        assert "at most 576" in run("demo", "--keep", "577", code=2)
+
+    def test_without_scikit_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "skimage", None)
+        assert "pip install scikit-image" in run("demo", code=2)
+
+    def test_full_size_is_llava_15s_vision_and_half_a_billion(self) -> None:
+        assert demo.LLAVA_SHAPED.image_tokens == 576
+        with torch.device("meta"):
+            model, _ = demo._build(demo.LLAVA_SHAPED)
+        assert 0.45e9 < sum(p.numel() for p in demo._language_model(model)) < 0.56e9
+        assert model.model.vision_tower.config.num_hidden_layers == 24
+
+
+def test_image_processor_is_undone_exactly(files: Files) -> None:
+    from ocvtp.visualize import unnormalize
+
+    processor = image_processor()
+    square = Image.open(files.image).crop((0, 0, 56, 56))  # no resizing, no cropping
+    pixels = processor(images=square, return_tensors="np")["pixel_values"][0]
+    seen = unnormalize(pixels, processor.image_mean, processor.image_std, processor.rescale_factor)
+    assert np.array_equal(np.asarray(seen), np.asarray(square))
