@@ -26,8 +26,10 @@ def collect() -> dict[str, str]:
 
 def _version(package: str) -> str:
     try:
+        if package == "torch":  # its own version names the CUDA it was built for
+            return str(importlib.import_module("torch").__version__)
         return version(package)
-    except PackageNotFoundError:
+    except (PackageNotFoundError, ImportError):
         return "absent"
 
 

@@ -64,7 +64,7 @@ class Controller:
         names = self._names[method]
         if len(args) > len(names):
             raise TypeError(f"{method}() takes at most {len(names)} positional arguments; got {len(args)}")
-        given = dict(zip(names, args, strict=False))
+        given = {names[i]: value for i, value in enumerate(args)}  # torch 2.7 can't trace zip(strict=)
         for name in given:
             if name in kwargs:
                 raise TypeError(f"{method}() got multiple values for argument {name!r}")

@@ -61,7 +61,7 @@ def test_squeeze_against_plain_python(
     mask = torch.tensor(
         [[0] * a + [1] * len(row) + [0] * (g - a) for row, g, a in zip(rows, gaps, left, strict=True)]
     )
-    slots = torch.tensor(kept, dtype=torch.long).reshape(len(kept), -1)
+    slots = torch.tensor(kept, dtype=torch.long).reshape(len(kept), len(kept[0]) if kept else 1)
     columns, padded = squeeze(ids, IMAGE, slots, TOTAL, mask if masked else None, side)  # type: ignore[arg-type]
     wanted = [[c + a for c in row] for row, a in zip(naive(rows, kept), left, strict=True)]
     longest = max(map(len, wanted))
