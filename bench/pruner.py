@@ -101,6 +101,7 @@ def main() -> None:
         )
     Console().print(table)
     if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
