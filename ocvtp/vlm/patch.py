@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ocvtp.pruner import check_options
 from ocvtp.selection import Selection
 from ocvtp.vlm import calls
 from ocvtp.vlm.adapter import Adapter, Positions, Settings, adapter_for
@@ -239,6 +240,7 @@ def _check(
         )
     check_layers(config.layer, facts.consumed_layers)
     require_count("keep", keep, facts.tokens, "the image tokens of this model")
+    check_options(seed, precision)
     model = adapter.model
     settings = Settings(
         pruner=pruner,

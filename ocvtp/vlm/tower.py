@@ -8,7 +8,6 @@ would share.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Collection
 from typing import Any
@@ -51,9 +50,7 @@ class TowerRun:
         heads = attention.num_heads
         query = attention.q_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2)
         key = attention.k_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-        # Half-precision scores would tie by the hundred, so a surrounding autocast ends here.
-        with without_autocast(x.device):
-            return received_attention(query, key, attention.scale, backend=backend)
+        return received_attention(query, key, attention.scale, backend=backend)
 
 
 def run_tower(tower: Any, pixel_values: torch.Tensor, taps: Collection[int]) -> TowerRun:
@@ -78,10 +75,3 @@ def run_tower(tower: Any, pixel_values: torch.Tensor, taps: Collection[int]) -> 
         if index in taps:
             outputs[index] = hidden
     return TowerRun(layer, layer_input, outputs)
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Switch a surrounding autocast off, on devices that have it."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()

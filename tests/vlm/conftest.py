@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from skips import needs_mm_route, needs_original
-from tiny_llava import llava, pruner
 from transformers import LlavaForConditionalGeneration
 
 from ocvtp import OCPruner
+from tests.vlm.skips import needs_mm_route, needs_original
+from tests.vlm.tiny_llava import llava, pruner
 
 
 @pytest.fixture(scope="session", autouse=True)

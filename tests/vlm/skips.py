@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import transformers
 from packaging.version import Version
-from tiny_llava import llava
 
 from ocvtp.vlm.handover import route_of
+from tests.vlm.tiny_llava import llava
 
 VERSION = Version(transformers.__version__)
 NATIVE_ROUTE = route_of(llava())

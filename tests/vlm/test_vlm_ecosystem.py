@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from skips import NATIVE_ROUTE
-from tiny_llava import GREEDY, IMAGE, KEEP, ONE, TOKENS, VOCAB, llava, mixed, pixels, prompt
 
 import ocvtp
+from tests.vlm.processor import write_processor
+from tests.vlm.skips import NATIVE_ROUTE
+from tests.vlm.tiny_llava import GREEDY, IMAGE, KEEP, ONE, TOKENS, llava, mixed, pixels, prompt
 
 
 @pytest.fixture
@@ -203,47 +203,12 @@ def test_a_decode_step_compiles_into_one_graph(
 # -------------------------------------------------------------------------------------------- pipeline
 
 
-def write_processor(folder: Path) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlavaProcessor, PreTrainedTokenizerFast
-
-    try:
-        from transformers import CLIPImageProcessorPil as ImageProcessor
-    except ImportError:
-        from transformers import CLIPImageProcessor as ImageProcessor
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, IMAGE)), "<image>"]
-    words += [f"w{i}" for i in range(IMAGE + 1, VOCAB)]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-        padding_side="left",
-    )
-    images = ImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    processor = LlavaProcessor(
-        image_processor=images,
-        tokenizer=fast,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-    )
-    processor.save_pretrained(folder)
-    return processor
-
-
 def test_pipeline(model: Any, oc_pruner: Any, tmp_path: Path) -> None:
     from PIL import Image
     from transformers import AutoProcessor, pipeline
 
     write_processor(tmp_path)
-    processor = AutoProcessor.from_pretrained(tmp_path, **backend_choice())
+    processor = AutoProcessor.from_pretrained(tmp_path)
     image = Image.effect_noise((80, 64), 90).convert("RGB")
     pipe = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
     ask = {"images": image, "text": "w5 <image> w6 w7", "generate_kwargs": dict(GREEDY)}
@@ -259,15 +224,6 @@ def test_pipeline(model: Any, oc_pruner: Any, tmp_path: Path) -> None:
     assert len(words) == GREEDY["max_new_tokens"]
     assert pruned.split()[-len(words) :] == words
     assert pruned != unpruned
-
-
-def backend_choice() -> dict[str, Any]:
-    """torchvision is not a requirement: the PIL image processor, by the name this transformers has for it."""
-    with contextlib.suppress(ImportError):
-        from transformers import CLIPImageProcessorPil  # noqa: F401
-
-        return {"backend": "pil"}
-    return {"use_fast": False}
 
 
 def test_native_route_is_the_one_this_transformers_has(model: Any, oc_pruner: Any) -> None:

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llava import (
+
+import ocvtp
+from ocvtp.vlm.tower import root, run_tower
+from tests.vlm.tiny_llava import (
     GREEDY,
     IMAGE,
     KEEP,
@@ -22,9 +25,6 @@ from tiny_llava import (
     prompt,
     pruner,
 )
-
-import ocvtp
-from ocvtp.vlm.tower import root, run_tower
 
 
 def hidden_states(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, ...]:

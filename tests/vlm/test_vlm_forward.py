@@ -7,10 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from skips import needs_original
-from tiny_llava import IMAGE, KEEP, LAYERS, NONE, ONE, PAD, TOKENS, TWO, llava, mixed, pad, pixels, prompt
 
 import ocvtp
+from tests.vlm.skips import needs_original
+from tests.vlm.tiny_llava import (
+    IMAGE,
+    KEEP,
+    LAYERS,
+    NONE,
+    ONE,
+    PAD,
+    TOKENS,
+    TWO,
+    llava,
+    mixed,
+    pad,
+    pixels,
+    prompt,
+)
 
 IGNORED = -100
 

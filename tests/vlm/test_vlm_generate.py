@@ -8,8 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from skips import needs_mm_route, needs_original
-from tiny_llava import (
+from transformers import (
+    GenerationConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+import ocvtp
+from ocvtp.vlm.tower import root
+from tests.vlm.skips import needs_mm_route, needs_original
+from tests.vlm.tiny_llava import (
     GREEDY,
     IMAGE,
     KEEP,
@@ -24,18 +36,6 @@ from tiny_llava import (
     prompt,
     text_config,
 )
-from transformers import (
-    GenerationConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
-
-import ocvtp
-from ocvtp.vlm.tower import root
 
 DROPPED = TOKENS - KEEP
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llava import GREEDY, KEEP, llava, mixed, pruner
 
 import ocvtp
+from tests.vlm.tiny_llava import GREEDY, KEEP, llava, mixed, pruner
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,11 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from skips import NATIVE_ROUTE, needs_original
-from tiny_llava import GREEDY, KEEP, LAYERS, ONE, TOKENS, WIDTH, llava, pixels, prompt, pruner, text_config
 from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 import ocvtp
+from ocvtp_kernels import BackendUnavailableError
+from tests.vlm.skips import NATIVE_ROUTE, needs_original
+from tests.vlm.tiny_llava import (
+    GREEDY,
+    KEEP,
+    LAYERS,
+    ONE,
+    TOKENS,
+    WIDTH,
+    llava,
+    pixels,
+    prompt,
+    pruner,
+    text_config,
+)
 
 
 @pytest.fixture
@@ -152,6 +165,13 @@ def test_unknown_settings(model: Any, oc_pruner: Any) -> None:
         ocvtp.apply(model, oc_pruner, keep=KEEP, positions="gapped")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend must be"):
         ocvtp.apply(model, oc_pruner, keep=KEEP, backend="cuda")
+    with pytest.raises(BackendUnavailableError, match="no Triton kernel"):
+        ocvtp.apply(model, oc_pruner, keep=KEEP, backend="triton")
+    with pytest.raises(ValueError, match="precision must be"):
+        ocvtp.apply(model, oc_pruner, keep=KEEP, precision="int8")
+    with pytest.raises(ValueError, match="seed must be"):
+        ocvtp.apply(model, oc_pruner, keep=KEEP, seed=-1)
+    assert "forward" not in model.__dict__
 
 
 def test_unsupported_models(oc_pruner: Any) -> None:

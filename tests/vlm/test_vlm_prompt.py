@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_llava import IMAGE, PAD
 
 from ocvtp.vlm.prompt import remap_kept_logits, restore_prompt, running_positions, squeeze, take
+from tests.vlm.tiny_llava import IMAGE, PAD
 
 TOTAL = 4
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from skips import IMAGES_BEHIND_CACHE, needs_images_behind_cache, needs_original
-from tiny_llava import GREEDY, IMAGE, KEEP, NONE, ONE, TOKENS, TWO, mixed, pad, pixels, prompt
 from transformers import DynamicCache
 
 import ocvtp
+from tests.vlm.skips import IMAGES_BEHIND_CACHE, needs_images_behind_cache, needs_original
+from tests.vlm.tiny_llava import GREEDY, IMAGE, KEEP, NONE, ONE, TOKENS, TWO, mixed, pad, pixels, prompt
 
 NEW = GREEDY["max_new_tokens"]
 FOLLOW_UP = [40, 41, 42]
