@@ -243,6 +243,12 @@ def test_plain_lists_and_library_criteria(compact: Any, one: dict[str, torch.Ten
     out = compact.generate(**one, **GREEDY, stopping_criteria=[stop])
     assert out.shape[1] == len(ONE) + 2  # replaces generate's own, as upstream
     assert stop.max_length == len(ONE) + 2
+    # Also where it is the more generous one of the two.
+    stop = MaxLengthCriteria(max_length=len(ONE) + 9)
+    out = compact.generate(**one, **GREEDY, stopping_criteria=[stop])
+    ocvtp.remove(compact)
+    assert out.shape == compact.generate(**one, **GREEDY, stopping_criteria=[stop]).shape
+    assert out.shape[1] == len(ONE) + 9
 
 
 class Collector:

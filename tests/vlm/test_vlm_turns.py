@@ -98,6 +98,36 @@ def test_rows_of_a_turn_may_differ_in_images(patched: Any) -> None:
             torch.testing.assert_close(a[row], b[0], atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_rows_of_a_forward_turn_may_differ_in_images(patched: Any) -> None:
+    images = pixels(3)
+    first = patched(input_ids=torch.tensor([ONE, ONE]), pixel_values=images[:2], use_cache=True)
+    text = [50 + i for i in range(len(SECOND_IMAGE))]
+    new = torch.tensor([SECOND_IMAGE, text])
+    got = patched(input_ids=new, pixel_values=images[2:], past_key_values=first.past_key_values).logits
+    for row, own in ((0, images[[0, 2]]), (1, images[[1]])):
+        ids = torch.tensor([ONE + new[row].tolist()])
+        want = patched(input_ids=ids, pixel_values=own).logits[0]
+        torch.testing.assert_close(got[row, -2:], want[-2:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_failure_before_the_cache_is_touched(patched: Any) -> None:
+    class Fault(Exception):
+        pass
+
+    def fail(*_: Any) -> None:
+        raise Fault
+
+    turn = ask(patched, torch.tensor([ONE]), None, pixels(1))
+    ids = extended(turn.sequences, FOLLOW_UP)
+    handle = patched.model.language_model.register_forward_pre_hook(fail)
+    with pytest.raises(Fault):
+        ask(patched, ids, turn.past_key_values)
+    handle.remove()
+    want = ask(patched, ids, None, pixels(1))
+    assert_same_answer(ask(patched, ids, turn.past_key_values), want, ids.shape[1])
+
+
 def test_an_unpruned_first_turn(patched: Any) -> None:
     needs_images_behind_cache()
     turn = ask(patched, torch.tensor([NONE]), DynamicCache())
