@@ -6,6 +6,7 @@ decoder, possibly wrapped in ``{"state_dict": ...}``. Nothing here executes code
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -75,6 +76,21 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     return unwrap_state_dict(loaded)
 
 
+def read_config(path: Path) -> PrunerConfig:
+    """The configuration in a ``config.json``.
+
+    Raises:
+        CheckpointError: not a JSON object, or one that this version does not understand; names the file.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object; got {type(values).__name__}")
+        return PrunerConfig.from_dict(values)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no pruner's configuration: {error}") from error
+
+
 def unwrap_state_dict(loaded: object) -> dict[str, torch.Tensor]:
     """The tensors of a state dict, or of ``{"state_dict": ...}`` around one.
 
@@ -137,7 +153,14 @@ def config_from_official(
 
 
 def from_official_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Official names -> ours; a name that is not official is kept, for :func:`check_state` to report."""
+    """Official names -> ours.
+
+    Raises:
+        CheckpointError: a name that is not official.
+    """
+    unexpected = sorted(key for key in state if not key.startswith(tuple(_PREFIXES)))
+    if unexpected:
+        raise CheckpointError(f"unexpected key(s) {unexpected}")
     return {_rename(key, _PREFIXES): tensor for key, tensor in state.items()}
 
 
@@ -178,6 +201,9 @@ def check_state(
             raise CheckpointError(f"{shown([key])[0]!r} is {tensor.dtype}; weights must be floating point")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{shown([key])[0]!r} contains NaN or Inf")
+    dtypes = sorted({str(tensor.dtype) for tensor in state.values()})
+    if len(dtypes) > 1:
+        raise CheckpointError(f"all weights must have one dtype; this state dict has {', '.join(dtypes)}")
 
 
 def _rename(key: str, prefixes: Mapping[str, str]) -> str:

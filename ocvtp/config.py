@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -50,6 +51,10 @@ class PrunerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"PrunerConfig.{name} must be an int >= {least}; got {value!r}")
+        for name in ("eps", "dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"PrunerConfig.{name} must be a finite number; got {value!r}")
         if not self.eps > 0:
             raise ValueError(f"PrunerConfig.eps must be positive; got {self.eps!r}")
         if not 0 <= self.dropout < 1:

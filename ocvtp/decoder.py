@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ocvtp.config import PrunerConfig
+from ocvtp_kernels._checks import require_shape
 
 
 class ReconstructionDecoder(nn.Module):
@@ -58,13 +59,9 @@ class ReconstructionDecoder(nn.Module):
             ``[B, N, C]``.
 
         Raises:
-            ValueError: another number of tokens than the decoder was made for.
+            TypeError, ValueError: see :meth:`check`.
         """
-        if features.shape[1] != self.position.shape[1]:
-            raise ValueError(
-                f"this decoder has positions for {self.position.shape[1]} tokens per image; "
-                f"got {features.shape[1]}"
-            )
+        self.check(features, mask)
         tokens = self.token_norm(self.token_proj(features))
         if mask is not None:
             tokens = torch.where(mask[:, :, None], self.mask_token, tokens)
@@ -73,3 +70,23 @@ class ReconstructionDecoder(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, memory)
         return hidden
+
+    def check(self, features: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Refuse what :meth:`forward` could not use, before anything is computed.
+
+        Raises:
+            TypeError: a mask that is not bool.
+            ValueError: another number of tokens than the decoder was made for, or a mask of another shape.
+        """
+        batch, tokens, _ = features.shape
+        if tokens != self.position.shape[1]:
+            raise ValueError(
+                f"this decoder has positions for {self.position.shape[1]} tokens per image; got {tokens}"
+            )
+        if mask is None:
+            return
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool; got {getattr(mask, 'dtype', type(mask).__name__)}")
+        require_shape("mask", mask, (None, tokens), "[B or 1, N]")
+        if mask.shape[0] not in (1, batch):
+            raise ValueError(f"mask must have batch size 1 or {batch}; got {mask.shape[0]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 
@@ -20,18 +21,25 @@ class FoldedState:
         self.weights = weights
         self._starts: OrderedDict[tuple[int, int], SlotStart] = OrderedDict()
 
+    def known_start(self, num_slots: int, seed: int) -> SlotStart | None:
+        """The constants of seeded noise, if they were made before."""
+        return self._starts.get((num_slots, seed))
+
     def start(self, num_slots: int, seed: int, make: Callable[[], SlotStart]) -> SlotStart:
         """The constants of seeded noise, made on first use; the oldest go when there are many."""
-        found = self._starts.get((num_slots, seed))
+        found = self.known_start(num_slots, seed)
         if found is None:
-            found = self._starts[num_slots, seed] = make()
+            found = self._starts[num_slots, seed] = settled(make)
             while len(self._starts) > _CACHED_STARTS:
                 self._starts.popitem(last=False)
         return found
 
 
 def fingerprint(parameters: Iterable[torch.Tensor]) -> tuple[object, ...]:
-    """Changes whenever a value may have: in-place writes, swapped storage, replaced parameters."""
+    """Changes with in-place writes that autograd counts, with swapped storage and replaced parameters.
+
+    Fused optimizers, writes through ``.data`` and writes to inference tensors leave no trace in it.
+    """
     return tuple(
         (
             id(parameter),
@@ -40,3 +48,22 @@ def fingerprint(parameters: Iterable[torch.Tensor]) -> tuple[object, ...]:
         )
         for parameter in parameters
     )
+
+
+_Made = TypeVar("_Made", FoldedWeights, SlotStart)
+
+
+def settled(make: Callable[[], _Made]) -> _Made:
+    """``make()``, finished on its device, so that any stream may read the result from now on.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which would own what outlives it.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "call the pruner once with the same num_slots and seed before capturing it in a CUDA graph"
+        )
+    made = make()
+    if made[0].is_cuda:
+        torch.cuda.current_stream(made[0].device).synchronize()
+    return made

@@ -12,9 +12,11 @@ def seeded_normal(rows: int, width: int, seed: int) -> torch.Tensor:
     An operator of its own because ``torch.compile`` can't trace a generator, and drawn on the CPU because
     generators of different devices disagree.
     """
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    # Explicit, because a process may have set another default device or dtype.
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randn(rows, width, generator=generator, device="cpu", dtype=torch.float32)
 
 
 @seeded_normal.register_fake
 def _(rows: int, width: int, seed: int) -> torch.Tensor:
-    return torch.empty(rows, width)
+    return torch.empty(rows, width, device="cpu", dtype=torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing_extensions import Self
 from ocvtp import checkpoint
 from ocvtp.config import PrunerConfig
 from ocvtp.decoder import ReconstructionDecoder
-from ocvtp.folding import FoldedState, fingerprint
+from ocvtp.folding import FoldedState, fingerprint, settled
 from ocvtp.hub import PrunerFiles
 from ocvtp.noise import seeded_normal
 from ocvtp.selection import Selection
+from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels.selection import select_tokens
@@ -128,7 +128,8 @@ class OCPruner(
     ) -> Selection:
         """Choose which tokens of each image to keep. Computes in at least float32, autocast or not.
 
-        Same features, seed and machine: same bits, whatever the batch around them.
+        Same features, seed and machine: same bits, whatever the batch around them. Weights are folded on the
+        first call and kept (not in training mode); see :meth:`refold` for what goes unnoticed.
 
         Args:
             features: ``[B, N, in_dim]`` floating point, CLS dropped: the output of encoder layer
@@ -140,12 +141,15 @@ class OCPruner(
             noise: ``[B or 1, num_slots, slot_dim]`` standard normal; ``None`` draws it from ``seed``, the
                 same for every image.
             seed: of the noise, ``0 <= seed < 2**63``.
-            num_slots: slots that compete for the tokens; default ``keep``.
+            num_slots: slots that compete for the tokens; default ``keep``. One slot alone owns everything
+                alike and picks token 0: for ``keep=1`` let several compete.
             backend: ``"auto"``, ``"torch"`` or ``"triton"``.
-            precision: of the matrix products: ``"auto"``, ``"fp32"``, ``"tf32"`` or ``"fp16"``.
+            precision: of the matrix products: ``"auto"``, ``"fp32"``, ``"tf32"`` or ``"fp16"``. ``"auto"``
+                takes float32 products as ``torch.set_float32_matmul_precision`` has them.
             return_attention: also return the slot attention map.
             batch_invariant: compute image by image, so that matrix shapes, and with them rounding, do not
-                depend on the batch. ``False`` is faster on a GPU at large ``B``.
+                depend on the batch. ``False`` is faster on a GPU at large ``B``, and under ``torch.compile``,
+                which unrolls the images.
 
         Returns:
             A :class:`~ocvtp.selection.Selection`.
@@ -158,14 +162,10 @@ class OCPruner(
         """
         check_options(seed, precision)
         self._check_inputs(features, keep, fill_scores, noise, num_slots)
+        resolve_backend(backend, "slot_attention", features.device)
         slots = keep if num_slots is None else num_slots
         with without_autocast(features.device):
             weights, start = self._folded(noise, seed, slots)
-            if start.slots.device != features.device:
-                raise ValueError(
-                    f"features are on {features.device}, the pruner on {start.slots.device}; "
-                    "move one with .to(device)"
-                )
             x = features.to(start.slots.dtype)
             images = x.split(1) if batch_invariant else (x,)
             starts = _per_image(start, len(images))
@@ -215,8 +215,17 @@ class OCPruner(
         )
 
     def initial_slots(self, noise: torch.Tensor) -> torch.Tensor:
-        """``mean + exp(log_std) * noise``: ``[..., K, D] -> [..., K, D]``, differentiable."""
-        return self.slot_mean + self.slot_log_std.exp() * noise
+        """``mean + exp(log_std) * noise`` in the noise's dtype, ``[..., K, D]``; differentiable."""
+        return self.slot_mean.to(noise.dtype) + self.slot_log_std.to(noise.dtype).exp() * noise
+
+    def refold(self) -> None:
+        """Forget the folded weights; the next call makes them anew.
+
+        Needed only after parameters of a pruner in eval mode changed unseen: through ``.data``, a fused
+        optimizer, a write to inference tensors, or any in-place write where ``forward`` is compiled.
+        Training mode, ``load_state_dict`` and ``.to()`` take care of themselves.
+        """
+        self._folded_state = None
 
     # ------------------------------------------------------------------------------------- training
 
@@ -232,7 +241,7 @@ class OCPruner(
         """Slots, their attention and the decoder's reconstruction, all differentiable (the training path).
 
         Args:
-            features: ``[B, N, in_dim]`` floating point.
+            features: ``[B, N, in_dim]`` floating point; converted to the parameters' dtype.
             num_slots: slots that compete for the tokens.
             noise: ``[B or 1, num_slots, slot_dim]`` standard normal, or ``None`` to draw it from ``seed``.
             seed: of the noise; the same for every image.
@@ -250,13 +259,11 @@ class OCPruner(
             )
         check_options(seed)
         self._check_inputs(features, 1, None, noise, num_slots)
-        if mask is not None:
-            if mask.dtype != torch.bool:
-                raise TypeError(f"mask must be bool; got {mask.dtype}")
-            require_shape("mask", mask, (None, features.shape[1]), "[B or 1, N]")
+        self.decoder.check(features, mask)
+        features = features.to(self.slot_mean.dtype)
         slots, attention = slot_attention(
             features,
-            self.initial_slots(self._noise(noise, seed, num_slots)),
+            self.initial_slots(self._noise(noise, seed, num_slots, features.dtype)),
             self.weights(),
             num_iters=self.config.num_iters,
             eps=self.config.eps,
@@ -343,8 +350,8 @@ class OCPruner(
 
         Raises:
             FileNotFoundError: no such folder, or no weights in it.
-            CheckpointError: a key missing, unexpected, misshapen or not finite; names it.
-            ValueError: ``config.json`` has fields this version does not know.
+            CheckpointError: ``config.json`` that this version does not understand, or a key missing,
+                unexpected, misshapen or not finite; names it.
         """
         files = PrunerFiles(
             folder_or_repo_id,
@@ -358,7 +365,7 @@ class OCPruner(
             config_file = files.find(_CONFIG)
             if config_file is None:
                 raise checkpoint.CheckpointError(f"{folder_or_repo_id} has {_WEIGHTS} but no {_CONFIG}")
-            config = PrunerConfig.from_dict(json.loads(config_file.read_text(encoding="utf-8")))
+            config = checkpoint.read_config(config_file)
             pruner = cls._from_state(config, checkpoint.read_state_dict(weights), official_names=False)
         elif (weights := files.find(_OFFICIAL_WEIGHTS)) is not None:
             pruner = cls.from_official(weights)
@@ -369,17 +376,19 @@ class OCPruner(
     # ------------------------------------------------------------------------------------ internals
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode. Entering it forgets folded weights, which are about to be outdated."""
-        if mode:
-            self._folded_state = None
+        """Set training mode, and forget folded weights: in training mode none are kept."""
+        self.refold()
         return super().train(mode)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded_state": None}
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._folded_state = None
+        self.refold()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        self._folded_state = None
+        self.refold()
         return super()._apply(fn, recurse)
 
     def _check_inputs(
@@ -399,6 +408,11 @@ class OCPruner(
         slots = keep
         if num_slots is not None:
             slots = require_count("num_slots", num_slots, 1_000_000, "a sane number of slots")
+        if features.device != self.slot_mean.device:
+            raise ValueError(
+                f"features are on {features.device}, the pruner on {self.slot_mean.device}; "
+                "move one with .to(device)"
+            )
         _check_finite("features", features)
         if fill_scores is not None:
             require_floating("fill_scores", fill_scores)
@@ -413,36 +427,40 @@ class OCPruner(
                 raise ValueError(f"noise must have batch size 1 or {batch}; got {noise.shape[0]}")
             _check_finite("noise", noise)
 
-    def _noise(self, noise: torch.Tensor | None, seed: int, num_slots: int) -> torch.Tensor:
+    def _noise(
+        self, noise: torch.Tensor | None, seed: int, num_slots: int, dtype: torch.dtype
+    ) -> torch.Tensor:
         if noise is None:
             noise = seeded_normal(num_slots, self.config.slot_dim, seed)[None]
-        return noise.to(self.slot_mean)
+        return noise.to(self.slot_mean.device, dtype)
 
     def _folded(
         self, noise: torch.Tensor | None, seed: int, num_slots: int
     ) -> tuple[FoldedWeights, SlotStart]:
-        """Folded weights and first-iteration constants, from the cache where parameters are unchanged."""
-        cache = self._folded_state
-        compiling = torch.compiler.is_compiling()
-        # A compiled graph can't look at version counters: it takes what the last eager call left (any
-        # change of weights through load_state_dict, .to() or training forgets it), or folds by itself.
-        if not compiling:
-            current = fingerprint(self.parameters())
-            if cache is None or cache.fingerprint != current:
-                cache = self._folded_state = FoldedState(current, self._fold())
-        weights = cache.weights if cache is not None else self._fold()
+        """Folded weights and first-iteration constants, kept while parameters are unchanged."""
+        state = self._folded_state
+        # A compiled graph can't look at version counters: it takes what the last eager call left, or
+        # folds by itself. Whatever may outdate that must call refold().
+        if not torch.compiler.is_compiling() and not self.training:
+            folded_parameters = (*self.weights(), self.slot_mean, self.slot_log_std)
+            current = fingerprint(folded_parameters)
+            if state is None or state.fingerprint != current:
+                state = self._folded_state = FoldedState(current, settled(self._fold))
+        weights = self._fold() if state is None else state.weights
 
         def make() -> SlotStart:
-            slots = self.initial_slots(self._noise(noise, seed, num_slots))
-            return start_from_slots(slots.to(weights.query_weight.dtype), weights)
+            dtype = weights.query_weight.dtype
+            return start_from_slots(self.initial_slots(self._noise(noise, seed, num_slots, dtype)), weights)
 
-        if noise is not None or compiling or cache is None:
+        if noise is not None or state is None:
             return weights, make()
-        return weights, cache.start(num_slots, seed, make)
+        if torch.compiler.is_compiling():
+            known = state.known_start(num_slots, seed)
+            return weights, make() if known is None else known
+        return weights, state.start(num_slots, seed, make)
 
     def _fold(self) -> FoldedWeights:
-        dtype = torch.promote_types(self.slot_mean.dtype, torch.float32)
-        return fold(self.weights(), dtype)
+        return fold(self.weights(), torch.promote_types(self.slot_mean.dtype, torch.float32))
 
 
 def check_options(seed: int, precision: str = "auto") -> None:
@@ -453,6 +471,11 @@ def check_options(seed: int, precision: str = "auto") -> None:
         raise ValueError(f'precision must be "auto", "fp32", "tf32" or "fp16"; got {precision!r}')
     if precision in ("tf32", "fp16"):
         raise ValueError(f'precision="{precision}" needs a Triton kernel; this version has none')
+    if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
+        raise ValueError(
+            'precision="fp32" needs torch.set_float32_matmul_precision("highest"); '
+            f"it is {torch.get_float32_matmul_precision()!r}"
+        )
 
 
 def _per_image(start: SlotStart, images: int) -> list[SlotStart]:

@@ -106,6 +106,12 @@ def broken(golden: Golden, name: str) -> tuple[object, str]:
     if name == "unexpected":
         state["aggregat.proj_x.weight"] = state[key]
         return state, "aggregat.proj_x.weight"
+    if name == "one of our names":
+        state["encoder.norm.weight"] = state["encode_project.mlp.0.weight"]
+        return state, "encoder.norm.weight"
+    if name == "mixed dtypes":
+        state[key] = state[key].half()
+        return state, "one dtype"
     if name == "misshapen":
         state[key] = state[key][:-1]
         return state, key
@@ -132,6 +138,8 @@ def broken(golden: Golden, name: str) -> tuple[object, str]:
         "missing size",
         "missing decoder part",
         "unexpected",
+        "one of our names",
+        "mixed dtypes",
         "misshapen",
         "wrong rank",
         "not finite",
@@ -196,6 +204,7 @@ def test_our_format_round_trip(tmp_path: Path, config: PrunerConfig) -> None:
     x = torch.randn(2, 49, config.in_dim)
     assert torch.equal(loaded(x, keep=9).indices, pruner(x, keep=9).indices)
     assert OCPruner.from_pretrained(tmp_path).config == config  # a Path, too
+    assert OCPruner.from_pretrained(tmp_path, map_location="meta").slot_mean.is_meta
 
 
 def test_our_format_of_a_default_pruner_and_of_half_weights(tmp_path: Path) -> None:
@@ -216,8 +225,12 @@ def test_damaged_folders(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
 
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_heads": 3}))
-    with pytest.raises(ValueError, match="num_heads"):
+    with pytest.raises(CheckpointError, match="num_heads"):
         OCPruner.from_pretrained(str(tmp_path))
+    for text in ("{", "[]", '{"eps": "small"}', '{"dropout": null}', '{"eps": Infinity}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json is no pruner's configuration"):
+            OCPruner.from_pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({**config, "slot_dim": 64}))
     with pytest.raises(CheckpointError, match=r"has shape \[32\]; the other sizes ask for \[64\]"):
         OCPruner.from_pretrained(str(tmp_path))

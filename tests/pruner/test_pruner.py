@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from ocvtp_kernels.slot_attention import slot_attention
 from tests.conftest import SMALL, make_pruner, relative_error
 
 PRUNER = make_pruner()
+DECODING = replace(SMALL, decoder_layers=2, decoder_ffn_dim=64, decoder_tokens=50)
 
 
 def features(batch: int = 2, tokens: int = 50, seed: int = 0) -> torch.Tensor:
@@ -61,6 +64,20 @@ def test_equals_the_plain_reference_in_single() -> None:
     assert torch.equal(selection.indices, select_tokens(plain, 64)[0])
 
 
+@pytest.mark.parametrize(("num_iters", "eps"), [(1, 1e-5), (2, 1e-5), (3, 0.5), (4, 1e-5)])
+def test_iterations_and_eps_are_the_configs(num_iters: int, eps: float) -> None:
+    pruner = make_pruner(replace(DECODING, num_iters=num_iters, eps=eps)).double()
+    x, noise = features(2).double(), torch.randn(1, 8, SMALL.slot_dim, dtype=torch.float64)
+    slots, attention = slot_attention(
+        x, pruner.initial_slots(noise), pruner.weights(), num_iters=num_iters, eps=eps
+    )
+    folded = pruner(x, keep=8, noise=noise, return_attention=True).slot_attention
+    assert relative_error(folded, attention) <= 1e-11
+    trained = pruner.reconstruct(x, num_slots=8, noise=noise)
+    assert torch.equal(trained.slots, slots)
+    assert torch.equal(trained.slot_attention, attention)
+
+
 def test_same_bits_whatever_the_batch() -> None:
     x, fill = features(5, 100), torch.rand(5, 100)
     together = PRUNER(x, keep=20, fill_scores=fill, return_attention=True)
@@ -96,6 +113,13 @@ def test_seeds() -> None:
     state = torch.get_rng_state()
     attention(seed=11)
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is not touched
+    for default in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            again = copy.deepcopy(PRUNER)(x, keep=8, seed=3, return_attention=True).slot_attention
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(again, attention(seed=3))
     same_image = PRUNER(x[:1].expand(3, -1, -1), keep=8, seed=3)
     assert (same_image.indices == same_image.indices[0]).all()  # every image gets the same slots
 
@@ -129,6 +153,42 @@ class TestFoldedWeightsFollowTheParameters:
         after = self.attention(pruner)
         assert not torch.allclose(before, after)
         assert torch.equal(after, self.attention(copy.deepcopy(pruner)))
+
+    def test_fused_optimizer_in_training_mode(self) -> None:
+        """Fused optimizers leave version counters alone, so training mode keeps nothing folded."""
+        pruner = make_pruner().train()
+        before = self.attention(pruner)
+        for parameter in pruner.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        torch.optim.AdamW(pruner.parameters(), lr=0.1, fused=True).step()
+        after = self.attention(pruner)
+        assert not torch.allclose(before, after)
+        assert torch.equal(self.attention(pruner.eval()), after)
+
+    def test_writes_that_leave_no_trace_need_refold(self) -> None:
+        pruner = make_pruner()
+        before = self.attention(pruner)
+        pruner.slot_mean.data.add_(1.0)
+        pruner.refold()
+        assert not torch.allclose(before, self.attention(pruner))
+
+    @pytest.mark.parametrize("change", ["train and eval", "double and float", "refold"])
+    def test_compiled_code_follows(self, change: str) -> None:
+        torch._dynamo.reset()
+        pruner, x = make_pruner(), features(1)
+        compiled = torch.compile(pruner, fullgraph=True, backend="aot_eager")
+        pruner(x, keep=8)
+        compiled(x, keep=8)
+        with torch.no_grad():
+            pruner.slot_mean.add_(torch.randn_like(pruner.slot_mean))
+        if change == "train and eval":
+            pruner.train().eval()
+        elif change == "double and float":
+            pruner.double().float()
+        else:
+            pruner.refold()
+        got = compiled(x, keep=8, return_attention=True).slot_attention
+        assert relative_error(got, self.attention(copy.deepcopy(pruner))) <= 1e-5
 
     def test_in_place_write(self) -> None:
         pruner = make_pruner()
@@ -170,11 +230,15 @@ class TestFoldedWeightsFollowTheParameters:
             inside = self.attention(pruner)
         assert torch.equal(inside, self.attention(make_pruner()))
 
-    def test_nothing_extra_is_saved(self) -> None:
+    def test_nothing_extra_is_saved(self, tmp_path: Path) -> None:
         pruner = make_pruner()
         keys = set(pruner.state_dict())
+        torch.save(pruner, tmp_path / "before.pt")
         self.attention(pruner)
+        torch.save(pruner, tmp_path / "after.pt")
         assert set(pruner.state_dict()) == keys
+        sizes = [(tmp_path / name).stat().st_size for name in ("before.pt", "after.pt")]
+        assert abs(sizes[1] - sizes[0]) < 1000  # the folded copy would be fifty times that
 
 
 def test_many_seeds_stay_bounded() -> None:
@@ -193,8 +257,10 @@ def test_half_features_are_computed_in_single(dtype: torch.dtype) -> None:
     got = PRUNER(x, keep=8, return_attention=True)
     assert got.slot_attention.dtype == torch.float32
     assert torch.equal(got.slot_attention, want.slot_attention)
-    half = make_pruner().to(dtype)(x, keep=8, return_attention=True)  # half weights too
-    assert half.slot_attention.dtype == torch.float32
+    # Half weights are rounded once, in the checkpoint, and nowhere else.
+    half = make_pruner().to(dtype)(x, keep=8, return_attention=True)
+    upcast = make_pruner().to(dtype).float()(x, keep=8, return_attention=True)
+    assert torch.equal(half.slot_attention, upcast.slot_attention)
 
 
 def test_autocast_does_not_reach_the_pruner() -> None:
@@ -238,8 +304,27 @@ def test_compiled_code_still_refuses_nan() -> None:
         compiled(bad, keep=8)
 
 
-def test_no_host_synchronisation_on_a_gpu() -> None:
-    """A meta tensor has no values: whatever would wait for one on a GPU raises here."""
+def test_a_warm_compiled_graph_draws_no_noise() -> None:
+    """Noise is drawn on the CPU; in a warm graph it would cost a copy to the device on every call."""
+    torch._dynamo.reset()
+    graphs: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    pruner = make_pruner()
+    compiled = torch.compile(pruner, fullgraph=True, backend=record)
+    compiled(features(1), keep=8)
+    assert "seeded_normal" in graphs[-1]
+    torch._dynamo.reset()
+    pruner(features(1), keep=8)
+    compiled(features(1), keep=8)
+    assert "seeded_normal" not in graphs[-1]
+
+
+def test_python_never_waits_for_a_value() -> None:
+    """A meta tensor has no values: whatever would read one back from a GPU raises here."""
     with torch.device("meta"):
         pruner = OCPruner(SMALL)
         x = torch.randn(4, 100, SMALL.in_dim, dtype=torch.float16)
@@ -291,6 +376,17 @@ BAD_INPUT = [
 ]
 
 
+def test_explicit_single_precision_is_not_quietly_less() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(ValueError, match="set_float32_matmul_precision"):
+            PRUNER(features(), keep=8, precision="fp32")
+        PRUNER(features(), keep=8)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert PRUNER(features(), keep=8, precision="fp32").indices.shape == (2, 8)
+
+
 @pytest.mark.parametrize(("change", "error", "message"), BAD_INPUT)
 def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
     arguments = {"features": features(), "keep": 8, **change}
@@ -299,8 +395,10 @@ def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
 
 
 def test_features_on_another_device() -> None:
-    with pytest.raises(ValueError, match=r"move one with \.to"):
-        PRUNER(torch.empty(1, 20, SMALL.in_dim, device="meta"), keep=4)
+    elsewhere = torch.empty(1, 100, SMALL.in_dim, device="meta")
+    for call in (PRUNER, make_pruner(DECODING).reconstruct):
+        with pytest.raises(ValueError, match=r"move one with \.to"):
+            call(elsewhere)
 
 
 def test_reconstruct_without_a_decoder() -> None:
@@ -309,16 +407,7 @@ def test_reconstruct_without_a_decoder() -> None:
 
 
 def test_reconstruct_with_a_mask() -> None:
-    config = PrunerConfig(
-        in_dim=48,
-        hidden_dim=96,
-        slot_dim=32,
-        ffn_dim=64,
-        decoder_layers=2,
-        decoder_ffn_dim=64,
-        decoder_tokens=50,
-    )
-    pruner = make_pruner(config)
+    pruner = make_pruner(DECODING)
     x, mask = features(2, 50), torch.zeros(1, 50, dtype=torch.bool)
     mask[:, 10:] = True
     plain = pruner.reconstruct(x, num_slots=6)
@@ -331,24 +420,18 @@ def test_reconstruct_with_a_mask() -> None:
     slots = hidden.slots
     assert torch.equal(pruner.decoder(x, slots, mask), pruner.decoder(moved, slots, mask))
     assert not torch.equal(pruner.decoder(x, slots), pruner.decoder(moved, slots))
-    with pytest.raises(TypeError, match="mask must be bool"):
-        pruner.reconstruct(x, mask=mask.float())
+    for wrong in (mask.float(), mask.tolist()):
+        with pytest.raises(TypeError, match="mask must be bool"):
+            pruner.reconstruct(x, mask=wrong)
+    with pytest.raises(ValueError, match="mask must have batch size 1 or 2"):
+        pruner.reconstruct(x, mask=mask.expand(3, -1))
+    assert torch.equal(pruner.reconstruct(x.double(), num_slots=6).slots, plain.slots)
     with pytest.raises(ValueError, match="positions for 50 tokens"):
         pruner.reconstruct(features(2, 49))
 
 
 def test_dropout_only_in_training() -> None:
-    config = PrunerConfig(
-        in_dim=48,
-        hidden_dim=96,
-        slot_dim=32,
-        ffn_dim=64,
-        dropout=0.5,
-        decoder_layers=1,
-        decoder_ffn_dim=64,
-        decoder_tokens=50,
-    )
-    pruner, x = make_pruner(config), features(1, 50)
+    pruner, x = make_pruner(replace(DECODING, dropout=0.5)), features(1, 50)
     assert torch.equal(pruner.reconstruct(x, 6).slots, pruner.reconstruct(x, 6).slots)
     pruner.train()
     assert not torch.allclose(pruner.reconstruct(x, 6).slots, pruner.reconstruct(x, 6).slots)

@@ -40,6 +40,8 @@ def received_attention(
     require_floating("k", k)
     require_shape("q", q, (None, None, None, None), "[B, H, M, d]")
     require_shape("k", k, (q.shape[0], q.shape[1], None, q.shape[3]), "[B, H, N, d]")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"q and k must not be empty; got {list(q.shape)} and {list(k.shape)}")
     resolve_backend(backend, "received_attention", q.device)
     with without_autocast(q.device):
         return reference.received_attention(q, k, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -60,6 +60,8 @@ def area_weighted_mse(
     batch, tokens, _ = reconstruction.shape
     require_shape("features", features, tuple(reconstruction.shape), "[B, N, C] of reconstruction")
     require_shape("slot_attention", slot_attention, (batch, None, tokens), "[B, K, N]")
+    if 0 in reconstruction.shape or 0 in slot_attention.shape:
+        raise ValueError(f"nothing to compare: reconstruction has shape {list(reconstruction.shape)}")
     if empty_slots not in get_args(EmptySlots):
         raise ValueError(f'empty_slots must be "exclude" or "official"; got {empty_slots!r}')
     if reduction not in get_args(Reduction):

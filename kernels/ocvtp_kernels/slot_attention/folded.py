@@ -56,7 +56,9 @@ class SlotStart(NamedTuple):
 @torch.no_grad()
 def fold(weights: SlotAttentionWeights, dtype: torch.dtype = torch.float32) -> FoldedWeights:
     """Multiply a checkpoint out, in float64, and round the result to ``dtype`` once."""
-    w = SlotAttentionWeights(*(tensor.detach().double() for tensor in weights))
+    device = weights.query_weight.device
+    exact = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
+    w = SlotAttentionWeights(*(tensor.detach().to(exact, torch.float64) for tensor in weights))
     query_key = w.query_weight.T @ w.key_weight * w.query_weight.shape[0] ** -0.5  # [slot side, token side]
     # One matrix for both the logits' token side and, as its last column, the slot's own bias.
     token_side = torch.cat(
@@ -79,7 +81,7 @@ def fold(weights: SlotAttentionWeights, dtype: torch.dtype = torch.float32) -> F
         mlp_fc2_weight=w.mlp_fc2_weight,
         mlp_fc2_bias=w.mlp_fc2_bias,
     )
-    return FoldedWeights(*(tensor.to(dtype, copy=True).contiguous() for tensor in folded))
+    return FoldedWeights(*(tensor.to(device, dtype, copy=True).contiguous() for tensor in folded))
 
 
 def start_from_slots(slots: torch.Tensor, w: FoldedWeights) -> SlotStart:
