@@ -25,6 +25,7 @@ ModelOption = Annotated[str, typer.Option(help="Model folder, or Hub id such as 
 PrunerOption = Annotated[str, typer.Option(help="Pruner folder, Hub id, or official weights file.")]
 KeepOption = Annotated[int, typer.Option(help="Image tokens to keep per image.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the pruner's slots.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ImageArgument = Annotated[Path, typer.Argument(help="The photograph.", show_default=False)]
@@ -62,7 +63,7 @@ def prune(
     keep: KeepOption = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: DtypeOption = "auto",
     positions: Annotated[Positions, typer.Option(help="Positions of the kept tokens.")] = Positions.auto,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -98,6 +99,7 @@ def visualize(
     keep: KeepOption = 64,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("overlay.png"),
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
 ) -> None:
     """Draw which patches of an image are kept, and the slot each patch belongs to."""
@@ -111,6 +113,7 @@ def visualize(
             keep=keep,
             out=out,
             device=device,
+            dtype=dtype,
             seed=seed,
             console=Console(stderr=True),
         )

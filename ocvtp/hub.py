@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 
 class PrunerFiles:
@@ -38,7 +38,9 @@ class PrunerFiles:
             raise FileNotFoundError(
                 f"{self.source} is neither a folder nor a repository id like 'name/pruner'"
             ) from error
-        except EntryNotFoundError as error:  # not in the repository, or not in the cache while offline
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # offline: don't wait for the network again
+                self._download["local_files_only"] = True
             self._reason = error
             return None
 

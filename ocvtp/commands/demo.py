@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ocvtp.commands.errors import UserError
+from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.loading import check_keep
+from ocvtp.commands.progress import busy, steps
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,8 @@ def run(
     if keep > size.image_tokens:
         raise UserError(f"--keep must be at most {size.image_tokens}, the tokens of one image; got {keep}")
     photograph = _photograph()
-    out.mkdir(parents=True, exist_ok=True)
+    with blamed_on_input(OSError):
+        out.mkdir(parents=True, exist_ok=True)
 
     import torch
 
@@ -117,7 +118,7 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     console.print(f"[bold]{_RANDOM}[/]")
-    with console.status("building a LLaVA-1.5-shaped model and a pruner with random weights"):
+    with busy(console, "building a LLaVA-1.5-shaped model and a pruner with random weights"):
         torch.manual_seed(0)
         model, processor = _build(size)
         pruner = ocvtp.OCPruner(ocvtp.PrunerConfig(in_dim=size.vision["hidden_size"], **size.pruner)).eval()
@@ -129,10 +130,8 @@ def run(
         f"float32, {torch.get_num_threads()} CPU threads"
     )
 
-    with console.status(
-        "correctness first: the pruned model against the unpruned one and a hand-made prompt"
-    ):
-        long, short = _check(model, pruner, inputs, keep)
+    with steps(console, "correctness first", 5) as step:
+        long, short = _check(model, pruner, inputs, keep, step)
     console.print(
         "checks passed: all tokens kept gives the unpatched model's token; "
         f"{keep} kept give that of a prompt shortened by hand"
@@ -141,7 +140,7 @@ def run(
     console.print(_table(comparisons, keep, size, repeats))
     console.print(_RANDOM)
 
-    with console.status("drawing"), ocvtp.pruned(model, pruner, keep=keep):
+    with busy(console, "drawing"), ocvtp.pruned(model, pruner, keep=keep):
         picture = draw(model, inputs["pixel_values"], processor, _NOTE)
     path = out / "overlay.png"
     picture.save(path)
@@ -202,7 +201,11 @@ def _first_token(model: Any, inputs: dict[str, torch.Tensor]) -> int:
 
 
 def _check(
-    model: Any, pruner: OCPruner, inputs: dict[str, torch.Tensor], keep: int
+    model: Any,
+    pruner: OCPruner,
+    inputs: dict[str, torch.Tensor],
+    keep: int,
+    step: Callable[[str], None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compare first tokens; returns the embedded long and short prompts, ``[1, S, D]`` and ``[1, S', D]``."""
     import torch
@@ -213,11 +216,14 @@ def _check(
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
     where = ids == model.config.image_token_id
     tokens = int(where.sum())
+    step("every token kept")
     with ocvtp.pruned(model, pruner, keep=tokens):
         all_kept = _first_token(model, inputs)
+    step(f"{keep} tokens kept")
     with ocvtp.pruned(model, pruner, keep=keep):
         pruned_token = _first_token(model, inputs)
         selection = select(model, pixels)
+    step("a prompt shortened by hand")
     with torch.no_grad():
         features = model.get_image_features(pixel_values=pixels)
         rows = torch.cat(list(getattr(features, "pooler_output", features)))
@@ -225,8 +231,10 @@ def _check(
     stays = ~where
     stays[0, where[0].nonzero()[selection.indices[0], 0]] = True
     short = long[:, stays[0]]
+    step("unpruned")
     if all_kept != _first_token(model, inputs):
         raise RuntimeError("with every token kept, the pruned model answers differently: please report this")
+    step("the shortened prompt")
     if pruned_token != _prefill(model, short):
         raise RuntimeError("the pruned model disagrees with a prompt shortened by hand: please report this")
     return long, short
@@ -255,17 +263,18 @@ def _time(
     long, short = prompts
     prefill = Comparison("language model prefill", [], [])
     first = Comparison("time to first token", [], [])
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("timing", total=repeats)
+    with steps(console, "timing", 4 * repeats) as step:
         for number in range(repeats):
-            progress.update(task, description=f"timing, round {number + 1} of {repeats}")
+            turn = f"round {number + 1} of {repeats}"
+            step(f"{turn}, prefill, unpruned")
             prefill.unpruned.append(_seconds(lambda: _prefill(model, long)))
+            step(f"{turn}, prefill, pruned")
             prefill.pruned.append(_seconds(lambda: _prefill(model, short)))
+            step(f"{turn}, first token, unpruned")
             first.unpruned.append(_seconds(lambda: _first_token(model, inputs)))
+            step(f"{turn}, first token, pruned")
             with ocvtp.pruned(model, pruner, keep=keep):
                 first.pruned.append(_seconds(lambda: _first_token(model, inputs)))
-            progress.advance(task)
     return [prefill, first]
 
 

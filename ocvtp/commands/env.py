@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 
 import ocvtp
@@ -46,7 +47,7 @@ def _devices() -> str:
 def _route(transformers: str) -> str:
     if transformers == "absent":
         return "none: transformers is absent"
-    release = tuple(int(part) for part in transformers.split(".")[:2])
-    if release >= _ROUTES_SINCE:
+    release = re.match(r"(\d+)\.(\d+)", transformers)  # "5.19.0.dev0" and "6.0rc1" too
+    if release is not None and tuple(map(int, release.groups())) >= _ROUTES_SINCE:
         return "mm_encoder_outputs"
     return "inputs_embeds (assisted decoding and chunked prefill need transformers >= 5.18)"

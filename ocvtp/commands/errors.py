@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 EXIT_USER_ERROR = 2
 
@@ -17,20 +18,22 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def told_plainly() -> Iterator[None]:
-    """Turn mistakes in the user's input into a message and exit code 2; let everything else through.
+    """Turn a :class:`UserError` into a message and exit code 2; let everything else through.
 
-    ``ValueError`` and ``TypeError`` count as such: the package raises them for arguments it can't use.
+    A ``ValueError`` out of a model's depths is not the user's doing: it keeps its traceback and exits with 1.
     """
-    from ocvtp_kernels import BackendUnavailableError
-
     try:
         yield
-    except (UserError, ValueError, TypeError, OSError, BackendUnavailableError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_plain(message)}", highlight=False)
+    except UserError as error:
+        message = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
         raise typer.Exit(EXIT_USER_ERROR) from error
 
 
-def _plain(text: str) -> str:
-    """Keep rich from reading ``[B, N, C]`` as markup."""
-    return text.replace("[", r"\[")
+@contextlib.contextmanager
+def blamed_on_input(*kinds: type[Exception]) -> Iterator[None]:
+    """Around calls that judge what the user gave: errors of these ``kinds`` become a :class:`UserError`."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(str(error) or type(error).__name__) from error

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ocvtp.commands.errors import UserError
+from ocvtp.commands.errors import UserError, blamed_on_input
+from ocvtp.commands.progress import busy
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+    from rich.console import Console
 
-    from ocvtp import OCPruner
+    from ocvtp import OCPruner, PrunerConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -33,9 +37,10 @@ def load_pruner(source: str) -> OCPruner:
     """A pruner from our folder, a Hub repository, or an official weights file."""
     from ocvtp import OCPruner
 
-    if Path(source).is_file():
-        return OCPruner.from_official(source)
-    return OCPruner.from_pretrained(source)
+    with blamed_on_input(OSError, ValueError):
+        if Path(source).is_file():
+            return OCPruner.from_official(source)
+        return OCPruner.from_pretrained(source)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -44,12 +49,15 @@ def resolve_device(name: str) -> torch.device:
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine has no usable CUDA GPU; use --device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:1")
+    device = torch.device(name)
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        if not found:
+            raise UserError("this machine has no usable CUDA GPU; use --device cpu")
+        if (device.index or 0) >= found:
+            raise UserError(f"no device {name}: this machine has {found}, numbered from 0")
     return device
 
 
@@ -67,22 +75,50 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def load_model(source: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """``(model, processor)`` from a local folder or the Hub."""
+def load_model(
+    source: str, device: torch.device, dtype: torch.dtype, pruner: PrunerConfig, keep: int, console: Console
+) -> tuple[Any, Any]:
+    """``(model, processor)`` from a local folder or the Hub.
+
+    Whether ``pruner`` and ``keep`` fit is read off the model's configuration, before its weights load.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from ocvtp.vlm.adapter import ADAPTERS
 
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+    local = Path(source).expanduser().is_dir()
+    if local:
+        source = str(Path(source).expanduser())
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"no model folder at {source}")
-    config = AutoConfig.from_pretrained(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        where = "" if local else "no such folder here, and not readable from the Hub. "
+        raise UserError(f"can't load the model {source!r}: {where}{error}") from error
     if config.model_type not in ADAPTERS:
         raise UserError(
             f"{source} is a {config.model_type!r} model; ocvtp prunes these: {', '.join(sorted(ADAPTERS))}"
         )
-    processor = AutoProcessor.from_pretrained(source)
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device).eval()
-    return model, processor
+    _check_fit(config, pruner, keep)
+    # transformers draws bars of its own while it downloads
+    waiting = busy(console, f"loading {source}") if local else contextlib.nullcontext()
+    with blamed_on_input(OSError, ValueError), waiting:
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+    return model.to(device).eval(), processor
+
+
+def _check_fit(config: Any, pruner: PrunerConfig, keep: int) -> None:
+    vision = config.vision_config
+    if pruner.in_dim != vision.hidden_size:
+        raise UserError(
+            f"the pruner reads features of width {pruner.in_dim}, the vision tower of this model makes them "
+            f"{vision.hidden_size} wide; use a pruner trained for this tower"
+        )
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    if keep > tokens:
+        raise UserError(f"--keep must be between 1 and {tokens}, the image tokens of this model; got {keep}")
 
 
 def check_keep(keep: int) -> None:

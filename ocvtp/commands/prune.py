@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from ocvtp.commands.errors import blamed_on_input
 from ocvtp.commands.loading import (
     check_keep,
     load_image,
@@ -18,6 +20,7 @@ from ocvtp.commands.loading import (
     resolve_device,
     resolve_dtype,
 )
+from ocvtp.commands.progress import busy, steps
 
 if TYPE_CHECKING:
     import torch
@@ -69,21 +72,20 @@ def run(
     picture = load_image(image)
     on = resolve_device(device)
     as_dtype = resolve_dtype(dtype, on)
-    with console.status("loading the pruner"):
-        loaded_pruner = load_pruner(pruner)
-    with console.status(f"loading {model}"):
-        vlm, processor = load_model(model, on, as_dtype)
+    loaded_pruner = load_pruner(pruner)
+    vlm, processor = load_model(model, on, as_dtype, loaded_pruner.config, keep, console)
 
     import ocvtp
 
-    report = ocvtp.apply(vlm, loaded_pruner, keep=keep, positions=positions, seed=seed)
-    inputs = processor(images=picture, text=_prompt(processor, prompt), return_tensors="pt")
+    with blamed_on_input(ValueError):
+        report = ocvtp.apply(vlm, loaded_pruner, keep=keep, positions=positions, seed=seed)
+        inputs = processor(images=picture, text=_prompt(processor, prompt), return_tensors="pt")
     inputs = inputs.to(on, as_dtype)
     if on.type != "cpu":  # the first run on a GPU pays for loading kernels
-        with console.status("warming up"):
+        with busy(console, "warming up"):
             vlm.generate(**inputs, max_new_tokens=1, do_sample=False)
-    with console.status("answering"):
-        output, milliseconds = timed_generate(vlm, inputs, max_new_tokens)
+    with steps(console, "answering", max_new_tokens) as step:
+        output, milliseconds = timed_generate(vlm, inputs, max_new_tokens, step)
     before = inputs["input_ids"].shape[1]
     answer = processor.decode(output[0, before:], skip_special_tokens=True).strip()
     dropped = report.tokens_before - report.tokens_after
@@ -102,14 +104,16 @@ def run(
 
 
 class _TokenClock:
-    """A streamer that notes when the prompt and every token pass."""
+    """A streamer that notes when the prompt and every token pass, and what comes next."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, step: Callable[[str], None]) -> None:
         self._device = device
+        self._step = step
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(self._now())
+        self._step(f"token {len(self.times)}" if len(self.times) > 1 else "first token")
 
     def end(self) -> None:
         self.finished = self._now()
@@ -123,12 +127,12 @@ class _TokenClock:
 
 
 def timed_generate(
-    model: Any, inputs: dict[str, Any], max_new_tokens: int
+    model: Any, inputs: dict[str, Any], max_new_tokens: int, step: Callable[[str], None]
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Greedy answer of a patched model, and the milliseconds of every stage."""
+    """Greedy answer of a patched model, and the milliseconds of every stage; ``step`` moves a bar."""
     from ocvtp.vlm import stage_times
 
-    clock = _TokenClock(model.device)
+    clock = _TokenClock(model.device, step)
     with stage_times(model) as stages:
         start = time.perf_counter()
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ocvtp.commands.errors import UserError
-from ocvtp.commands.loading import check_keep, load_image, load_model, load_pruner, resolve_device
+from ocvtp.commands.errors import UserError, blamed_on_input
+from ocvtp.commands.loading import (
+    check_keep,
+    load_image,
+    load_model,
+    load_pruner,
+    resolve_device,
+    resolve_dtype,
+)
+from ocvtp.commands.progress import busy
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +24,16 @@ if TYPE_CHECKING:
 
 
 def run(
-    image: Path, *, model: str, pruner: str, keep: int, out: Path, device: str, seed: int, console: Console
+    image: Path,
+    *,
+    model: str,
+    pruner: str,
+    keep: int,
+    out: Path,
+    device: str,
+    dtype: str,
+    seed: int,
+    console: Console,
 ) -> None:
     """Load, select, draw, write ``out``."""
     check_keep(keep)
@@ -26,20 +43,19 @@ def run(
         raise UserError(f"no folder {out.parent} to write {out.name} into")
     picture = load_image(image)
     on = resolve_device(device)
-    with console.status("loading the pruner"):
-        loaded_pruner = load_pruner(pruner)
-
-    import torch
+    as_dtype = resolve_dtype(dtype, on)
+    loaded_pruner = load_pruner(pruner)
+    vlm, processor = load_model(model, on, as_dtype, loaded_pruner.config, keep, console)
 
     import ocvtp
 
-    with console.status(f"loading {model}"):
-        vlm, processor = load_model(model, on, torch.float32)
-    ocvtp.apply(vlm, loaded_pruner, keep=keep, seed=seed)
-    pixels = processor.image_processor(images=picture, return_tensors="pt")["pixel_values"].to(on)
-    with console.status("selecting"):
+    with blamed_on_input(ValueError):
+        ocvtp.apply(vlm, loaded_pruner, keep=keep, seed=seed)
+    pixels = processor.image_processor(images=picture, return_tensors="pt")["pixel_values"]
+    with busy(console, "selecting"):
         drawn = draw(vlm, pixels, processor.image_processor)
-    drawn.save(out)
+    with blamed_on_input(OSError):
+        drawn.save(out)
 
 
 def draw(model: Any, pixel_values: torch.Tensor, image_processor: Any, note: str | None = None) -> Image:
@@ -47,14 +63,14 @@ def draw(model: Any, pixel_values: torch.Tensor, image_processor: Any, note: str
 
     Args:
         model: patched by ``ocvtp.apply``.
-        pixel_values: ``[1, 3, H, W]`` from ``image_processor``.
+        pixel_values: ``[1, 3, H, W]`` from ``image_processor``, on any device.
         image_processor: knows how to undo its normalisation.
         note: a line under the legend.
     """
     from ocvtp.visualize import overlay, unnormalize
     from ocvtp.vlm import select
 
-    selection = select(model, pixel_values, return_attention=True)
+    selection = select(model, pixel_values.to(model.device, model.dtype), return_attention=True)
     assert selection.slot_attention is not None  # asked for
     patch = model.config.vision_config.patch_size
     grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
@@ -67,7 +83,7 @@ def draw(model: Any, pixel_values: torch.Tensor, image_processor: Any, note: str
     return overlay(
         seen,
         selection.indices[0].cpu().numpy(),
-        selection.slot_attention[0].cpu().numpy(),
+        selection.slot_attention[0].float().cpu().numpy(),
         grid,
         note=note,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 
 import ocvtp
 from ocvtp.cli import app
-from ocvtp.commands import demo
+from ocvtp.commands import demo, env
+from ocvtp.commands.progress import busy, steps
 from tests.cli.conftest import Files
 from tests.vlm.processor import image_processor
 from tests.vlm.tiny_llava import GREEDY
@@ -93,7 +95,8 @@ class TestPrune:
 class TestVisualize:
     def test_writes_the_overlay(self, files: Files, tmp_path: Path) -> None:
         out = tmp_path / "overlay.png"
-        assert f"wrote {out}" in run("visualize", *files.arguments, "--keep", "5", "--out", out)
+        arguments = [*files.arguments, "--keep", "5", "--dtype", "bfloat16", "--out", out]
+        assert f"wrote {out}" in run("visualize", *arguments)
         with Image.open(out) as picture:
             assert picture.format == "PNG"
             assert picture.width > 2 * 600  # two panels, enlarged
@@ -109,12 +112,11 @@ class TestBadInput:
     def change(self, files: Files, monkeypatch: pytest.MonkeyPatch) -> object:
         """Run ``prune`` with one thing wrong; no model may have been loaded by then."""
 
-        def run_with(position: int | None, value: str | Path, *extra: str, loads: bool = False) -> str:
-            if not loads:
-                monkeypatch.setattr(
-                    "transformers.AutoModelForImageTextToText.from_pretrained",
-                    lambda *_, **__: pytest.fail("a model was loaded before the mistake was found"),
-                )
+        def run_with(position: int | None, value: str | Path, *extra: str) -> str:
+            monkeypatch.setattr(
+                "transformers.AutoModelForImageTextToText.from_pretrained",
+                lambda *_, **__: pytest.fail("a model was loaded before the mistake was found"),
+            )
             arguments = [*files.arguments]
             if position is not None:
                 arguments[position] = str(value)
@@ -135,7 +137,7 @@ class TestBadInput:
         assert "--keep must be at least 1" in change(None, "", "--keep", "0")
 
     def test_budget_beyond_the_image(self, change: object) -> None:
-        assert "between 1 and 16" in change(None, "", "--keep", "17", loads=True)
+        assert "between 1 and 16" in change(None, "", "--keep", "17")
 
     def test_pruner(self, change: object, tmp_path: Path) -> None:
         assert "neither a folder nor a repository id" in change(4, tmp_path / "nowhere")
@@ -146,30 +148,79 @@ class TestBadInput:
     def test_pruner_of_another_width(self, change: object, tmp_path: Path) -> None:
         config = ocvtp.PrunerConfig(in_dim=48, hidden_dim=8, slot_dim=8, ffn_dim=8, layer=1)
         ocvtp.OCPruner(config).save_pretrained(tmp_path)
-        output = change(4, tmp_path, loads=True)
+        output = change(4, tmp_path)
         assert "48" in output
         assert "64" in output
 
     def test_model(self, change: object, tmp_path: Path) -> None:
         assert "no model folder" in change(2, tmp_path / "nowhere")
+        assert "no model folder" in change(2, "models/of/mine")
+        assert "can't load the model" in change(2, tmp_path)  # a folder without config.json
         transformers.BertConfig().save_pretrained(tmp_path)
         assert "'bert' model; ocvtp prunes these: llava" in change(2, tmp_path)
 
     def test_device_and_dtype(self, change: object) -> None:
         assert "unknown device 'tpu9'" in change(6, "tpu9")
+        assert "unknown device 'meta'" in change(6, "meta")  # torch knows it, nothing runs on it
         assert "unknown dtype 'int8'" in change(None, "", "--dtype", "int8")
         if not torch.cuda.is_available():
             assert "use --device cpu" in change(6, "cuda")
 
+    def test_gpu_that_is_not_there(self, change: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        assert "this machine has 2" in change(6, "cuda:2")
 
-def test_unexpected_failures_are_not_hidden(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_model_that_the_hub_does_not_give(self, change: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError("couldn't connect")
+
+        monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
+        output = change(2, "nobody/nothing")
+        assert "'nobody/nothing': no such folder here" in output
+        assert "couldn't connect" in output
+
+    def test_prompt_with_a_second_placeholder(self, files: Files) -> None:
+        assert "<image> tokens" in run("prune", *files.arguments, *ASK, "--prompt", "w5 <image>", code=2)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, TypeError, OSError])
+def test_unexpected_failures_are_not_hidden(
+    kind: type[Exception], files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a bug raises, it is no mistake of the user's."""
+
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("a bug")
+        raise kind("a bug")
 
-    monkeypatch.setattr("ocvtp.apply", fail)
+    monkeypatch.setattr("ocvtp.commands.prune.timed_generate", fail)
     result = CliRunner().invoke(app, ["prune", *files.arguments, *ASK])
     assert result.exit_code == 1
-    assert isinstance(result.exception, RuntimeError)
+    assert isinstance(result.exception, kind)
+
+
+def test_no_traceback_for_a_mistake(files: Files) -> None:
+    """The whole way, as a shell sees it: one line on the error stream, nothing on the other."""
+    result = subprocess.run(
+        [sys.executable, "-m", "ocvtp.cli", "prune", "missing.jpg", *files.arguments[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: no image at missing.jpg\n"
+
+
+def test_bars_show_where_someone_watches_and_nowhere_else() -> None:
+    for terminal in (True, False):
+        written = io.StringIO()
+        console = Console(file=written, force_terminal=terminal, width=100)
+        with steps(console, "counting", 2) as step:
+            step("one")
+            step("two")
+        with busy(console, "waiting"):
+            pass
+        shown = written.getvalue()
+        assert all((text in shown) == terminal for text in ("counting: two", "1/2", "waiting"))
 
 
 def test_env() -> None:
@@ -180,6 +231,20 @@ def test_env() -> None:
     assert "PyTorch reference" in facts["kernel backend"]
     table = run("env")
     assert all(name in table for name in facts)
+
+
+@pytest.mark.parametrize(
+    ("version", "route"),
+    [
+        ("5.23.0", "mm_encoder_outputs"),
+        ("6.0rc1", "mm_encoder_outputs"),
+        ("5.18.0.dev0", "mm_encoder_outputs"),
+        ("5.17.0", "inputs_embeds"),
+        ("5.0rc2", "inputs_embeds"),
+    ],
+)
+def test_hand_over_route(version: str, route: str) -> None:
+    assert env._route(version).startswith(route)
 
 
 def test_env_without_transformers_and_triton() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from ocvtp import CheckpointError, OCPruner, PrunerConfig
@@ -278,6 +278,18 @@ class TestHubRepository:
     def test_neither(self, hub: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"someone/pruner has neither .*: no weights\.pth at v1"):
             OCPruner.from_pretrained("someone/pruner", revision="v1")
+
+    def test_offline_waits_for_the_network_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        local_only = []
+
+        def download(*_: object, local_files_only: bool, **__: object) -> str:
+            local_only.append(local_files_only)
+            raise LocalEntryNotFoundError("no connection")
+
+        monkeypatch.setattr("ocvtp.hub.hf_hub_download", download)
+        with pytest.raises(FileNotFoundError, match="no connection"):
+            OCPruner.from_pretrained("someone/pruner")
+        assert local_only == [False, True]
 
     def test_offline_without_a_cache(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="someone/pruner has neither"):

@@ -1,0 +1,54 @@
+"""Progress bars. They vanish when done, and are not drawn where nobody watches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+# Few enough that drawing does not disturb what is being timed.
+_PER_SECOND = 4
+
+
+@contextlib.contextmanager
+def busy(console: Console, description: str) -> Iterator[None]:
+    """A bar that moves for as long as one call of unknown length takes."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        refresh_per_second=_PER_SECOND,
+        disable=not console.is_terminal,
+    ) as progress:
+        progress.add_task(description, total=None)
+        yield
+
+
+@contextlib.contextmanager
+def steps(console: Console, description: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar of ``total`` steps; call what it yields before each of them, with what comes next."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        refresh_per_second=_PER_SECOND,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task(description, total=total)
+        begun = False
+
+        def step(text: str) -> None:
+            nonlocal begun
+            if begun:
+                progress.advance(task)
+            begun = True
+            progress.update(task, description=f"{description}: {text}")
+
+        yield step
