@@ -6,7 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 # Few enough that drawing does not disturb what is being timed.
 _PER_SECOND = 4
@@ -15,15 +22,7 @@ _PER_SECOND = 4
 @contextlib.contextmanager
 def busy(console: Console, description: str) -> Iterator[None]:
     """A bar that moves for as long as one call of unknown length takes."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        refresh_per_second=_PER_SECOND,
-        disable=not console.is_terminal,
-    ) as progress:
+    with _bar(console, TimeElapsedColumn()) as progress:
         progress.add_task(description, total=None)
         yield
 
@@ -31,16 +30,7 @@ def busy(console: Console, description: str) -> Iterator[None]:
 @contextlib.contextmanager
 def steps(console: Console, description: str, total: int) -> Iterator[Callable[[str], None]]:
     """A bar of ``total`` steps; call what it yields before each of them, with what comes next."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        refresh_per_second=_PER_SECOND,
-        disable=not console.is_terminal,
-    ) as progress:
+    with _bar(console, MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         task = progress.add_task(description, total=total)
         begun = False
 
@@ -52,3 +42,15 @@ def steps(console: Console, description: str, total: int) -> Iterator[Callable[[
             progress.update(task, description=f"{description}: {text}")
 
         yield step
+
+
+def _bar(console: Console, *columns: ProgressColumn) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        console=console,
+        transient=True,
+        refresh_per_second=_PER_SECOND,
+        disable=not console.is_terminal,
+    )
