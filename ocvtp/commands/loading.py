@@ -28,9 +28,19 @@ def load_image(path: Path) -> Image:
         raise UserError(f"no image at {path}")
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} can't be decoded as an image: {error}") from error
+
+
+def _eight_bit(image: Image) -> Image:
+    """16-bit greyscale scaled down; pillow's own conversion would clip nearly all of it to white."""
+    if not image.mode.startswith("I"):
+        return image
+    import numpy as np
+    from PIL import Image as images
+
+    return images.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
 
 
 def load_pruner(source: str) -> OCPruner:

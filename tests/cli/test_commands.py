@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import ocvtp
 from ocvtp.cli import app
 from ocvtp.commands import demo, env
+from ocvtp.commands.loading import load_image
 from ocvtp.commands.progress import busy, steps
 from tests.cli.conftest import Files
 from tests.vlm.processor import image_processor
@@ -181,6 +182,23 @@ class TestBadInput:
 
     def test_prompt_with_a_second_placeholder(self, files: Files) -> None:
         assert "<image> tokens" in run("prune", *files.arguments, *ASK, "--prompt", "w5 <image>", code=2)
+
+
+def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 60 * 80).reshape(60, 80).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    loaded = load_image(tmp_path / "deep.png")
+    assert loaded.mode == "RGB"
+    assert np.abs(np.asarray(loaded)[..., 0] - grey / 257).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
+    Image.new("RGB", (9, 7), (255, 255, 255)).convert(mode).save(path)
+    loaded = load_image(path)
+    assert (loaded.mode, loaded.size) == ("RGB", (9, 7))
+    assert np.asarray(loaded).min() >= 250
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, TypeError, OSError])
