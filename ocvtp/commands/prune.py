@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from ocvtp.commands.errors import blamed_on_input
+from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.loading import (
     check_keep,
     load_image,
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 # LLaVA-1.5's own conversation format, for processors that carry no chat template.
-_LLAVA_PROMPT = "USER: <image>\n{prompt} ASSISTANT:"
+_PLACEHOLDER = "<image>"
+_LLAVA_PROMPT = "USER: " + _PLACEHOLDER + "\n{prompt} ASSISTANT:"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def run(
 ) -> PruneResult:
     """Load, patch, answer, time. Progress goes to ``console``."""
     check_keep(keep)
+    if _PLACEHOLDER in prompt:
+        raise UserError(f"leave {_PLACEHOLDER} out of --prompt: the image is put in front of it")
     picture = load_image(image)
     on = resolve_device(device)
     as_dtype = resolve_dtype(dtype, on)
