@@ -25,8 +25,8 @@ from ocvtp.commands.progress import busy, steps
 if TYPE_CHECKING:
     import torch
 
-# LLaVA-1.5's own conversation format, for processors that carry no chat template.
 _PLACEHOLDER = "<image>"
+# LLaVA-1.5's own conversation format, for processors that carry no chat template.
 _LLAVA_PROMPT = "USER: " + _PLACEHOLDER + "\n{prompt} ASSISTANT:"
 
 
