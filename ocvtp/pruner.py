@@ -148,8 +148,8 @@ class OCPruner(
                 takes float32 products as ``torch.set_float32_matmul_precision`` has them.
             return_attention: also return the slot attention map.
             batch_invariant: compute image by image, so that matrix shapes, and with them rounding, do not
-                depend on the batch. ``False`` is faster on a GPU at large ``B``, and under ``torch.compile``,
-                which unrolls the images.
+                depend on the batch. ``False`` computes the batch at once: far fewer launches on a GPU, and
+                a graph that does not grow with ``B`` under ``torch.compile``.
 
         Returns:
             A :class:`~ocvtp.selection.Selection`.
