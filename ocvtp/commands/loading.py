@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.progress import busy
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import Console
 
-    from ocvtp import OCPruner, PrunerConfig
+    from ocvtp import OCPruner, PrunerConfig, PruneReport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -129,6 +130,43 @@ def _check_fit(config: Any, pruner: PrunerConfig, keep: int) -> None:
     tokens = (vision.image_size // vision.patch_size) ** 2
     if keep > tokens:
         raise UserError(f"--keep must be between 1 and {tokens}, the image tokens of this model; got {keep}")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A decoded photograph and a patched model."""
+
+    picture: Image
+    model: Any
+    processor: Any
+    report: PruneReport
+
+
+def prepare(
+    image: Path,
+    *,
+    model: str,
+    pruner: str,
+    keep: int,
+    device: str,
+    dtype: str,
+    seed: int,
+    console: Console,
+    positions: Literal["auto", "compact", "original"] = "auto",
+) -> Prepared:
+    """Check, load and patch: everything that ``prune`` and ``visualize`` do before they differ."""
+    check_keep(keep)
+    picture = load_image(image)
+    on = resolve_device(device)
+    as_dtype = resolve_dtype(dtype, on)
+    loaded_pruner = load_pruner(pruner)
+    vlm, processor = load_model(model, on, as_dtype, loaded_pruner.config, keep, console)
+
+    import ocvtp
+
+    with blamed_on_input(ValueError):
+        report = ocvtp.apply(vlm, loaded_pruner, keep=keep, positions=positions, seed=seed)
+    return Prepared(picture, vlm, processor, report)
 
 
 def check_keep(keep: int) -> None:

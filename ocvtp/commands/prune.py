@@ -12,14 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ocvtp.commands.errors import UserError, blamed_on_input
-from ocvtp.commands.loading import (
-    check_keep,
-    load_image,
-    load_model,
-    load_pruner,
-    resolve_device,
-    resolve_dtype,
-)
+from ocvtp.commands.loading import prepare
 from ocvtp.commands.progress import busy, steps
 
 if TYPE_CHECKING:
@@ -69,20 +62,23 @@ def run(
     console: Console,
 ) -> PruneResult:
     """Load, patch, answer, time. Progress goes to ``console``."""
-    check_keep(keep)
     if _PLACEHOLDER in prompt:
         raise UserError(f"leave {_PLACEHOLDER} out of --prompt: the image is put in front of it")
-    picture = load_image(image)
-    on = resolve_device(device)
-    as_dtype = resolve_dtype(dtype, on)
-    loaded_pruner = load_pruner(pruner)
-    vlm, processor = load_model(model, on, as_dtype, loaded_pruner.config, keep, console)
-
-    import ocvtp
-
+    ready = prepare(
+        image,
+        model=model,
+        pruner=pruner,
+        keep=keep,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        console=console,
+        positions=positions,
+    )
+    vlm, processor, report = ready.model, ready.processor, ready.report
+    on, as_dtype = vlm.device, vlm.dtype
     with blamed_on_input(ValueError):
-        report = ocvtp.apply(vlm, loaded_pruner, keep=keep, positions=positions, seed=seed)
-        inputs = processor(images=picture, text=_prompt(processor, prompt), return_tensors="pt")
+        inputs = processor(images=ready.picture, text=_prompt(processor, prompt), return_tensors="pt")
     inputs = inputs.to(on, as_dtype)
     if on.type != "cpu":  # the first run on a GPU pays for loading kernels
         with busy(console, "warming up"):

@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ocvtp.commands.errors import UserError, blamed_on_input
-from ocvtp.commands.loading import (
-    check_keep,
-    load_image,
-    load_model,
-    load_pruner,
-    resolve_device,
-    resolve_dtype,
-)
+from ocvtp.commands.loading import prepare
 from ocvtp.commands.progress import busy
 
 if TYPE_CHECKING:
@@ -36,24 +29,17 @@ def run(
     console: Console,
 ) -> None:
     """Load, select, draw, write ``out``."""
-    check_keep(keep)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out must end in .png; got {out}")
     if not out.parent.is_dir():
         raise UserError(f"no folder {out.parent} to write {out.name} into")
-    picture = load_image(image)
-    on = resolve_device(device)
-    as_dtype = resolve_dtype(dtype, on)
-    loaded_pruner = load_pruner(pruner)
-    vlm, processor = load_model(model, on, as_dtype, loaded_pruner.config, keep, console)
-
-    import ocvtp
-
-    with blamed_on_input(ValueError):
-        ocvtp.apply(vlm, loaded_pruner, keep=keep, seed=seed)
-    pixels = processor.image_processor(images=picture, return_tensors="pt")["pixel_values"]
+    ready = prepare(
+        image, model=model, pruner=pruner, keep=keep, device=device, dtype=dtype, seed=seed, console=console
+    )
+    image_processor = ready.processor.image_processor
+    pixels = image_processor(images=ready.picture, return_tensors="pt")["pixel_values"]
     with busy(console, "selecting"):
-        drawn = draw(vlm, pixels, processor.image_processor)
+        drawn = draw(ready.model, pixels, image_processor)
     with blamed_on_input(OSError):
         drawn.save(out)
 
