@@ -21,7 +21,7 @@ from ocvtp.hub import PrunerFiles
 from ocvtp.noise import seeded_normal
 from ocvtp.selection import Selection
 from ocvtp_kernels._backend import resolve_backend
-from ocvtp_kernels._checks import require_count, require_floating, require_shape
+from ocvtp_kernels._checks import require, require_count, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels.selection import select_tokens
 from ocvtp_kernels.slot_attention import (
@@ -143,7 +143,8 @@ class OCPruner(
             seed: of the noise, ``0 <= seed < 2**63``.
             num_slots: slots that compete for the tokens; default ``keep``. One slot alone owns everything
                 alike and picks token 0: for ``keep=1`` let several compete.
-            backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+            backend: ``"auto"``, ``"torch"`` or ``"triton"``. In this version Triton selects; the Slot
+                Attention before it is PyTorch's matrix products in either case.
             precision: of the matrix products: ``"auto"``, ``"fp32"``, ``"tf32"`` or ``"fp16"``. ``"auto"``
                 takes float32 products as ``torch.set_float32_matmul_precision`` has them.
             return_attention: also return the slot attention map.
@@ -162,7 +163,7 @@ class OCPruner(
         """
         check_options(seed, precision)
         self._check_inputs(features, keep, fill_scores, noise, num_slots)
-        resolve_backend(backend, "slot_attention", features.device)
+        resolve_backend(backend, "selection", features.device)
         slots = keep if num_slots is None else num_slots
         with without_autocast(features.device):
             weights, start = self._folded(noise, seed, slots)
@@ -177,7 +178,7 @@ class OCPruner(
                         weights,
                         num_iters=self.config.num_iters,
                         eps=self.config.eps,
-                        backend=backend,
+                        backend="torch",  # has no kernel yet
                     )
                     for image, image_start in zip(images, starts, strict=True)
                 ]
@@ -486,10 +487,7 @@ def _per_image(start: SlotStart, images: int) -> list[SlotStart]:
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
     low, high = torch.aminmax(tensor.detach())
-    finite = torch.isfinite(low) & torch.isfinite(high)
-    message = f"{name} contains NaN or Inf; look at the encoder's dtype (float16 overflows) and its input"
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not finite:
-            raise ValueError(message)
-    else:
-        torch._assert_async(finite, message)
+    require(
+        torch.isfinite(low) & torch.isfinite(high),
+        f"{name} contains NaN or Inf; look at the encoder's dtype (float16 overflows) and its input",
+    )

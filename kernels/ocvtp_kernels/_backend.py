@@ -7,7 +7,11 @@ from typing import Literal, get_args
 
 import torch
 
+from ocvtp_kernels._arch import why_no_kernels
+
 Backend = Literal["auto", "triton", "torch"]
+
+_NO_KERNEL = {"slot_attention", "reconstruction"}
 
 _log = logging.getLogger("ocvtp_kernels")
 _said: set[str] = set()
@@ -17,23 +21,53 @@ class BackendUnavailableError(RuntimeError):
     """An explicitly requested backend can't run here. ``backend="auto"`` picks one that can."""
 
 
-def resolve_backend(backend: str, op: str, device: torch.device) -> Literal["torch"]:
+def resolve_backend(
+    backend: str, op: str, device: torch.device, unsupported: str | None = None
+) -> Literal["triton", "torch"]:
     """The backend that will run ``op`` on ``device``.
 
     An explicit request either holds or raises; only ``"auto"`` may fall back to the slower PyTorch
-    reference on a GPU, and logs that once per operation.
+    reference on a GPU, and logs that once per operation and reason.
+
+    Args:
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        op: name of the operation.
+        device: of its tensors.
+        unsupported: why the kernel can't take these very arguments, if so.
 
     Raises:
         ValueError: ``backend`` is not a known name.
-        BackendUnavailableError: ``"triton"`` was asked for and ``op`` has no Triton kernel.
+        BackendUnavailableError: ``"triton"`` was asked for and can't run; says why.
     """
     if backend not in get_args(Backend):
         raise ValueError(f'backend must be one of "auto", "triton", "torch"; got {backend!r}')
+    if backend == "torch":
+        return "torch"
+    if backend == "auto" and device.type != "cuda":
+        return "torch"
+    reason = (
+        "it has no Triton kernel in this version" if op in _NO_KERNEL else _why_not(device.type, device.index)
+    )
+    reason = reason or unsupported
+    if reason is None:
+        return "triton"
     if backend == "triton":
         raise BackendUnavailableError(
-            f'{op} has no Triton kernel in this version; use backend="auto" or backend="torch"'
+            f'{op} can\'t run its Triton kernel: {reason}. Use backend="auto" or backend="torch"'
         )
-    if backend == "auto" and device.type != "cpu" and not torch.compiler.is_compiling() and op not in _said:
-        _said.add(op)
-        _log.warning("%s runs its PyTorch reference on %s: no Triton kernel yet", op, device.type)
+    _say_once(op, reason)
     return "torch"
+
+
+@torch.compiler.assume_constant_result
+def _why_not(device_type: str, index: int | None) -> str | None:
+    return why_no_kernels(
+        torch.device(device_type, index) if index is not None else torch.device(device_type)
+    )
+
+
+def _say_once(op: str, reason: str) -> None:
+    message = f"{op} runs its PyTorch reference: {reason}"
+    if not torch.compiler.is_compiling() and message not in _said:
+        _said.add(message)
+        _log.warning(message)

@@ -32,3 +32,15 @@ def require_count(name: str, value: object, upper: int, upper_meaning: str) -> i
     if not 1 <= value <= upper:
         raise ValueError(f"{name} must be between 1 and {upper} ({upper_meaning}); got {value}")
     return value
+
+
+def require(condition: torch.Tensor, message: str) -> None:
+    """Raise ``ValueError`` unless ``condition``, a scalar bool tensor, holds.
+
+    On a GPU, and in compiled code, by an asynchronous assertion that costs no synchronisation.
+    """
+    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not condition:
+            raise ValueError(message)
+    else:
+        torch._assert_async(condition, message)

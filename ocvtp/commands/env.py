@@ -20,7 +20,7 @@ def collect() -> dict[str, str]:
     for package in _PACKAGES:
         facts[package] = _version(package)
     facts["devices"] = _devices()
-    facts["kernel backend"] = "torch (PyTorch reference; this version has no Triton kernels)"
+    facts["kernel backend"] = _backend()
     facts["image hand-over"] = _route(facts["transformers"])
     return facts
 
@@ -42,6 +42,20 @@ def _devices() -> str:
     names = [f"cpu ({torch.get_num_threads()} threads)"]
     names += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     return ", ".join(names)
+
+
+def _backend() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "none: torch is absent"
+    import torch
+
+    from ocvtp_kernels._arch import architecture, why_no_kernels
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = why_no_kernels(device)
+    if reason is None:
+        return f"triton ({architecture(device)} tiles; selection and received attention)"
+    return f"torch (PyTorch reference: {reason})"
 
 
 def _route(transformers: str) -> str:

@@ -6,9 +6,12 @@ import torch
 
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
-from ocvtp_kernels.selection import reference
+from ocvtp_kernels.selection import op, reference
 
-__all__ = ["gather_tokens", "select_tokens"]
+__all__ = ["gather_tokens", "select_rows", "select_tokens"]
+
+# Of the kernels; kept here so that asking does not import triton.
+_MAX_TOKENS = 8192
 
 
 def select_tokens(
@@ -28,11 +31,12 @@ def select_tokens(
     script's hash-order trimming.
 
     Args:
-        slot_attention: ``[B, K, N]`` floating point; only its order along ``N`` matters, so
-            probabilities and logarithms of them pick the same tokens.
+        slot_attention: ``[B, K, N]`` floating point, without NaN, any strides; only its order along ``N``
+            matters, so probabilities and logarithms of them pick the same tokens.
         keep: tokens to keep, ``1 <= keep <= N``.
-        fill_scores: ``[B, N]`` floating point; ``None`` uses each token's largest slot attention.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        fill_scores: ``[B, N]`` floating point, without NaN; ``None`` takes a token's largest slot attention.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take up to 8192 tokens, and anything
+            but float64.
 
     Returns:
         ``indices`` ``[B, keep]`` int64, ascending and unique per row, and ``from_slots`` ``[B]``
@@ -40,39 +44,109 @@ def select_tokens(
 
     Raises:
         TypeError, ValueError: a wrong type, rank, shape or budget.
-        BackendUnavailableError: an explicit backend that can't run.
+        BackendUnavailableError: an explicit backend that can't run; says why.
     """
-    require_floating("slot_attention", slot_attention)
-    require_shape("slot_attention", slot_attention, (None, None, None), "[B, K, N]")
-    batch, slots, tokens = slot_attention.shape
-    if slots == 0 or tokens == 0:
-        raise ValueError(f"slot_attention needs a slot and a token; got shape {[batch, slots, tokens]}")
-    require_count("keep", keep, tokens, "the number of tokens")
-    if fill_scores is not None:
-        require_floating("fill_scores", fill_scores)
-        require_shape("fill_scores", fill_scores, (batch, tokens), "[B, N]")
-    resolve_backend(backend, "selection", slot_attention.device)
+    fill_scores = _checked(slot_attention, keep, fill_scores)
+    if _resolve(backend, slot_attention, fill_scores) == "triton":
+        return op.select_tokens(slot_attention, keep, fill_scores)
     return reference.select_tokens(slot_attention, keep, fill_scores)
+
+
+def select_rows(
+    slot_attention: torch.Tensor,
+    keep: int,
+    fill_scores: torch.Tensor | None,
+    x: torch.Tensor,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`select_tokens` and the kept rows of ``x``, as one operation: one launch on a GPU.
+
+    (Two where the map of an image is so large, K x N > 65536 padded, that finding the top tokens is worth
+    spreading over the GPU.)
+
+    Args:
+        slot_attention, keep, fill_scores, backend: as in :func:`select_tokens`.
+        x: ``[B, N, C]``, any strides and dtype (complex128 in the PyTorch reference alone).
+
+    Returns:
+        ``indices`` and ``from_slots`` as :func:`select_tokens`, and ``[B, keep, C]`` in the dtype of ``x``,
+        differentiable in ``x``.
+
+    Raises:
+        TypeError, ValueError: a wrong type, rank, shape or budget.
+        BackendUnavailableError: an explicit backend that can't run; says why.
+    """
+    fill_scores = _checked(slot_attention, keep, fill_scores)
+    require_shape("x", x, (slot_attention.shape[0], slot_attention.shape[2], None), "[B, N, C]")
+    if x.device != slot_attention.device:
+        raise ValueError(f"x is on {x.device}, slot_attention on {slot_attention.device}")
+    if _resolve(backend, slot_attention, fill_scores, x) == "triton":
+        return op.select_rows(slot_attention, keep, fill_scores, x)
+    indices, from_slots = reference.select_tokens(slot_attention, keep, fill_scores)
+    return indices, from_slots, reference.gather_tokens(x, indices)
 
 
 def gather_tokens(x: torch.Tensor, indices: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """Rows of the kept tokens: ``out[b, t] = x[b, indices[b, t]]``. Differentiable in ``x``.
 
     Args:
-        x: ``[B, N, C]``, any dtype.
-        indices: ``[B, keep]`` int64 in ``[0, N)``.
+        x: ``[B, N, C]``, any strides and dtype (complex128 in the PyTorch reference alone).
+        indices: ``[B, keep]`` int64 in ``[0, N)``. Others are an error on a CPU; the kernel gives zeros.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
-        ``[B, keep, C]`` in the dtype of ``x``. The gradient scatters rows back and is zero elsewhere.
+        ``[B, keep, C]`` in the dtype of ``x``. The gradient scatters rows back, adding those taken from the
+        same token in their order, and is zero elsewhere.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank or shape.
-        BackendUnavailableError: an explicit backend that can't run.
+        BackendUnavailableError: an explicit backend that can't run; says why.
     """
     if indices.dtype != torch.int64:
         raise TypeError(f"indices must be int64; got {indices.dtype}")
     require_shape("x", x, (None, None, None), "[B, N, C]")
     require_shape("indices", indices, (x.shape[0], None), "[B, keep]")
-    resolve_backend(backend, "selection", x.device)
+    if x.device != indices.device:
+        raise ValueError(f"indices are on {indices.device}, x on {x.device}; move one with .to(device)")
+    if resolve_backend(backend, "selection", x.device, _unsupported_rows(x)) == "triton":
+        return op.gather_tokens(x, indices)
     return reference.gather_tokens(x, indices)
+
+
+def _checked(
+    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Raise for bad arguments; the fill scores on the right device."""
+    require_floating("slot_attention", slot_attention)
+    require_shape("slot_attention", slot_attention, (None, None, None), "[B, K, N]")
+    batch, slots, tokens = slot_attention.shape
+    if slots == 0 or tokens == 0:
+        raise ValueError(f"slot_attention needs a slot and a token; got shape {[batch, slots, tokens]}")
+    require_count("keep", keep, tokens, "the number of tokens")
+    if fill_scores is None:
+        return None
+    require_floating("fill_scores", fill_scores)
+    require_shape("fill_scores", fill_scores, (batch, tokens), "[B, N]")
+    return fill_scores.to(slot_attention.device)
+
+
+def _resolve(
+    backend: str,
+    slot_attention: torch.Tensor,
+    fill_scores: torch.Tensor | None,
+    x: torch.Tensor | None = None,
+) -> str:
+    unsupported = None if x is None else _unsupported_rows(x)
+    if slot_attention.shape[2] > _MAX_TOKENS:
+        unsupported = f"it holds up to {_MAX_TOKENS} tokens an image; got {slot_attention.shape[2]}"
+    if torch.float64 in (
+        slot_attention.dtype,
+        slot_attention.dtype if fill_scores is None else fill_scores.dtype,
+    ):
+        unsupported = "it compares in float32, which would tie float64 scores"
+    return resolve_backend(backend, "selection", slot_attention.device, unsupported)
+
+
+def _unsupported_rows(x: torch.Tensor) -> str | None:
+    return None if x.dtype.itemsize <= 8 else f"it copies elements of up to 8 bytes; x is {x.dtype}"

@@ -1,0 +1,218 @@
+"""Compiles every kernel at every tile of the table, without a GPU: ``python -m bench.aot``.
+
+Launches are recorded from the launchers themselves, on shapes that reach every row of the tile table, so
+what is compiled is what a GPU would run. Prints registers, spills, shared memory and matrix instructions, and
+exits with 1 if a kernel spills, exceeds a limit of its architecture, or has a dot that missed the tensor
+cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.launches import launches
+from ocvtp_kernels._arch import interpreting
+from ocvtp_kernels._launch import OPTIONS, Launch
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for: Triton's name of it, rows of the tile table, shared memory a block may have."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    tiles: str
+    shared_limit: int
+
+
+KB = 1024
+#: Shared memory: CUDA programming guide, "technical specifications per compute capability"; CDNA3 ISA guide.
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, "sm80", 163 * KB),
+    "sm_86": Target("cuda", 86, 32, "sm86", 99 * KB),
+    "sm_90": Target("cuda", 90, 32, "sm90", 227 * KB),
+    "sm_100": Target("cuda", 100, 32, "sm100", 227 * KB),
+    "gfx942": Target("hip", "gfx942", 64, "gfx942", 64 * KB),
+}
+_MATRIX = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "QMMA")
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel needs. Counts are instructions, shared memory is bytes."""
+
+    target: str
+    kernel: str
+    variant: str
+    registers: int
+    spills: int
+    shared: int
+    matrix: str
+    faults: tuple[str, ...]
+
+
+def compile_launch(launch: Launch, target: str) -> Usage:
+    """Compile one recorded launch for ``target`` and read its machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    gpu = TARGETS[target]
+    signature, constants, attributes = _specialise(launch)
+    options = {name: launch.tile[name] for name in ("num_warps", "num_stages")} | OPTIONS
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=options)
+    registers, spills, matrix = (_read_hip if gpu.backend == "hip" else _read_cuda)(compiled)
+    shared = int(compiled.metadata.shared)
+    faults = []
+    if spills:
+        faults.append(f"{spills} spills")
+    if shared > gpu.shared_limit:
+        faults.append(f"{shared} bytes of shared memory, more than {gpu.shared_limit}")
+    if "tt.dot" in compiled.asm["ttir"] and not matrix:
+        faults.append("a dot without tensor cores")
+    return Usage(
+        target, launch.kernel.fn.__name__, _variant(launch), registers, spills, shared, matrix, tuple(faults)
+    )
+
+
+def _specialise(
+    launch: Launch,
+) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """Types, constants and divisibilities that Triton's launcher would derive from the arguments."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    arguments = iter(launch.arguments)
+    for index, parameter in enumerate(launch.kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = launch.tile[parameter.name]
+            continue
+        value = next(arguments)
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = 1
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    assert next(arguments, None) is None
+    return signature, constants, attributes
+
+
+def _variant(launch: Launch) -> str:
+    dtypes = [_TYPES[value.dtype] for value in launch.arguments if isinstance(value, torch.Tensor)]
+    numbers = " ".join(f"{name}={value}" for name, value in launch.tile.items())
+    return f"{dtypes[0]} {numbers}"
+
+
+def _read_cuda(compiled: Any) -> tuple[int, int, str]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        sass = _output(tools / "nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+)", usage)
+    if found is None or not sass:
+        raise RuntimeError("cuobjdump or nvdisasm printed nothing that could be read")
+    matrix = [name for name in _MATRIX if re.search(rf"\b{name}\b", sass)]
+    return int(found[1]), len(re.findall(r"\b(?:STL|LDL)\b", sass)), " ".join(matrix)
+
+
+def _read_hip(compiled: Any) -> tuple[int, int, str]:
+    assembly = compiled.asm["amdgcn"]
+
+    def note(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        if found is None:
+            raise RuntimeError(f"no {name} in the assembly")
+        return int(found[1])
+
+    # Scalar registers spill into lanes of vector registers, not to memory: not counted.
+    spills = note("vgpr_spill_count") + note("private_segment_fixed_size") // 4
+    matrix = sorted(set(re.findall(r"v_mfma_\w+", assembly)))
+    return note("vgpr_count"), spills, " ".join(matrix)
+
+
+def _output(*command: str | os.PathLike[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _task(task: tuple[str, int]) -> Usage:
+    target, index = task
+    return compile_launch(launches(TARGETS[target].tiles)[index], target)
+
+
+def tasks(targets: list[str], kernels: list[str]) -> Iterator[tuple[str, int]]:
+    """``(target, index into its launches)`` of everything to compile."""
+    for target in targets:
+        for index, launch in enumerate(launches(TARGETS[target].tiles)):
+            if not kernels or launch.kernel.fn.__name__ in kernels:
+                yield target, index
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
+    parser.add_argument("--kernel", action="append", help="default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args(arguments)
+    if interpreting():
+        parser.error("unset TRITON_INTERPRET: interpreted kernels can't be compiled")
+    work = list(tasks(options.target or list(TARGETS), options.kernel or []))
+    if not work:
+        parser.error(f"no kernel is called {' or '.join(options.kernel)}")
+    failed = 0
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for usage in pool.map(_task, work, chunksize=4):
+            print(_line(usage), flush=True)
+            failed += bool(usage.faults)
+    print(f"{len(work)} kernels compiled, {failed} with faults")
+    return int(failed > 0)
+
+
+def _line(usage: Usage) -> str:
+    row = asdict(usage)
+    row["shared"] = f"{usage.shared / KB:.0f}K"
+    row["end"] = f"  <-- {', '.join(usage.faults)}" if usage.faults else ""
+    return "{target:7} {kernel:12} {registers:3}r {spills:3}sp {shared:>5} {matrix:8} {variant}{end}".format(
+        **row
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

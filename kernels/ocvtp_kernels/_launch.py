@@ -1,0 +1,44 @@
+"""What every kernel launch needs, and a way to look at launches without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+# Triton's default changes with 3.10, and results with it: said here, so that bits don't depend on versions.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+class Launch(NamedTuple):
+    """One kernel launch: run-time arguments in order, and constexprs, warps and stages by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    tile: Mapping[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+def launch(kernel: Any, grid: Sequence[int], device: torch.device, *arguments: Any, **tile: Any) -> None:
+    """Run ``kernel`` on ``device``, which need not be the current one; ``tile`` holds its constexprs."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, tuple(grid), arguments, tile))
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[tuple(grid)](*arguments, **tile, **OPTIONS)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Note launches instead of running them, so that tensors may be on ``meta``; outputs stay unwritten."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before

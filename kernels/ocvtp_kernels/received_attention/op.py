@@ -1,0 +1,78 @@
+"""Received attention for PyTorch: operator schema, fake, gradient, FLOPs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ocvtp_kernels._library import define
+from ocvtp_kernels.received_attention import reference
+
+__all__ = ["received_attention"]
+
+
+def _launch(
+    q: torch.Tensor, k: torch.Tensor, scale: float, lse: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    from ocvtp_kernels.received_attention import triton as kernels
+
+    return kernels.received_attention(q, k, scale, lse, cu_seqlens)
+
+
+def _fake(
+    q: torch.Tensor, k: torch.Tensor, scale: float, lse: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    return k.new_empty(k.shape[0], k.shape[2], dtype=torch.float32)
+
+
+def _flops(q: Any, k: Any, scale: float, lse: Any = None, cu_seqlens: Any = None, **_: Any) -> int:
+    """One q k^T. Segments count as if all were equally long, the least they can cost."""
+    batch, heads, queries, head_dim = q
+    segments = 1 if cu_seqlens is None else cu_seqlens[0] - 1
+    return int(2 * batch * heads * queries * k[2] * head_dim // segments)
+
+
+_received_attention = define(
+    "received_attention(Tensor q, Tensor k, float scale, Tensor? lse, Tensor? cu_seqlens) -> Tensor",
+    _launch,
+    _fake,
+    _flops,
+)
+
+
+class _ReceivedAttention(torch.autograd.Function):
+    """The kernels forward; backward in PyTorch, a block of queries at a time (nobody trains through it)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        scale: float,
+        lse: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, lse, cu_seqlens)
+        ctx.scale = scale
+        return _received_attention(q, k, scale, lse, cu_seqlens)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None, torch.Tensor | None, None]:
+        q, k, lse, cu_seqlens = ctx.saved_tensors
+        grad_q, grad_k, grad_lse = reference.received_attention_backward(
+            grad, q, k, ctx.scale, lse, cu_seqlens
+        )
+        return grad_q, grad_k, None, grad_lse, None
+
+
+def received_attention(
+    q: torch.Tensor, k: torch.Tensor, scale: float, lse: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    """See :func:`ocvtp_kernels.received_attention.received_attention`."""
+    differentiable = q.requires_grad or k.requires_grad or (lse is not None and lse.requires_grad)
+    if torch.is_grad_enabled() and differentiable:
+        return _ReceivedAttention.apply(q, k, scale, lse, cu_seqlens)
+    return _received_attention(q, k, scale, lse, cu_seqlens)

@@ -1,0 +1,179 @@
+"""Token selection for PyTorch: operator schemas, fakes, gradients, FLOPs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ocvtp_kernels._library import define
+
+__all__ = ["gather_tokens", "select_rows", "select_tokens"]
+
+
+def _launch_select(
+    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from ocvtp_kernels.selection import triton as kernels
+
+    indices, from_slots, _ = kernels.select_tokens(slot_attention, keep, fill_scores, None)
+    return indices, from_slots
+
+
+def _fake_select(
+    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = slot_attention.shape[0]
+    return (
+        slot_attention.new_empty(batch, keep, dtype=torch.int64),
+        slot_attention.new_empty(batch, dtype=torch.int64),
+    )
+
+
+def _launch_select_rows(
+    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from ocvtp_kernels.selection import triton as kernels
+
+    indices, from_slots, rows = kernels.select_tokens(slot_attention, keep, fill_scores, x)
+    assert rows is not None
+    return indices, from_slots, rows
+
+
+def _fake_select_rows(
+    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        *_fake_select(slot_attention, keep, fill_scores),
+        x.new_empty(x.shape[0], keep, x.shape[2]),
+    )
+
+
+def _launch_gather(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    from ocvtp_kernels.selection import triton as kernels
+
+    return kernels.gather_tokens(x, indices)
+
+
+def _fake_gather(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], indices.shape[1], x.shape[2])
+
+
+def _launch_scatter(rows: torch.Tensor, indices: torch.Tensor, tokens: int) -> torch.Tensor:
+    from ocvtp_kernels.selection import triton as kernels
+
+    return kernels.scatter_tokens(rows, indices, tokens)
+
+
+def _fake_scatter(rows: torch.Tensor, indices: torch.Tensor, tokens: int) -> torch.Tensor:
+    return rows.new_empty(rows.shape[0], tokens, rows.shape[2])
+
+
+def _no_flops(*_: Any, **__: Any) -> int:
+    """Selection compares and copies; it multiplies nothing."""
+    return 0
+
+
+_select_tokens = define(
+    "select_tokens(Tensor slot_attention, SymInt keep, Tensor? fill_scores) -> (Tensor, Tensor)",
+    _launch_select,
+    _fake_select,
+    _no_flops,
+)
+_select_rows = define(
+    "select_rows(Tensor slot_attention, SymInt keep, Tensor? fill_scores, Tensor x)"
+    " -> (Tensor, Tensor, Tensor)",
+    _launch_select_rows,
+    _fake_select_rows,
+    _no_flops,
+)
+_gather_tokens = define(
+    "gather_tokens(Tensor x, Tensor indices) -> Tensor", _launch_gather, _fake_gather, _no_flops
+)
+_scatter_tokens = define(
+    "scatter_tokens(Tensor rows, Tensor indices, SymInt tokens) -> Tensor",
+    _launch_scatter,
+    _fake_scatter,
+    _no_flops,
+)
+
+
+class _GatherTokens(torch.autograd.Function):
+    """The gather, whose gradient puts rows back where they came from."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(indices)
+        ctx.tokens = x.shape[1]
+        return _gather_tokens(x, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        return _ScatterTokens.apply(grad, indices, ctx.tokens), None
+
+
+class _ScatterTokens(torch.autograd.Function):
+    """The gather's transpose; its gradient gathers, so both differentiate any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, indices: torch.Tensor, tokens: int) -> torch.Tensor:
+        ctx.save_for_backward(indices)
+        return _scatter_tokens(rows, indices, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (indices,) = ctx.saved_tensors
+        return _GatherTokens.apply(grad, indices), None, None
+
+
+class _SelectRows(torch.autograd.Function):
+    """Selection and gather in one launch; differentiable in the rows' source alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        slot_attention: torch.Tensor,
+        keep: int,
+        fill_scores: torch.Tensor | None,
+        x: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        indices, from_slots, rows = _select_rows(slot_attention, keep, fill_scores, x)
+        ctx.save_for_backward(indices)
+        ctx.tokens = x.shape[1]
+        ctx.mark_non_differentiable(indices, from_slots)
+        return indices, from_slots, rows
+
+    @staticmethod
+    def backward(ctx: Any, _: None, __: None, grad: torch.Tensor) -> tuple[None, None, None, torch.Tensor]:
+        (indices,) = ctx.saved_tensors
+        return None, None, None, _ScatterTokens.apply(grad, indices, ctx.tokens)
+
+
+def select_tokens(
+    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`ocvtp_kernels.selection.select_tokens`."""
+    return _select_tokens(slot_attention.detach(), keep, _detached(fill_scores))
+
+
+def select_rows(
+    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See :func:`ocvtp_kernels.selection.select_rows`."""
+    arguments = slot_attention.detach(), keep, _detached(fill_scores), x
+    # Without a gradient to come, the Function would only cost its overhead.
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _SelectRows.apply(*arguments)
+    return _select_rows(*arguments)
+
+
+def gather_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """See :func:`ocvtp_kernels.selection.gather_tokens`."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _GatherTokens.apply(x, indices)
+    return _gather_tokens(x, indices)
+
+
+def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach()
