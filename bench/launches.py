@@ -11,8 +11,6 @@ from ocvtp_kernels._launch import Launch, recording
 from ocvtp_kernels.received_attention import triton as received_attention
 from ocvtp_kernels.selection import triton as selection
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 @functools.cache
 def launches(arch: str) -> list[Launch]:
@@ -22,9 +20,21 @@ def launches(arch: str) -> list[Launch]:
         _received_attention()
     unique: dict[str, Launch] = {}
     for launch in recorded:
-        arguments = [a.dtype if isinstance(a, torch.Tensor) else a for a in launch.arguments]
-        unique.setdefault(f"{launch.kernel.fn.__name__} {arguments} {launch.tile}", launch)
+        unique.setdefault(f"{launch.kernel.fn.__name__} {_kinds(launch)} {launch.tile}", launch)
     return list(unique.values())
+
+
+def _kinds(launch: Launch) -> list[object]:
+    """What Triton specialises on: dtypes, and whether integers are 64 bits wide, 1, or multiples of 16."""
+    parameters = [p for p in launch.kernel.params if not p.is_constexpr]
+    kinds: list[object] = []
+    for parameter, value in zip(parameters, launch.arguments, strict=True):
+        if isinstance(value, torch.Tensor):
+            kinds.append(value.dtype)
+        elif isinstance(value, int):
+            wide = value >= 2**31
+            kinds.append((wide,) if parameter.do_not_specialize else (wide, value == 1, value % 16 == 0))
+    return kinds
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -33,7 +43,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def _selection() -> None:
     # (slots, tokens): a map that one program scans, and one that is cut up, in every size class.
-    sizes = ((16, 144), (300, 256), (64, 576), (192, 576), (16, 2880), (160, 2880), (4, 8192), (64, 8000))
+    sizes = ((16, 144), (300, 256), (64, 576), (192, 576), (16, 2880), (160, 2880))
     for slots, tokens in sizes:
         for dtype in (torch.float32, torch.float16):
             attention = _empty(2, slots, tokens, dtype=dtype)
@@ -50,16 +60,13 @@ def _selection() -> None:
 
 def _received_attention() -> None:
     for head_dim in (64, 72, 80, 96, 128):
-        for dtype in (*_HALF, torch.float32):
-            # As a projection leaves them, [B, N, H, d]; odd strides only cost vector loads.
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            # As a projection leaves them, [B, N, H, d], and with strides that allow no wide loads.
             q = _empty(2, 577, 16, head_dim, dtype=dtype).transpose(1, 2)
             received_attention.received_attention(q, q, 0.125, None, None)
-    q = _empty(1, 4000, 16, 64, dtype=torch.float16).transpose(1, 2)
-    for head_dim, dtype, segments in (
-        (64, torch.float16, 60),
-        (80, torch.bfloat16, 4000),
-        (128, torch.float32, 60),
-    ):
-        q = _empty(1, 4000, 16, head_dim, dtype=dtype).transpose(1, 2)
-        bounds = _empty(segments + 1, dtype=torch.int32)
-        received_attention.received_attention(q, q, 0.125, None, bounds)
+            if dtype != torch.bfloat16 and head_dim != 72:
+                ragged = _empty(2, 577, 16, head_dim + 1, dtype=dtype)[..., 1:].transpose(1, 2)
+                received_attention.received_attention(ragged, ragged, 0.125, None, None)
+                for segments in (60, 4000):
+                    bounds = _empty(segments + 1, dtype=torch.int32)
+                    received_attention.received_attention(q[:1], q[:1], 0.125, None, bounds)

@@ -14,10 +14,6 @@ from ocvtp_kernels.received_attention import op, reference
 
 __all__ = ["received_attention"]
 
-# Of the kernels; kept here so that asking does not import triton.
-_MAX_HEAD_DIM = 128
-_MAX_SEGMENTS = 4096
-
 
 def received_attention(
     q: torch.Tensor,
@@ -89,10 +85,10 @@ def _unsupported(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor | No
         return f"it computes in float32, and q and k are {q.dtype}"
     if q.dtype == torch.bfloat16 and interpreting():
         return "Triton's interpreter can't multiply bfloat16"
-    if q.shape[3] > _MAX_HEAD_DIM:
-        return f"its head dim is at most {_MAX_HEAD_DIM}, and q's is {q.shape[3]}"
-    if cu_seqlens is not None and cu_seqlens.shape[0] - 1 > _MAX_SEGMENTS:
-        return f"it takes up to {_MAX_SEGMENTS} segments; got {cu_seqlens.shape[0] - 1}"
+    if q.shape[3] > op.MAX_HEAD_DIM:
+        return f"its head dim is at most {op.MAX_HEAD_DIM}, and q's is {q.shape[3]}"
+    if cu_seqlens is not None and cu_seqlens.shape[0] - 1 > op.MAX_SEGMENTS:
+        return f"it takes up to {op.MAX_SEGMENTS} segments; got {cu_seqlens.shape[0] - 1}"
     return None
 
 

@@ -9,7 +9,11 @@ import torch
 from ocvtp_kernels._library import define
 from ocvtp_kernels.received_attention import reference
 
-__all__ = ["received_attention"]
+__all__ = ["MAX_HEAD_DIM", "MAX_SEGMENTS", "received_attention"]
+
+MAX_HEAD_DIM = 128
+#: Of a packed batch: their bounds are searched in registers.
+MAX_SEGMENTS = 4096
 
 
 def _launch(

@@ -10,9 +10,6 @@ from ocvtp_kernels.selection import op, reference
 
 __all__ = ["gather_tokens", "select_rows", "select_tokens"]
 
-# Of the kernels; kept here so that asking does not import triton.
-_MAX_TOKENS = 8192
-
 
 def select_tokens(
     slot_attention: torch.Tensor,
@@ -35,7 +32,7 @@ def select_tokens(
             matters, so probabilities and logarithms of them pick the same tokens.
         keep: tokens to keep, ``1 <= keep <= N``.
         fill_scores: ``[B, N]`` floating point, without NaN; ``None`` takes a token's largest slot attention.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take up to 8192 tokens, and anything
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take up to 4096 tokens, and anything
             but float64.
 
     Returns:
@@ -138,8 +135,8 @@ def _resolve(
     x: torch.Tensor | None = None,
 ) -> str:
     unsupported = None if x is None else _unsupported_rows(x)
-    if slot_attention.shape[2] > _MAX_TOKENS:
-        unsupported = f"it holds up to {_MAX_TOKENS} tokens an image; got {slot_attention.shape[2]}"
+    if slot_attention.shape[2] > op.MAX_TOKENS:
+        unsupported = f"it holds up to {op.MAX_TOKENS} tokens an image; got {slot_attention.shape[2]}"
     if torch.float64 in (
         slot_attention.dtype,
         slot_attention.dtype if fill_scores is None else fill_scores.dtype,

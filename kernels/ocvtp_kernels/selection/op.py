@@ -8,7 +8,10 @@ import torch
 
 from ocvtp_kernels._library import define
 
-__all__ = ["gather_tokens", "select_rows", "select_tokens"]
+__all__ = ["MAX_TOKENS", "gather_tokens", "select_rows", "select_tokens"]
+
+#: Largest image that one program can hold.
+MAX_TOKENS = 4096
 
 
 def _launch_select(

@@ -20,10 +20,9 @@ from ocvtp_kernels._arch import architecture, processors
 from ocvtp_kernels._jit import ordered_bits
 from ocvtp_kernels._launch import launch
 from ocvtp_kernels._tiles import tile
+from ocvtp_kernels.selection.op import MAX_TOKENS
 
-#: Largest image a program can hold.
-MAX_TOKENS = 8192
-_SIZES = (256, 1024, 4096, MAX_TOKENS)
+_SIZES = (256, 1024, MAX_TOKENS)
 # Slots x padded tokens that one block marks by itself: 2 us of its instructions, what a launch costs.
 _SCAN_LIMIT = 65536
 # Rows are copied, not computed with: as integers of their size, so that a kernel serves all their dtypes.
