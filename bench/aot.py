@@ -46,6 +46,7 @@ TARGETS = {
     "sm_86": Target("cuda", 86, 32, "sm86", 99 * KB),
     "sm_90": Target("cuda", 90, 32, "sm90", 227 * KB),
     "sm_100": Target("cuda", 100, 32, "sm100", 227 * KB),
+    "sm_120": Target("cuda", 120, 32, "sm86", 99 * KB),
     "gfx942": Target("hip", "gfx942", 64, "gfx942", 64 * KB),
 }
 _MATRIX = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "QMMA")
