@@ -67,9 +67,8 @@ def _marked_by_scan(map_ptr, stride_k, stride_n, K, N, NP: tl.constexpr, BK: tl.
         inside = (slot < K)[:, None] & (n < N)[None, :]
         offsets = slot.to(tl.int64)[:, None] * stride_k + n.to(tl.int64)[None, :] * stride_n
         values = tl.load(map_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-        best = tl.max(values, axis=1)
-        # Equality keeps 0.0 and -0.0 together; the minimum lets the lowest index win.
-        top = tl.min(tl.where(inside & (values == best[:, None]), n[None, :], NP), axis=1)
+        _, top = tl.max(values, axis=1, return_indices=True)  # ties, 0.0 and -0.0 among them: the lowest index
+        top = tl.where(slot < K, top, NP)
         marked = tl.maximum(marked, tl.max((n[None, :] == top[:, None]).to(tl.int32), axis=0))
         largest = tl.maximum(largest, tl.max(values, axis=0))
     return marked > 0, largest
@@ -83,9 +82,13 @@ def _marked_by_parts(parts_ptr, K, T, NP: tl.constexpr, KP: tl.constexpr):
     for first in tl.range(0, K, KP):
         slot = first + tl.arange(0, KP)
         real = slot < K
-        best = tl.load(parts_ptr + slot, mask=real, other=0)
-        for part in tl.range(1, T):
-            best = tl.maximum(best, tl.load(parts_ptr + part * K + slot, mask=real, other=0))
+        best = tl.full([KP], -0x8000000000000000, tl.int64)
+        for start in tl.range(0, T, 8):
+            for offset in tl.static_range(8):  # eight loads under way at a time
+                part = start + offset
+                exists = slot < tl.where(part < T, K, 0)
+                found = tl.load(parts_ptr + part * K + slot, mask=exists, other=-0x8000000000000000)
+                best = tl.maximum(best, found)
         top = tl.where(real, 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32), 0)
         # Triton 3.3's histogram takes no mask: the padding is counted at token 0 and taken off again.
         marked += tl.histogram(top, NP) - tl.where(n == 0, tl.sum((slot >= K).to(tl.int32), axis=0), 0)
@@ -114,10 +117,9 @@ def top_parts(
         values = tl.load(map_ptr + image * stride_b + offsets, mask=inside, other=float("-inf")).to(
             tl.float32
         )
-        best = tl.max(values, axis=1)
-        top = tl.min(tl.where(inside & (values == best[:, None]), n[None, :], 0x7FFFFFFF), axis=1)
+        best, top = tl.max(values, axis=1, return_indices=True)
         score = ordered_bits(_zero_is_zero(best)).to(tl.int64) - 0x80000000  # signed, as the key is
-        key = (score << 32) | (0x7FFFFFFF - top).to(tl.int64)
+        key = (score << 32) | (0x7FFFFFFF - part * BN - top).to(tl.int64)
         tl.store(parts_ptr + (image * tl.num_programs(0) + part) * K + slot, key, mask=slot < K)
         largest = tl.maximum(largest, tl.max(values, axis=0))
     if not FILL:
