@@ -1,4 +1,4 @@
-"""The demo's figures with their provenance: ``python -m bench.demo --out FILE.json``."""
+"""The demo's figures with their provenance: ``python -m bench.demo [--out FILE.json]``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ocvtp.commands import demo
 
 
 def main() -> None:
-    """Run the demo, gate included, and write its timings."""
+    """Run the demo, gate included, which prints its timings; write them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="write the results here as JSON")
+    parser.add_argument("--out", type=Path, help="write the results here as JSON")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--keep", type=int, default=64)
     arguments = parser.parse_args()
@@ -46,8 +46,9 @@ def main() -> None:
         "text": size.text,
     }
     result = {**provenance(), "weights": "random", "dtype": "float32", "shape": shape, "rows": rows}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

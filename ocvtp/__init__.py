@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from ocvtp.pruner import OCPruner, PrunerConfig, Reconstruction
     from ocvtp.selection import Selection
     from ocvtp.vlm import PatchError, PruneReport, UnsupportedModelError, apply, pruned, remove
+    from ocvtp_kernels import BackendUnavailableError
     from ocvtp_kernels.reconstruction import area_weighted_mse
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "BackendUnavailableError": "ocvtp_kernels",
     "CheckpointError": "ocvtp.checkpoint",
     "OCPruner": "ocvtp.pruner",
     "PatchError": "ocvtp.vlm",
@@ -37,6 +39,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BackendUnavailableError",
     "CheckpointError",
     "OCPruner",
     "PatchError",

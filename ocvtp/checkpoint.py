@@ -6,8 +6,10 @@ decoder, possibly wrapped in ``{"state_dict": ...}``. Nothing here executes code
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -47,13 +49,29 @@ class CheckpointError(ValueError):
     """A file or state dict that is not a complete, well-shaped pruner. The message names the key."""
 
 
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Around checks of what a file holds: a ``CheckpointError`` that doesn't name ``path`` is made to."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
+
+
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of a ``.safetensors`` file, or of a PyTorch file read with ``weights_only=True``.
 
     Raises:
+        TypeError: no path.
         FileNotFoundError: nothing there.
         CheckpointError: not such a file, or it holds more than tensors.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"official weights are a file's path or a state dict; got {type(path).__name__}")
+    if not str(path):  # as a Path, this would be the current folder
+        raise FileNotFoundError("no checkpoint at '': the path is empty")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -69,11 +87,16 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # on bytes that are no checkpoint, torch.load raises nearly anything
+        # Its message is not passed on: it advises weights_only=False, which runs what is in the file.
         raise CheckpointError(
-            f"{path} can't be read as a PyTorch file of tensors alone (weights_only=True): {error}"
+            f"{path} can't be read: it is no PyTorch file that holds tensors alone. "
+            "Give official weights (weights.pth or .safetensors)"
         ) from error
-    return unwrap_state_dict(loaded)
+    with naming(path):
+        return unwrap_state_dict(loaded)
 
 
 def read_config(path: Path) -> PrunerConfig:
@@ -86,6 +109,8 @@ def read_config(path: Path) -> PrunerConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"expected an object; got {type(values).__name__}")
+        if "model_type" in values:
+            raise ValueError(f"it is a {values['model_type']!r} model's")
         return PrunerConfig.from_dict(values)
     except ValueError as error:
         raise CheckpointError(f"{path} is no pruner's configuration: {error}") from error
@@ -113,8 +138,13 @@ def config_from_official(
     """Every size from the shapes of an official state dict; the arguments are what shapes can't tell.
 
     Raises:
-        CheckpointError: a key needed for a size is missing or has the wrong rank.
+        CheckpointError: a key needed for a size is missing or has the wrong rank, or it is our own format.
     """
+    if "slot_mean" in state and "initializ.mean" not in state:
+        raise CheckpointError(
+            "this is ocvtp's own format: give the folder that holds it and config.json "
+            "(OCPruner.from_pretrained)"
+        )
 
     def size(key: str, rank: int, dim: int) -> int:
         if key not in state:

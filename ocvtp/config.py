@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 _POSITIVE = ("in_dim", "hidden_dim", "slot_dim", "ffn_dim", "num_iters", "decoder_heads")
@@ -75,3 +77,12 @@ class PrunerConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready."""
         return asdict(self)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """What a ``config.json`` holds, to tell a pruner's from a model's; empty if it can't be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +185,9 @@ class OCPruner(
                 ]
             )
             indices, from_slots = select_tokens(attention, keep, fill_scores, backend=backend)
-        return Selection(indices, from_slots, attention if return_attention else None)
+        return Selection(
+            indices, from_slots, attention if return_attention else None, tokens=features.shape[1]
+        )
 
     def weights(self) -> SlotAttentionWeights:
         """The parameters of encoder and Slot Attention, in the form the kernels take."""
@@ -299,9 +302,10 @@ class OCPruner(
             official = checkpoint.unwrap_state_dict(source)
         else:
             official = checkpoint.read_state_dict(source)
-        config = checkpoint.config_from_official(official, num_iters, decoder_heads, layer)
-        state = checkpoint.from_official_keys(official)
-        return cls._from_state(config, state, official_names=True)
+        with contextlib.nullcontext() if isinstance(source, Mapping) else checkpoint.naming(source):
+            config = checkpoint.config_from_official(official, num_iters, decoder_heads, layer)
+            state = checkpoint.from_official_keys(official)
+            return cls._from_state(config, state, official_names=True)
 
     def to_official(self) -> dict[str, torch.Tensor]:
         """The state dict in the official layout (copies); :meth:`from_official` reads it back exactly."""
@@ -337,6 +341,7 @@ class OCPruner(
         local_files_only: bool = False,
         token: str | bool | None = None,
         map_location: str | torch.device = "cpu",
+        layer: int | None = None,
     ) -> Self:
         """A pruner from ``config.json`` and ``model.safetensors``, or from official ``weights.pth`` alone.
 
@@ -348,11 +353,13 @@ class OCPruner(
             local_files_only: use only what is cached.
             token: for private repositories.
             map_location: device of the pruner.
+            layer: encoder layer that official weights were trained on; ``None`` is 8. Our own format says it.
 
         Raises:
-            FileNotFoundError: no such folder, or no weights in it.
-            CheckpointError: ``config.json`` that this version does not understand, or a key missing,
-                unexpected, misshapen or not finite; names it.
+            FileNotFoundError: no such folder, no weights in it, or the Hub can't be reached.
+            ValueError: an empty name, or a ``layer`` that ``config.json`` contradicts.
+            CheckpointError: a file instead of a folder, ``config.json`` that this version does not
+                understand, or a key missing, unexpected, misshapen or not finite; names it.
         """
         files = PrunerFiles(
             folder_or_repo_id,
@@ -367,9 +374,15 @@ class OCPruner(
             if config_file is None:
                 raise checkpoint.CheckpointError(f"{folder_or_repo_id} has {_WEIGHTS} but no {_CONFIG}")
             config = checkpoint.read_config(config_file)
-            pruner = cls._from_state(config, checkpoint.read_state_dict(weights), official_names=False)
+            if layer not in (None, config.layer):
+                raise ValueError(
+                    f"{folder_or_repo_id} reads encoder layer {config.layer}, as its {_CONFIG} says, "
+                    f"not {layer}; give a layer for official weights only"
+                )
+            with checkpoint.naming(weights):
+                pruner = cls._from_state(config, checkpoint.read_state_dict(weights), official_names=False)
         elif (weights := files.find(_OFFICIAL_WEIGHTS)) is not None:
-            pruner = cls.from_official(weights)
+            pruner = cls.from_official(weights, layer=PrunerConfig.layer if layer is None else layer)
         else:
             raise files.missing(_WEIGHTS, _OFFICIAL_WEIGHTS)
         return pruner.to(map_location)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ocvtp.commands.errors import UserError, blamed_on_input
+from ocvtp.commands.errors import UserError
 from ocvtp.commands.loading import check_keep
+from ocvtp.commands.output import check_writable, make_folder
 from ocvtp.commands.progress import busy, steps
 
 if TYPE_CHECKING:
@@ -107,8 +108,9 @@ def run(
     if keep > size.image_tokens:
         raise UserError(f"--keep must be at most {size.image_tokens}, the tokens of one image; got {keep}")
     photograph = _photograph()
-    with blamed_on_input(OSError):
-        out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    path = out / "overlay.png"
+    check_writable(path)
 
     import torch
 
@@ -142,7 +144,6 @@ def run(
 
     with busy(console, "drawing"), ocvtp.pruned(model, pruner, keep=keep):
         picture = draw(model, inputs["pixel_values"], processor, _NOTE)
-    path = out / "overlay.png"
     picture.save(path)
     console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return comparisons

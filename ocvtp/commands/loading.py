@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,23 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ocvtp import OCPruner, PrunerConfig, PruneReport
+    from ocvtp.vlm.adapter import TowerFacts
 
+DEFAULT_KEEP = 64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has one slash left; C:/ is a drive
 
 
 def load_image(path: Path) -> Image:
     """The picture at ``path``, decoded, upright and in RGB."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if not path.is_file():
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; give one image file")
+    if not os.path.isfile(path):
+        if _URL.match(str(path)):
+            raise UserError("URLs are not read: download the image first, then give the file")
         raise UserError(f"no image at {path}")
     try:
         with Image.open(path) as image:
@@ -44,14 +53,62 @@ def _eight_bit(image: Image) -> Image:
     return images.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
 
 
-def load_pruner(source: str) -> OCPruner:
-    """A pruner from our folder, a Hub repository, or an official weights file."""
-    from ocvtp import OCPruner
+def model_source(given: str) -> str:
+    """A model's folder or Hub id, as far as can be told without loading anything."""
+    if not given.strip():
+        raise UserError("--model is empty; give a model's folder or Hub id")
+    if os.path.isfile(given):
+        raise UserError(f"{given} is a file; --model takes the folder that holds config.json")
+    if os.path.isdir(given):
+        if _is_pruner_folder(Path(given)):
+            raise UserError(f"{given} holds a pruner, not a model: are --model and --pruner swapped?")
+    elif given.startswith((".", "/", "~")) or given.count("/") > 1:
+        raise UserError(f"no model folder at {given}")
+    return given
+
+
+def _is_pruner_folder(folder: Path) -> bool:
+    from ocvtp.config import read_json_object
+
+    config = folder / "config.json"
+    if not config.exists():
+        return (folder / "weights.pth").exists()
+    return "slot_dim" in read_json_object(config)
+
+
+def pruner_source(given: str) -> str:
+    """A pruner's folder, file or Hub id, as far as can be told without loading anything."""
+    from ocvtp.config import read_json_object
+
+    if not given.strip():
+        raise UserError("--pruner is empty; give a pruner's folder, Hub id or official weights file")
+    kind = read_json_object(Path(given) / "config.json").get("model_type")
+    if kind and not (Path(given) / "weights.pth").exists():
+        raise UserError(f"{given} holds a {kind!r} model, not a pruner: are --model and --pruner swapped?")
+    return given
+
+
+def load_pruner(source: str, layer: int | None = None) -> OCPruner:
+    """A pruner from our folder, a Hub repository, or an official weights file.
+
+    ``layer`` is what official weights were trained on, which they don't say; our own format does.
+    """
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    from ocvtp import OCPruner, PrunerConfig
 
     with blamed_on_input(OSError, ValueError):
-        if Path(source).is_file():
-            return OCPruner.from_official(source)
-        return OCPruner.from_pretrained(source)
+        try:
+            if not os.path.isfile(source):
+                return OCPruner.from_pretrained(source, layer=layer)
+            return OCPruner.from_official(source, layer=PrunerConfig.layer if layer is None else layer)
+        except GatedRepoError:  # a kind of the next; its message says how to get access
+            raise
+        except RepositoryNotFoundError as error:
+            raise UserError(
+                f"no folder {source!r} here, and no such repository on the Hub that you can read; "
+                "check the spelling, or log in with: hf auth login"
+            ) from error
 
 
 def resolve_device(name: str) -> torch.device:
@@ -86,50 +143,112 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def load_model(
-    source: str, device: torch.device, dtype: torch.dtype, pruner: PrunerConfig, keep: int, console: Console
-) -> tuple[Any, Any]:
-    """``(model, processor)`` from a local folder or the Hub.
-
-    Whether ``pruner`` and ``keep`` fit is read off the model's configuration, before its weights load.
-    """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+def read_model_config(source: str) -> Any:
+    """The configuration of a model in a local folder or on the Hub, if it is one that can be pruned."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
 
     from ocvtp.vlm.adapter import ADAPTERS
 
-    local = Path(source).expanduser().is_dir()
-    if local:
-        source = str(Path(source).expanduser())
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"no model folder at {source}")
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        where = "" if local else "no such folder here, and not readable from the Hub. "
+    except (OSError, ValueError, StrictDataclassError) as error:
+        where = "" if os.path.isdir(source) else "no such folder here, and not readable from the Hub. "
         raise UserError(f"can't load the model {source!r}: {where}{error}") from error
     if config.model_type not in ADAPTERS:
         raise UserError(
             f"{source} is a {config.model_type!r} model; ocvtp prunes these: {', '.join(sorted(ADAPTERS))}"
         )
-    _check_fit(config, pruner, keep)
-    # transformers draws bars of its own while it downloads
-    waiting = busy(console, f"loading {source}") if local else contextlib.nullcontext()
-    with blamed_on_input(OSError, ValueError), waiting:
-        processor = AutoProcessor.from_pretrained(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
-    return model.to(device).eval(), processor
+    return config
 
 
-def _check_fit(config: Any, pruner: PrunerConfig, keep: int) -> None:
-    vision = config.vision_config
-    if pruner.in_dim != vision.hidden_size:
+def check_fit(config: Any, pruner: PrunerConfig, keep: int) -> TowerFacts:
+    """Whether ``pruner`` and ``keep`` suit a model, told from its configuration: no weights are loaded."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from ocvtp.vlm.adapter import adapter_for
+    from ocvtp.vlm.llava import check_layers
+
+    with blamed_on_input(ValueError):
+        with torch.device("meta"):  # shapes alone, whatever the size of the model
+            skeleton = AutoModelForImageTextToText.from_config(config)
+        facts = adapter_for(skeleton).facts({})
+        if pruner.in_dim != facts.width:
+            raise UserError(
+                f"the pruner reads features of width {pruner.in_dim}, the vision tower of this model makes "
+                f"them {facts.width} wide; use a pruner trained for this tower"
+            )
+        check_layers(pruner.layer, facts.consumed_layers)
+    if keep > facts.tokens:
+        got = f"{keep} (the default)" if keep == DEFAULT_KEEP else keep
         raise UserError(
-            f"the pruner reads features of width {pruner.in_dim}, the vision tower of this model makes them "
-            f"{vision.hidden_size} wide; use a pruner trained for this tower"
+            f"--keep must be between 1 and {facts.tokens}, the image tokens of this model; got {got}"
         )
-    tokens = (vision.image_size // vision.patch_size) ** 2
-    if keep > tokens:
-        raise UserError(f"--keep must be between 1 and {tokens}, the image tokens of this model; got {keep}")
+    return facts
+
+
+def load_processor(source: str) -> Any:
+    """The model's processor, from its own folder or repository."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't load the processor of {source}: {error}") from error
+
+
+def check_processor(processor: Any, source: str, config: Any, facts: TowerFacts, picture: Image) -> None:
+    """Try the processor on ``picture``: it has to make what this model takes."""
+    save = f"and save the processor in {source} (processor.save_pretrained)"
+    vision = config.vision_config
+    patch = getattr(processor, "patch_size", None)
+    if patch != vision.patch_size:
+        raise UserError(
+            f"processor.patch_size is {patch}, this model's tower cuts patches of {vision.patch_size}: "
+            f"set it, {save}"
+        )
+    with blamed_on_input(ValueError):
+        made = processor(images=picture, text=processor.image_token, return_tensors="pt")
+    height, width = made["pixel_values"].shape[-2:]
+    side = vision.image_size
+    if (height, width) != (side, side):
+        raise UserError(
+            f"the processor makes images of {width} x {height} pixels, this model's tower takes {side} x "
+            f"{side}: set processor.image_processor.size and crop_size, {save}"
+        )
+    placeholders = int((made["input_ids"] == config.image_token_id).sum())
+    rows = facts.tokens + facts.extra_rows
+    if placeholders != rows:
+        raise UserError(
+            f"the processor writes {placeholders} placeholders for an image, this model makes {rows} tokens "
+            f"of it: set processor.num_additional_image_tokens and vision_feature_select_strategy, {save}"
+        )
+
+
+def load_weights(source: str, device: torch.device, dtype: torch.dtype, console: Console) -> Any:
+    """The model itself."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+
+    # transformers draws bars of its own while it downloads
+    waiting = busy(console, f"loading {source}") if os.path.isdir(source) else contextlib.nullcontext()
+    try:
+        with waiting:
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+    except SafetensorError as error:
+        raise UserError(
+            f"the weights of {source} are damaged or incomplete ({error}); download the model again"
+        ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"the weights of {source} have other shapes than its config.json says; download the model again"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't load the weights of {source}: {error}") from error
+    return model.to(device).eval()
 
 
 @dataclass(frozen=True)
@@ -150,17 +269,23 @@ def prepare(
     keep: int,
     device: str,
     dtype: str,
+    layer: int | None,
     seed: int,
     console: Console,
     positions: Literal["auto", "compact", "original"] = "auto",
 ) -> Prepared:
     """Check, load and patch: everything that ``prune`` and ``visualize`` do before they differ."""
     check_keep(keep)
+    model, pruner = model_source(model), pruner_source(pruner)
     picture = load_image(image)
     on = resolve_device(device)
     as_dtype = resolve_dtype(dtype, on)
-    loaded_pruner = load_pruner(pruner)
-    vlm, processor = load_model(model, on, as_dtype, loaded_pruner.config, keep, console)
+    loaded_pruner = load_pruner(pruner, layer)
+    config = read_model_config(model)
+    facts = check_fit(config, loaded_pruner.config, keep)
+    processor = load_processor(model)
+    check_processor(processor, model, config, facts, picture)
+    vlm = load_weights(model, on, as_dtype, console)
 
     import ocvtp
 

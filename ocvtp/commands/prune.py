@@ -58,6 +58,7 @@ def run(
     device: str,
     dtype: str,
     positions: Literal["auto", "compact", "original"],
+    layer: int | None,
     seed: int,
     console: Console,
 ) -> PruneResult:
@@ -71,6 +72,7 @@ def run(
         keep=keep,
         device=device,
         dtype=dtype,
+        layer=layer,
         seed=seed,
         console=console,
         positions=positions,

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.loading import prepare
+from ocvtp.commands.output import check_writable
 from ocvtp.commands.progress import busy
 
 if TYPE_CHECKING:
@@ -25,16 +26,24 @@ def run(
     out: Path,
     device: str,
     dtype: str,
+    layer: int | None,
     seed: int,
     console: Console,
 ) -> None:
     """Load, select, draw, write ``out``."""
+    check_writable(out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out must end in .png; got {out}")
-    if not out.parent.is_dir():
-        raise UserError(f"no folder {out.parent} to write {out.name} into")
     ready = prepare(
-        image, model=model, pruner=pruner, keep=keep, device=device, dtype=dtype, seed=seed, console=console
+        image,
+        model=model,
+        pruner=pruner,
+        keep=keep,
+        device=device,
+        dtype=dtype,
+        layer=layer,
+        seed=seed,
+        console=console,
     )
     image_processor = ready.processor.image_processor
     pixels = image_processor(images=ready.picture, return_tensors="pt")["pixel_values"]

@@ -14,9 +14,11 @@ import torch
 import transformers
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import ocvtp
+import ocvtp_kernels
 from ocvtp.cli import app
 from ocvtp.commands import demo, env
 from ocvtp.commands.loading import load_image
@@ -81,12 +83,26 @@ class TestPrune:
         result = json_in(run("prune", *arguments, *ASK, "--json"))
         assert result["prompt_tokens_before"] == 16 + 3  # image, w9 and the two words of the prompt
 
-    def test_official_weights_file(self, files: Files, tmp_path: Path) -> None:
-        """The command's default layer is the official one; this file's encoder has too few layers for it."""
-        torch.save(ocvtp.OCPruner.from_pretrained(files.pruner).to_official(), tmp_path / "weights.pth")
+    @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors", "."])
+    def test_official_weights(self, files: Files, tmp_path: Path, name: str) -> None:
+        """The layer is the official one unless told; this model's encoder has too few layers for it."""
+        official = ocvtp.OCPruner.from_pretrained(files.pruner).to_official()
+        if name == "weights.safetensors":
+            save_file(official, tmp_path / name)
+        else:
+            torch.save(official, tmp_path / "weights.pth")
         arguments = [*files.arguments]
-        arguments[4] = str(tmp_path / "weights.pth")
+        arguments[4] = str(tmp_path / name)
         assert "reads encoder layer 8" in run("prune", *arguments, *ASK, code=2)
+        told = json_in(run("prune", *arguments, *ASK, "--json", "--layer", "2"))
+        ours = json_in(run("prune", *files.arguments, *ASK, "--json"))
+        assert (told["answer"], told["report"]) == (ours["answer"], ours["report"])
+
+    def test_help_names_the_assumed_layer_and_promises_no_saving(self) -> None:
+        text = " ".join(run("prune", "--help").replace("│", " ").split())
+        assert "how long each stage takes" in text
+        assert "saves" not in text
+        assert "8 is assumed, unless --layer says otherwise" in text
 
     def test_half_precision(self, files: Files) -> None:
         result = json_in(run("prune", *files.arguments, *ASK, "--dtype", "bfloat16", "--json"))
@@ -106,6 +122,12 @@ class TestVisualize:
         assert "must end in .png" in run("visualize", *files.arguments, "--out", "overlay.jpg", code=2)
         missing = tmp_path / "nowhere" / "overlay.png"
         assert "no folder" in run("visualize", *files.arguments, "--out", missing, code=2)
+
+    def test_layer(self, files: Files, tmp_path: Path) -> None:
+        torch.save(ocvtp.OCPruner.from_pretrained(files.pruner).to_official(), tmp_path / "weights.pth")
+        arguments = [*files.arguments, "--keep", "5", "--out", tmp_path / "overlay.png"]
+        arguments[4] = str(tmp_path / "weights.pth")
+        run("visualize", *arguments, "--layer", "2")
 
 
 class TestBadInput:
@@ -132,7 +154,8 @@ class TestBadInput:
         assert "can't be decoded" in change(0, broken)
         broken.write_text("not an image")
         assert "can't be decoded" in change(0, broken)
-        assert "no image at" in change(0, tmp_path)  # a folder
+        assert "is a folder; give one image file" in change(0, tmp_path)
+        assert "URLs are not read: download" in change(0, "https://example.org/cat.jpg")
 
     def test_budget(self, change: object) -> None:
         assert "--keep must be at least 1" in change(None, "", "--keep", "0")
@@ -263,6 +286,10 @@ def test_env() -> None:
 )
 def test_hand_over_route(version: str, route: str) -> None:
     assert env._route(version).startswith(route)
+
+
+def test_the_error_of_an_explicit_backend_is_public() -> None:
+    assert ocvtp.BackendUnavailableError is ocvtp_kernels.BackendUnavailableError
 
 
 def test_env_without_transformers_and_triton() -> None:

@@ -172,9 +172,11 @@ def test_loading_never_executes_code(tmp_path: Path, monkeypatch: pytest.MonkeyP
     torch.save({"state_dict": _Payload()}, "weights.pth")
     Path("plain.pth").write_bytes(pickle.dumps(_Payload()))
     for name in ("weights.pth", "plain.pth"):
-        with pytest.raises(CheckpointError, match="weights_only"):
+        with pytest.raises(CheckpointError, match=f"{name} .*tensors alone") as caught:
             OCPruner.from_official(name)
-    with pytest.raises(CheckpointError, match="weights_only"):
+        assert "weights_only" not in str(caught.value)  # torch's advice would run what is in the file
+        assert caught.value.__cause__ is not None
+    with pytest.raises(CheckpointError, match="tensors alone"):
         OCPruner.from_pretrained(str(tmp_path))
     assert not Path("executed").exists()
 
@@ -250,6 +252,88 @@ def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
         OCPruner.from_pretrained(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("source", ["", " "])
+def test_an_empty_name_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    make_pruner().save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="empty string"):
+        OCPruner.from_pretrained(source)
+    with pytest.raises(FileNotFoundError, match=r"empty|no checkpoint"):
+        OCPruner.from_official(source)
+    OCPruner.from_pretrained(".")
+
+
+@pytest.mark.parametrize("source", [None, [1, 2], 3])
+def test_what_is_no_source(source: object) -> None:
+    with pytest.raises(TypeError, match=f"path or a state dict; got {type(source).__name__}"):
+        OCPruner.from_official(source)
+    with pytest.raises(TypeError, match=f"folder or repository id; got {type(source).__name__}"):
+        OCPruner.from_pretrained(source)
+
+
+def test_the_other_format(tmp_path: Path, golden: Golden) -> None:
+    """Each loader knows the other's files, and says who reads them."""
+    make_pruner().save_pretrained(tmp_path)
+    ours = tmp_path / "model.safetensors"
+    for source in (ours, make_pruner().state_dict()):
+        with pytest.raises(CheckpointError, match=r"ocvtp's own format.*from_pretrained"):
+            OCPruner.from_official(source)
+    torch.save(golden.state, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"weights\.pth is a file.*from_official"):
+        OCPruner.from_pretrained(tmp_path / "weights.pth")
+
+
+def test_layer_of_official_weights(tmp_path: Path, golden: Golden) -> None:
+    torch.save(golden.state, tmp_path / "weights.pth")
+    assert OCPruner.from_pretrained(tmp_path).config.layer == 8
+    assert OCPruner.from_pretrained(tmp_path, layer=3).config.layer == 3
+
+
+def test_layer_of_our_format(tmp_path: Path) -> None:
+    make_pruner().save_pretrained(tmp_path)
+    assert OCPruner.from_pretrained(tmp_path, layer=SMALL.layer).config == SMALL
+    with pytest.raises(ValueError, match=r"reads encoder layer 1, as its config\.json says, not 3"):
+        OCPruner.from_pretrained(tmp_path, layer=3)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "weights.pth"])
+def test_a_defect_in_a_folder_names_the_file(tmp_path: Path, golden: Golden, name: str) -> None:
+    if name == "weights.pth":
+        state = {key: tensor for key, tensor in golden.state.items() if key != "initializ.mean"}
+        torch.save(state, tmp_path / name)
+    else:
+        make_pruner().save_pretrained(tmp_path)
+        state = {key: tensor for key, tensor in make_pruner().state_dict().items() if key != "slot_mean"}
+        save_file(state, tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{tmp_path / name}: missing key"):
+        OCPruner.from_pretrained(tmp_path)
+
+
+def test_a_defect_in_an_official_file_names_it(tmp_path: Path, golden: Golden) -> None:
+    state = dict(golden.state)
+    del state["initializ.mean"]
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"weights\.pth: .*initializ\.mean"):
+        OCPruner.from_official(tmp_path / "weights.pth")
+
+
+def test_more_than_tensors_names_the_file(tmp_path: Path, golden: Golden) -> None:
+    torch.save({**golden.state, "epoch": 3}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"weights\.pth: expected only tensors; 'epoch' is int"):
+        OCPruner.from_official(tmp_path / "weights.pth")
+
+
+def test_a_models_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds a 'llava' model, not a pruner"):
+        OCPruner.from_pretrained(tmp_path)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="it is a 'llava' model's"):
+        OCPruner.from_pretrained(tmp_path)
+
+
 class TestHubRepository:
     """A repository id, with the Hub's download replaced by local files."""
 
@@ -276,7 +360,14 @@ class TestHubRepository:
         )
 
     def test_neither(self, hub: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"someone/pruner has neither .*: no weights\.pth at v1"):
+        message = r"someone/pruner has neither .*: no model\.safetensors at v1"
+        with pytest.raises(FileNotFoundError, match=message) as caught:
+            OCPruner.from_pretrained("someone/pruner", revision="v1")
+        assert isinstance(caught.value.__cause__, EntryNotFoundError)
+
+    def test_a_models(self, hub: Path) -> None:
+        (hub / "config.json").write_text('{"model_type": "llava"}')
+        with pytest.raises(FileNotFoundError, match="someone/pruner holds a 'llava' model, not a pruner"):
             OCPruner.from_pretrained("someone/pruner", revision="v1")
 
     def test_offline_waits_for_the_network_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,13 +375,32 @@ class TestHubRepository:
 
         def download(*_: object, local_files_only: bool, **__: object) -> str:
             local_only.append(local_files_only)
-            raise LocalEntryNotFoundError("no connection")
+            if local_files_only:
+                raise LocalEntryNotFoundError("set 'local_files_only' to False")
+            raise LocalEntryNotFoundError("not in the cache") from ConnectionError("no such host")
 
         monkeypatch.setattr("ocvtp.hub.hf_hub_download", download)
-        with pytest.raises(FileNotFoundError, match="no connection"):
-            OCPruner.from_pretrained("someone/pruner")
+        with pytest.raises(FileNotFoundError) as caught:
+            OCPruner.from_pretrained("nope")
         assert local_only == [False, True]
+        assert str(caught.value) == (
+            "no folder 'nope' here, and the Hub can't be reached; check the spelling, or the connection: "
+            "no such host"
+        )
+        assert str(caught.value.__cause__) == "not in the cache"
+
+    def test_a_connection_lost_half_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Only what the Hub answered may be called missing."""
+
+        def download(repo_id: str, filename: str, **_: object) -> str:
+            if filename == "model.safetensors":
+                raise EntryNotFoundError("404")
+            raise LocalEntryNotFoundError("timed out")
+
+        monkeypatch.setattr("ocvtp.hub.hf_hub_download", download)
+        with pytest.raises(FileNotFoundError, match=r"can't be reached.*timed out"):
+            OCPruner.from_pretrained("someone/pruner")
 
     def test_offline_without_a_cache(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="someone/pruner has neither"):
+        with pytest.raises(FileNotFoundError, match=r"'someone/pruner' here, and no download of it \(local"):
             OCPruner.from_pretrained("someone/pruner", local_files_only=True, cache_dir=tmp_path)
