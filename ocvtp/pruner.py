@@ -179,7 +179,7 @@ class OCPruner(
                         weights,
                         num_iters=self.config.num_iters,
                         eps=self.config.eps,
-                        backend="torch",  # has no kernel yet
+                        backend="torch" if backend == "triton" else backend,  # it has no kernel yet
                     )
                     for image, image_start in zip(images, starts, strict=True)
                 ]

@@ -69,10 +69,11 @@ def why_no_kernels(device: torch.device) -> str | None:
     """The reason why no Triton kernel can run on ``device``, or ``None`` if kernels can."""
     if not has_triton():
         return "triton is not installed (pip install triton)"
-    if interpreting():
+    if interpreting() and device.type == "cpu":
         return None
     if device.type != "cuda":
-        return f"kernels need a GPU, not {device.type} (TRITON_INTERPRET=1 runs them there, slowly, to debug)"
+        debug = " (TRITON_INTERPRET=1 runs them there, slowly, to debug)" if device.type == "cpu" else ""
+        return f"kernels need a CUDA or ROCm GPU, not {device.type}{debug}"
     if architecture(device) is None:
         return f"no tiles were made for {torch.cuda.get_device_name(device)}; run python -m bench.tune on it"
     return None

@@ -43,7 +43,7 @@ def resolve_backend(
         raise ValueError(f'backend must be one of "auto", "triton", "torch"; got {backend!r}')
     if backend == "torch":
         return "torch"
-    if backend == "auto" and device.type != "cuda":
+    if backend == "auto" and device.type == "cpu":
         return "torch"
     reason = (
         "it has no Triton kernel in this version" if op in _NO_KERNEL else _why_not(device.type, device.index)

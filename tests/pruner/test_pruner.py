@@ -18,6 +18,7 @@ from ocvtp_kernels.selection import select_tokens
 from ocvtp_kernels.slot_attention import slot_attention
 from tests.conftest import SMALL, make_pruner, relative_error
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRUNER = make_pruner()
 DECODING = replace(SMALL, decoder_layers=2, decoder_ffn_dim=64, decoder_tokens=50)
 
@@ -343,7 +344,25 @@ def test_the_fallback_on_a_gpu_is_said_once(caplog: pytest.LogCaptureFixture) ->
         pruner = OCPruner(SMALL)
         for _ in range(3):
             pruner(torch.randn(1, 30, SMALL.in_dim), keep=4)
-    assert [record.args[0] for record in caplog.records] == ["slot_attention", "selection"]
+    assert [record.message.split(" runs ")[0] for record in caplog.records] == ["selection", "slot_attention"]
+    assert "need a CUDA or ROCm GPU, not meta" in caplog.text
+
+
+def test_triton_selects_the_same_tokens() -> None:
+    x, received = features().to(DEVICE), torch.rand(2, 50).to(DEVICE)
+    pruner = make_pruner().to(DEVICE)
+    for fill in (received, None):
+        got = pruner(x, keep=16, fill_scores=fill, backend="triton")
+        want = pruner(x, keep=16, fill_scores=fill, backend="torch")
+        assert torch.equal(got.indices, want.indices)
+        assert torch.equal(got.from_slots, want.from_slots)
+
+
+def test_triton_that_cannot_run_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ocvtp_kernels._arch.has_triton", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="selection can't run its Triton kernel: triton is not"):
+        PRUNER(features(), keep=8, backend="triton")
+    assert PRUNER(features(), keep=8).indices.shape == (2, 8)
 
 
 BAD_INPUT = [
@@ -370,7 +389,6 @@ BAD_INPUT = [
     ({"seed": 2**63}, ValueError, "seed"),
     ({"seed": 1.5}, ValueError, "seed"),
     ({"backend": "cuda"}, ValueError, "backend must be one of"),
-    ({"backend": "triton"}, BackendUnavailableError, "no Triton kernel"),
     ({"precision": "bf16"}, ValueError, "precision must be"),
     ({"precision": "fp16"}, ValueError, "needs a Triton kernel"),
 ]

@@ -25,6 +25,7 @@ from tests.vlm.tiny_llava import (
     TOKENS,
     WIDTH,
     llava,
+    mixed,
     pixels,
     prompt,
     pruner,
@@ -165,12 +166,30 @@ def test_unknown_settings(model: Any, oc_pruner: Any) -> None:
         ocvtp.apply(model, oc_pruner, keep=KEEP, positions="gapped")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend must be"):
         ocvtp.apply(model, oc_pruner, keep=KEEP, backend="cuda")
-    with pytest.raises(BackendUnavailableError, match="no Triton kernel"):
-        ocvtp.apply(model, oc_pruner, keep=KEEP, backend="triton")
     with pytest.raises(ValueError, match="precision must be"):
         ocvtp.apply(model, oc_pruner, keep=KEEP, precision="int8")
     with pytest.raises(ValueError, match="seed must be"):
         ocvtp.apply(model, oc_pruner, keep=KEEP, seed=-1)
+    assert "forward" not in model.__dict__
+
+
+def test_triton_kernels_run_or_apply_refuses(
+    model: Any, oc_pruner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU or in the interpreter the kernels pick the same tokens; elsewhere nothing is patched."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, batch = model.to(device), {name: value.to(device) for name, value in mixed()[0].items()}
+    ocvtp.apply(model, oc_pruner, keep=KEEP, backend="torch")
+    want = ocvtp.vlm.select(model, batch["pixel_values"]).indices
+    ids = model.generate(**batch, **GREEDY)
+    report = ocvtp.apply(model, oc_pruner, keep=KEEP, backend="triton")
+    assert report.backend == "triton"
+    assert torch.equal(ocvtp.vlm.select(model, batch["pixel_values"]).indices, want)
+    assert torch.equal(model.generate(**batch, **GREEDY), ids)
+    ocvtp.remove(model)
+    monkeypatch.setattr("ocvtp_kernels._arch.has_triton", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="triton is not installed"):
+        ocvtp.apply(model, oc_pruner, keep=KEEP, backend="triton")
     assert "forward" not in model.__dict__
 
 
