@@ -67,7 +67,8 @@ def _marked_by_scan(map_ptr, stride_k, stride_n, K, N, NP: tl.constexpr, BK: tl.
         inside = (slot < K)[:, None] & (n < N)[None, :]
         offsets = slot.to(tl.int64)[:, None] * stride_k + n.to(tl.int64)[None, :] * stride_n
         values = tl.load(map_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-        _, top = tl.max(values, axis=1, return_indices=True)  # ties, 0.0 and -0.0 among them: the lowest index
+        # Ties, 0.0 and -0.0 among them, go to the lowest index.
+        _, top = tl.max(values, axis=1, return_indices=True)
         top = tl.where(slot < K, top, NP)
         marked = tl.maximum(marked, tl.max((n[None, :] == top[:, None]).to(tl.int32), axis=0))
         largest = tl.maximum(largest, tl.max(values, axis=0))
