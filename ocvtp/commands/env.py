@@ -51,10 +51,12 @@ def _backend() -> str:
 
     from ocvtp_kernels._arch import architecture, why_no_kernels
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return "torch (PyTorch reference; Triton kernels need a CUDA or ROCm GPU)"
+    device = torch.device("cuda")
     reason = why_no_kernels(device)
     if reason is None:
-        return f"triton ({architecture(device)} tiles; selection and received attention)"
+        return f"triton ({architecture(device)} tiles) for selection and received attention, else torch"
     return f"torch (PyTorch reference: {reason})"
 
 

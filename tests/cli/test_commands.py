@@ -292,6 +292,15 @@ def test_the_error_of_an_explicit_backend_is_public() -> None:
     assert ocvtp.BackendUnavailableError is ocvtp_kernels.BackendUnavailableError
 
 
+def test_env_names_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("ocvtp_kernels._arch.interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old GPU")
+    for capability, expected in (((9, 0), "triton (sm90 tiles)"), ((7, 5), "no tiles were made for Old GPU")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert expected in env._backend()
+
+
 def test_env_without_transformers_and_triton() -> None:
     code = (
         "import importlib.metadata as m; real = m.version\n"
