@@ -2,12 +2,25 @@
 #   make demo    prune a real photograph end to end, time it, draw the overlay
 #   make test    the test suite
 #   make lint    ruff and mypy
+#   make aot     compile every kernel for every supported GPU, without one
+#   make bench   microbenchmarks; without a GPU, PyTorch alone at small sizes
+# On a machine with a GPU, in .venv or, where there is none, in python3 with torch, triton and pytest-benchmark:
+#   make gpu     GPU tests, then microbenchmarks, in parts of less than eight minutes that also run alone:
+#                gpu-tests, gpu-micro-selection, gpu-micro-received
+#   RESULTS=folder puts results elsewhere; COMMIT=id names a tree that has no git; GPU_PYTHON=python
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+RESULTS ?= bench/results
+COMMIT ?=
+GPU_PYTEST = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m pytest
+TABLE := --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
+# A row started just before the deadline may still compile for a minute.
+RECORD = --record --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) --deadline 400 $(TABLE)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint aot format bench clean gpu gpu-check gpu-tests gpu-micro-selection gpu-micro-received
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' || \
@@ -34,6 +47,30 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+aot: $(VENV)/.dev
+	$(BIN)/python -W ignore -m bench.aot
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest bench/micro $(TABLE)
+
+gpu:
+	$(MAKE) gpu-tests
+	$(MAKE) gpu-micro-selection
+	$(MAKE) gpu-micro-received
+
+gpu-check:
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "make gpu needs a CUDA GPU, and the torch of $(GPU_PYTHON) sees none. Without one: make bench"; exit 1; }
+
+gpu-tests: gpu-check
+	$(GPU_PYTEST) tests/kernels tests/pruner tests/vlm/test_vlm_gpu.py tests/test_micro.py
+
+gpu-micro-selection: gpu-check
+	$(GPU_PYTEST) bench/micro/test_selection.py $(RECORD)
+
+gpu-micro-received: gpu-check
+	$(GPU_PYTEST) bench/micro/test_received_attention.py $(RECORD)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

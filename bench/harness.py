@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -66,18 +67,77 @@ def summarise(milliseconds: list[float]) -> Timing:
     return Timing(median, p20, p80, len(milliseconds))
 
 
-def provenance() -> dict[str, object]:
-    """What a figure can't be read without: device, threads, versions, commit."""
-    return {
+def provenance(device: torch.device | None = None, commit: str | None = None) -> dict[str, object]:
+    """What a figure can't be read without: device, threads, versions, commit. No host name, no path.
+
+    Args:
+        device: that was measured; default: the CPU.
+        commit: of this tree, where git can't tell.
+    """
+    gpu = device is not None and device.type == "cuda"
+    record: dict[str, object | None] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "device": _cpu_name(),
+        "commit": commit or _commit(),
+        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+        **(_gpu(device) if gpu else {}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": version("transformers"),
+        "triton": package_version("triton"),
+        "transformers": package_version("transformers"),
     }
+    return {name: value for name, value in record.items() if value is not None}
+
+
+def package_version(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def device_slug(device: torch.device) -> str:
+    """A folder's name for results: ``h100``, ``h100-pcie``, ``cpu-epyc-2-cores``."""
+    if device.type == "cuda":
+        return gpu_slug(torch.cuda.get_device_name(device))
+    return cpu_slug(_cpu_name(), os.cpu_count() or 1)
+
+
+def gpu_slug(name: str) -> str:
+    """``NVIDIA H100 80GB HBM3`` -> ``h100``; other forms of a chip keep what tells them apart."""
+    words = re.sub(r"(?<![\w.])(nvidia|amd|tesla|\d+gb|hbm\d\w*)\b", " ", name.lower())
+    return _slug(words)
+
+
+def cpu_slug(name: str, cores: int) -> str:
+    """``AMD EPYC 7763 64-Core Processor`` with 2 cores of it at hand -> ``cpu-epyc-7763-2-cores``."""
+    words = re.sub(r"\((r|tm)\)|@.*|\b\d+-core\b", " ", name.lower())
+    words = re.sub(r"\b(amd|intel|cpu|processor)\b", " ", words)
+    return f"cpu-{_slug(words)}-{cores}-cores"
+
+
+def _slug(words: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9.]+", words)) or "unknown"
+
+
+def _gpu(device: torch.device | None) -> dict[str, object | None]:
+    return {
+        "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cpu": _cpu_name(),
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(printed.split()), None)
 
 
 def _commit() -> str:
