@@ -126,7 +126,11 @@ def test_compiles_without_graph_breaks() -> None:
         ({"fill_scores": torch.rand(1, 9)}, ValueError, r"\[B, N\]"),
         ({"fill_scores": torch.rand(10)}, ValueError, r"\[B, N\]"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
-        ({"backend": "triton"}, BackendUnavailableError, "no Triton kernel"),
+        (
+            {"slot_attention": torch.rand(1, 3, 10, dtype=torch.float64), "backend": "triton"},
+            BackendUnavailableError,
+            "can't run its Triton kernel",
+        ),
     ],
 )
 def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:

@@ -78,5 +78,7 @@ def received_attention(
     """See :func:`ocvtp_kernels.received_attention.received_attention`."""
     differentiable = q.requires_grad or k.requires_grad or (lse is not None and lse.requires_grad)
     if torch.is_grad_enabled() and differentiable:
+        if q is k:  # Dynamo can't pass one tensor twice to an autograd.Function
+            k = k.view_as(k)
         return _ReceivedAttention.apply(q, k, scale, lse, cu_seqlens)
     return _received_attention(q, k, scale, lse, cu_seqlens)

@@ -1,0 +1,616 @@
+"""What the operators are to PyTorch: schemas, fakes, compilation, FLOPs, graphs; and which backend runs."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("triton")
+
+from bench.launches import launches
+from ocvtp_kernels import BackendUnavailableError, _arch, _backend, _library
+from ocvtp_kernels._launch import recording
+from ocvtp_kernels._tiles import table
+from ocvtp_kernels.received_attention import op as attention_op
+from ocvtp_kernels.received_attention import received_attention
+from ocvtp_kernels.received_attention import triton as attention_kernels
+from ocvtp_kernels.selection import gather_tokens, select_rows, select_tokens
+from ocvtp_kernels.selection import op as selection_op
+from ocvtp_kernels.selection import triton as selection_kernels
+from tests.kernels.triton_device import DEVICE, ON_GPU, interpreter_only, needs_gpu, randn
+
+Arguments = tuple[Any, ...]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_GPU:
+        monkeypatch.setattr(selection_kernels, "processors", lambda _: 1)
+
+
+def indices(batch: int, keep: int, tokens: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(batch + keep + tokens)
+    return torch.randint(tokens, (batch, keep), generator=generator).to(DEVICE)
+
+
+def bounds(tokens: int, segments: int) -> torch.Tensor:
+    return torch.linspace(0, tokens, segments + 1).long().to(DEVICE)
+
+
+# ------------------------------------------------------------------------------------- schemas and fakes
+
+MAP, FILL, X = randn(2, 3, 9, seed=0), randn(2, 9, seed=1), randn(2, 9, 5, seed=2)
+Q, K = randn(2, 2, 9, 16, seed=3), randn(2, 2, 12, 16, seed=4)
+OPERATORS: dict[str, tuple[Any, Arguments]] = {
+    "select_tokens": (selection_op._select_tokens, (MAP, 4, FILL)),
+    "select_tokens without fill scores": (selection_op._select_tokens, (MAP.half(), 4, None)),
+    "select_rows": (selection_op._select_rows, (MAP.mT.contiguous().mT, 4, None, X[:, :, ::2])),
+    "gather_tokens": (selection_op._gather_tokens, (X.half().mT, indices(2, 6, 5))),
+    "scatter_tokens": (selection_op._scatter_tokens, (X, indices(2, 9, 7), 7)),
+    "received_attention": (attention_op._received_attention, (Q, K, 0.25, None, None)),
+    "received_attention packed": (
+        attention_op._received_attention,
+        (Q[:1].half(), K[:1, :, :9].half(), 0.25, Q[:1, :, :, 0], bounds(9, 2)),
+    ),
+}
+
+
+def test_every_operator_is_checked_here() -> None:
+    names = {name for name in dir(torch.ops.ocvtp_kernels) if not name.startswith("_") and name != "name"}
+    assert {operator.name().split("::")[1] for operator, _ in OPERATORS.values()} == names
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str) -> None:
+    operator, arguments = OPERATORS[name]
+    assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_fakes_tell_shape_type_and_strides(name: str) -> None:
+    operator, arguments = OPERATORS[name]
+    real = operator(*arguments)
+    with FakeTensorMode() as mode:
+        fake = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in (real, fake)), strict=True)
+    for ours, theirs in pairs:
+        assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+        assert ours.stride() == theirs.stride()
+
+
+def test_public_functions_on_fake_tensors() -> None:
+    with FakeTensorMode() as mode:
+        attention, x, q, k = (mode.from_tensor(t) for t in (MAP, X, Q, K))
+        kept, count, rows = select_rows(attention, 4, None, x, backend="triton")
+        assert (kept.shape, count.shape, rows.shape) == ((2, 4), (2,), (2, 4, 5))
+        assert gather_tokens(x, kept, backend="triton").shape == (2, 4, 5)
+        assert select_tokens(attention, 9, backend="triton")[0].shape == (2, 9)
+        assert received_attention(q, k, lse=q[..., 0], backend="triton").shape == (2, 12)
+
+
+# --------------------------------------------------------------------------------------------- compilation
+
+
+def _selection_cases(grad: bool) -> list[Arguments]:
+    sizes = ((2, 3, 20, 5, 4), (3, 4, 30, 6, 5), (4, 5, 40, 7, 6), (5, 6, 50, 9, 7), (2, 9, 60, 11, 8))
+    return [
+        (randn(b, k, n, seed=n), keep, randn(b, n, seed=k), randn(b, n, c, seed=c).requires_grad_(grad))
+        for b, k, n, keep, c in sizes
+    ]
+
+
+def _gather_cases(grad: bool) -> list[Arguments]:
+    sizes = ((2, 9, 5, 4), (3, 10, 6, 5), (4, 11, 7, 6), (5, 12, 8, 7))
+    return [(randn(b, n, c, seed=n).requires_grad_(grad), indices(b, t, n)) for b, n, c, t in sizes]
+
+
+def _attention_cases(grad: bool) -> list[Arguments]:
+    sizes = ((2, 20, 21), (3, 30, 32), (4, 40, 43), (5, 150, 50))
+    return [
+        (randn(b, 2, m, 16, seed=m).requires_grad_(grad), randn(b, 2, n, 16, seed=n).requires_grad_(grad))
+        for b, m, n in sizes
+    ]
+
+
+def _lse_cases(grad: bool) -> list[Arguments]:
+    return [
+        (q, k, (q @ k.mT).logsumexp(dim=-1).detach().requires_grad_(grad)) for q, k in _attention_cases(grad)
+    ]
+
+
+def _packed_cases(grad: bool) -> list[Arguments]:
+    sizes = ((20, 2), (30, 3), (40, 4), (140, 5))
+    return [
+        (*(randn(1, 2, n, 16, seed=n + i).requires_grad_(grad) for i in range(2)), bounds(n, s))
+        for n, s in sizes
+    ]
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[bool], list[Arguments]]]] = {
+    "select_tokens": (
+        lambda a, keep, fill, x: select_tokens(a, keep, fill, backend="triton"),
+        _selection_cases,
+    ),
+    "select_tokens without fill scores": (
+        lambda a, keep, fill, x: select_tokens(a, keep, None, backend="triton"),
+        _selection_cases,
+    ),
+    "select_rows": (
+        lambda a, keep, fill, x: select_rows(a, keep, fill, x, backend="triton"),
+        _selection_cases,
+    ),
+    "gather_tokens": (lambda x, i: gather_tokens(x, i, backend="triton"), _gather_cases),
+    "received_attention": (lambda q, k: received_attention(q, k, backend="triton"), _attention_cases),
+    "received_attention with lse": (
+        lambda q, k, lse: received_attention(q, k, 1.0, lse=lse, backend="triton"),
+        _lse_cases,
+    ),
+    "received_attention packed": (
+        lambda q, k, cu: received_attention(q, k, cu_seqlens=cu, backend="triton"),
+        _packed_cases,
+    ),
+}
+_EACH_SIZE = pytest.mark.xfail(
+    strict=True, reason="the backward pass loops over blocks in Python: a graph for each number of queries"
+)
+_MESSAGE = pytest.mark.xfail(strict=True, reason="the assertion's message holds the number of tokens")
+COMPILED = [
+    *((name, False) for name in FUNCTIONS if "packed" not in name),
+    pytest.param("received_attention packed", False, marks=_MESSAGE),
+    ("select_rows", True),
+    ("gather_tokens", True),
+    *(pytest.param(name, True, marks=_EACH_SIZE) for name in FUNCTIONS if "received" in name),
+]
+
+
+def assert_compiles(name: str, grad: bool, sizes: int, graphs: int) -> None:
+    """Compiled without a break, and equal to eager, forward and backward."""
+    function, cases = FUNCTIONS[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    assert len(cases(grad)) >= sizes
+    for arguments in cases(grad)[:sizes]:
+        got, want = (
+            (r if isinstance(r, tuple) else (r,)) for r in (compiled(*arguments), function(*arguments))
+        )
+        assert counter.frame_count <= graphs
+        assert all(map(torch.equal, got, want))
+        if grad:
+            leaves = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+            weights = randn(*want[-1].shape, seed=7)
+            pairs = zip(
+                *(torch.autograd.grad((r[-1] * weights).sum(), leaves) for r in (got, want)), strict=True
+            )
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("name", "grad"), COMPILED)
+def test_one_dynamic_graph_serves_all_sizes(name: str, grad: bool) -> None:
+    """Two in all: the first call's sizes are taken for constants."""
+    assert_compiles(name, grad, sizes=4, graphs=2)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "received" in name])
+def test_received_attention_compiles_backward(name: str) -> None:
+    assert_compiles(name, True, sizes=2, graphs=2)
+
+
+def test_a_tensor_that_is_queries_and_keys_compiles() -> None:
+    torch._dynamo.reset()
+    q = Q.clone().requires_grad_()
+    compiled = torch.compile(
+        lambda t: received_attention(t, t, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(q), received_attention(q, q, backend="triton"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_compiles_on_a_cpu(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    q = torch.randn(1, 2, 9, 16).to(dtype)
+    compiled = torch.compile(received_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, q), received_attention(q, q))
+
+
+# --------------------------------------------------------------------------------------------------- FLOPs
+
+
+class Module(torch.nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments: torch.Tensor) -> Any:
+        return self.function(*arguments)
+
+
+#: function of (q [2, 3, 20, 16], k [2, 3, 30, 16], lse), floating-point operations
+COUNTED: dict[str, tuple[Callable[..., Any], int]] = {
+    "received_attention": (
+        lambda q, k, lse: received_attention(q, k, backend="triton"),
+        2 * 2 * 3 * 20 * 30 * 16,
+    ),
+    "with lse": (
+        lambda q, k, lse: received_attention(q, k, lse=lse, backend="triton"),
+        2 * 2 * 3 * 20 * 30 * 16,
+    ),
+    "packed": (
+        lambda q, k, lse: received_attention(q[:1], q[:1], cu_seqlens=bounds(20, 4), backend="triton"),
+        2 * 3 * 20 * 20 * 16 // 4,
+    ),
+    "packed with lse": (
+        lambda q, k, lse: received_attention(
+            q[:1], q[:1], lse=lse[:1], cu_seqlens=bounds(20, 2), backend="triton"
+        ),
+        2 * 3 * 20 * 20 * 16 // 2,
+    ),
+    "select_tokens": (lambda q, k, lse: select_tokens(lse, 5, backend="triton"), 0),
+    "select_rows": (lambda q, k, lse: select_rows(lse, 5, None, q[:, 0], backend="triton")[2], 0),
+    "gather_tokens": (lambda q, k, lse: gather_tokens(q[:, 0], indices(2, 5, 20), backend="triton"), 0),
+}
+
+
+def counted_inputs(grad: bool) -> Arguments:
+    q, k = randn(2, 3, 20, 16, seed=0), randn(2, 3, 30, 16, seed=1)
+    return q.requires_grad_(grad), k, randn(2, 3, 20, seed=2)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", COUNTED)
+def test_flops_for_pytorch(name: str, grad: bool) -> None:
+    function, flops = COUNTED[name]
+    with FlopCounterMode(display=False) as counter:
+        function(*counted_inputs(grad))
+    assert counter.get_total_flops() == flops
+    seen = [str(key) for key in counter.get_flop_counts()["Global"]]
+    assert [key for key in seen if "ocvtp_kernels" in key] == seen  # and no other operator counted instead
+    assert len(seen) == 1
+
+
+_PYTHON_OP = pytest.mark.xfail(
+    strict=True, reason="an autograd.Function is traced as prim::PythonOp, which has no handle"
+)
+
+
+@pytest.mark.parametrize("grad", [False, pytest.param(True, marks=_PYTHON_OP)])
+@pytest.mark.parametrize("name", [name for name in COUNTED if name != "select_tokens"])
+def test_flops_for_fvcore(name: str, grad: bool) -> None:
+    """Half as many: fvcore counts a multiply-add once."""
+    count = pytest.importorskip("fvcore.nn").FlopCountAnalysis
+    function, flops = COUNTED[name]
+    analysis = count(Module(function), counted_inputs(grad)).set_op_handle(**_library.fvcore_handles())
+    analysis.tracer_warnings("none")
+    assert analysis.total() == flops // 2
+    assert not [kind for kind in analysis.unsupported_ops() if "ocvtp" in kind or "PythonOp" in kind]
+
+
+def test_flops_for_fvcore_of_select_tokens() -> None:
+    count = pytest.importorskip("fvcore.nn").FlopCountAnalysis
+    function, _ = COUNTED["select_tokens"]
+    analysis = count(Module(function), counted_inputs(False)).set_op_handle(**_library.fvcore_handles())
+    assert analysis.total() == 0
+    assert not analysis.unsupported_ops()
+
+
+# ---------------------------------------------------------------------------------------------- CUDA graphs
+
+GRAPHED: dict[str, tuple[Callable[..., Any], Callable[[int], Arguments]]] = {
+    "select_rows": (
+        lambda a, fill, x: select_rows(a, 64, fill, x, backend="triton"),
+        lambda seed: (
+            randn(3, 64, 576, seed=seed),
+            randn(3, 576, seed=seed + 1),
+            randn(3, 576, 1024, seed=seed + 2, dtype=torch.float16),
+        ),
+    ),
+    "select_rows in two launches": (
+        lambda a, x: select_rows(a, 64, None, x, backend="triton"),
+        lambda seed: (randn(1, 160, 2880, seed=seed), randn(1, 2880, 64, seed=seed + 1)),
+    ),
+    "gather_tokens": (
+        lambda x, i: gather_tokens(x, i, backend="triton"),
+        lambda seed: (randn(2, 577, 100, seed=seed), indices(2, 64, 577 - seed)),
+    ),
+    "received_attention": (
+        lambda q, k: received_attention(q, k, backend="triton"),
+        lambda seed: tuple(randn(2, 16, 577, 64, seed=seed + i, dtype=torch.float16) for i in range(2)),
+    ),
+    "received_attention with lse": (
+        lambda q, k, lse: received_attention(q, k, lse=lse, backend="triton"),
+        lambda seed: (
+            *(randn(2, 4, 577, 80, seed=seed + i, dtype=torch.bfloat16) for i in range(2)),
+            randn(2, 4, 577, seed=seed + 2).abs() + 9,
+        ),
+    ),
+    "received_attention packed": (
+        lambda q, k, cu: received_attention(q, k, cu_seqlens=cu, backend="triton"),
+        lambda seed: (
+            *(randn(1, 4, 1000, 80, seed=seed + i, dtype=torch.bfloat16) for i in range(2)),
+            torch.tensor([0, 10 + seed, 300, 300, 1000], device=DEVICE),
+        ),
+    ),
+}
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", GRAPHED)
+def test_cuda_graph_replays_on_new_data(name: str) -> None:
+    function, make = GRAPHED[name]
+    static = make(0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function(*static)  # compiles the kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = function(*static)
+    for seed in (10, 20):
+        fresh = make(seed)
+        for old, new in zip(static, fresh, strict=True):
+            old.copy_(new)
+        graph.replay()
+        got, want = ((r if isinstance(r, tuple) else (r,)) for r in (captured, function(*fresh)))
+        assert all(map(torch.equal, got, want))
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", GRAPHED)
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_host_synchronisation(name: str, grad: bool) -> None:
+    function, make = GRAPHED[name]
+    arguments = make(0)
+    if grad:
+        differentiable = arguments[-1] if name.startswith("select") else arguments[0]
+        differentiable.requires_grad_()
+
+    def call() -> None:
+        result = function(*arguments)
+        if grad:
+            (result[-1] if isinstance(result, tuple) else result).sum().backward()
+
+    call()  # compiles the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---------------------------------------------------------------------------------------------- tile table
+
+
+@pytest.mark.parametrize("arch", sorted({arch for _, arch, _ in table()}))
+def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No others, and the launches that are compiled ahead of time reach them all."""
+    asked: set[tuple[str, str, str]] = set()
+
+    def tile(*key: str) -> Any:
+        asked.add(key)
+        return table()[key]
+
+    rows = {key for key in table() if key[1] == arch}
+    for module in (selection_kernels, attention_kernels):
+        monkeypatch.setattr(module, "tile", tile)
+    monkeypatch.setattr("bench.launches._kinds", lambda _: [])  # reads what only compiled kernels have
+    launches.__wrapped__(arch)
+    assert asked == rows
+    asked.clear()
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    with _arch.pretend(arch), recording():
+        for tokens in range(1, selection_op.MAX_TOKENS + 1):
+            selection_kernels.select_tokens(empty(2, 7, tokens), 1, None, None)
+        selection_kernels.select_tokens(empty(2, 70000, 1), 1, None, empty(2, 1, 3))
+        selection_kernels.gather_tokens(empty(2, 3, 4), empty(2, 5, dtype=torch.int64))
+        selection_kernels.scatter_tokens(empty(2, 5, 4), empty(2, 5, dtype=torch.int64), 3)
+        for width in range(1, attention_op.MAX_HEAD_DIM + 1):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                q = empty(1, 2, 3, width, dtype=dtype)
+                for cu_seqlens in (None, empty(3, dtype=torch.int32)):
+                    attention_kernels.received_attention(q, q, 0.1, None, cu_seqlens)
+    assert asked == rows
+
+
+def test_the_limits_are_those_of_the_launchers() -> None:
+    """What the public functions let through, the launchers have sizes for; one more they have not."""
+    assert max(selection_kernels._SIZES) == selection_op.MAX_TOKENS
+    assert max(attention_kernels._HEAD_DIMS) == attention_op.MAX_HEAD_DIM
+    assert all(width >= first + second for width, (_, first, second) in attention_kernels._HEAD_DIMS.items())
+    assert all(width <= first + second for width, (_, first, second) in attention_kernels._HEAD_DIMS.items())
+
+
+# ----------------------------------------------------------------------------------------------- backends
+
+
+def _refusals() -> dict[str, tuple[Callable[[], Any], str]]:
+    half, double = Q.half(), Q.double()
+    wide = torch.zeros(1, 1, 2, 129, device=DEVICE)
+    many = torch.zeros(1, 2, selection_op.MAX_TOKENS + 1, device=DEVICE)
+    packed = torch.zeros(1, 1, 4097, 16, device=DEVICE)
+    x = X.to(torch.complex128)
+    exotic = MAP.to(torch.float8_e8m0fnu)
+    return {
+        "float64 map": (lambda: select_tokens(MAP.double(), 4, backend="triton"), "tie float64 scores"),
+        "float64 fill": (
+            lambda: select_tokens(MAP, 4, FILL.double(), backend="triton"),
+            "tie float64 scores",
+        ),
+        "too many tokens": (lambda: select_tokens(many, 4, backend="triton"), f"got {many.shape[2]}"),
+        "float8 map": (lambda: select_tokens(exotic, 4, backend="triton"), "float8_e8m0fnu"),
+        "complex128 rows": (lambda: select_rows(MAP, 4, None, x, backend="triton"), "x is torch.complex128"),
+        "complex128 gather": (
+            lambda: gather_tokens(x, indices(2, 3, 9), backend="triton"),
+            "x is torch.complex128",
+        ),
+        "float64 q": (
+            lambda: received_attention(double, double, backend="triton"),
+            "q and k are torch.float64",
+        ),
+        "q and k differ": (lambda: received_attention(half, Q, backend="triton"), "q is .*16 and k is .*32"),
+        "head dim 129": (lambda: received_attention(wide, wide, backend="triton"), "head dim is at most 128"),
+        "4097 segments": (
+            lambda: received_attention(packed, packed, cu_seqlens=bounds(4097, 4097), backend="triton"),
+            "up to 4096 segments; got 4097",
+        ),
+    }
+
+
+_KEY_ERROR = pytest.mark.xfail(strict=True, raises=KeyError, reason="only float64 maps are refused")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=_KEY_ERROR) if "float8" in case else case for case in _refusals()]
+)
+def test_what_kernels_refuse(case: str) -> None:
+    call, reason = _refusals()[case]
+    with pytest.raises(BackendUnavailableError, match=reason):
+        call()
+
+
+@interpreter_only
+def test_the_interpreter_cannot_multiply_bfloat16() -> None:
+    q = Q.bfloat16()
+    with pytest.raises(BackendUnavailableError, match="interpreter can't multiply bfloat16"):
+        received_attention(q, q, backend="triton")
+    assert received_attention(q, q).shape == (2, 9)
+
+
+CALLS: dict[str, Callable[[str], Any]] = {
+    "select_tokens": lambda backend: select_tokens(MAP, 4, backend=backend),
+    "select_rows": lambda backend: select_rows(MAP, 4, None, X, backend=backend),
+    "gather_tokens": lambda backend: gather_tokens(X, indices(2, 3, 9), backend=backend),
+    "received_attention": lambda backend: received_attention(Q, K, backend=backend),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_why_no_kernel_runs(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reason by its name. ``"auto"`` on a CPU doesn't ask; on a GPU it falls back."""
+    monkeypatch.setattr(_arch, "has_triton", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="triton is not installed"):
+        CALLS[call]("triton")
+    monkeypatch.setattr(_arch, "has_triton", lambda: True)
+    monkeypatch.setattr(_arch, "interpreting", lambda: False)
+    if ON_GPU:
+        monkeypatch.setattr(_arch, "architecture", lambda _: None)
+        with pytest.raises(BackendUnavailableError, match="no tiles were made for"):
+            CALLS[call]("triton")
+        return
+    with pytest.raises(BackendUnavailableError, match="GPU, not cpu"):
+        CALLS[call]("triton")
+
+    def asked(*_: Any) -> None:
+        raise AssertionError("asked about kernels")
+
+    for name in ("why_no_kernels", "_why_not"):
+        monkeypatch.setattr(_backend, name, asked)
+    CALLS[call]("auto")
+    CALLS[call]("torch")
+
+
+def test_an_unknown_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_arch, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch.version, "hip", None)
+    device = torch.device("cuda", 0)
+    for capability, arch in (((7, 5), None), ((8, 9), "sm86"), ((9, 0), "sm90"), ((10, 3), "sm100")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert _arch.architecture(device) == arch
+        reason = _arch.why_no_kernels(device)
+        assert (reason is None) == (arch is not None)
+        if arch is None:
+            with pytest.raises(BackendUnavailableError, match="no tiles were made for Tesla T4"):
+                _backend.resolve_backend("triton", "selection", device)
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    for name, arch in (("gfx942:sramecc+:xnack-", "gfx942"), ("gfx90a", None)):
+        properties = SimpleNamespace(gcnArchName=name)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
+        assert _arch.architecture(device) == arch
+
+
+def test_every_known_architecture_has_tiles() -> None:
+    assert {*_arch._CUDA.values(), *_arch._HIP, _arch._INTERPRETED} == {arch for _, arch, _ in table()}
+
+
+def test_auto_logs_each_reason_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_backend, "_said", set())
+    reasons = iter(["cold", "cold", "wet", "cold", None, None])
+    monkeypatch.setattr(_backend, "why_no_kernels", lambda _: next(reasons))
+    device = torch.device("cuda", 0)
+    with caplog.at_level(logging.WARNING, logger="ocvtp_kernels"):
+        chosen = [_backend.resolve_backend("auto", "selection", device) for _ in range(4)]
+        assert chosen == ["torch"] * 4
+        assert _backend.resolve_backend("auto", "selection", device, "x is odd") == "torch"
+        assert _backend.resolve_backend("auto", "selection", device) == "triton"
+        assert _backend.resolve_backend("torch", "selection", device) == "torch"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"selection runs its PyTorch reference: {reason}" for reason in ("cold", "wet", "x is odd")
+    ]
+
+
+# Every public function with backend="auto" on a CPU; then which of our modules that need Triton were loaded.
+ON_A_CPU = """
+import sys
+if {blocked}: sys.modules["triton"] = None
+import torch
+from ocvtp_kernels.received_attention import received_attention
+from ocvtp_kernels.selection import gather_tokens, select_rows, select_tokens
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    a, x = torch.rand(2, 3, 9).to(dtype), torch.rand(2, 9, 4, dtype=dtype, requires_grad=True)
+    indices, _, rows = select_rows(a, 4, None, x)
+    gather_tokens(x, indices).sum().backward()
+    select_tokens(a, 4, a[:, 0])
+    q = torch.rand(1, 2, 9, 16).to(dtype).requires_grad_()
+    received_attention(q, q, cu_seqlens=torch.tensor([0, 4, 9])).sum().backward()
+    loaded = [name for name in sys.modules if name.startswith("ocvtp_kernels.")]
+    print(dtype, *(name for name in loaded if name.endswith((".triton", "._jit"))))
+"""
+
+
+@functools.cache
+def loaded_on_a_cpu(blocked: bool) -> list[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", ON_A_CPU.format(blocked=blocked)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+_ASKS = pytest.mark.xfail(strict=True, reason="bfloat16 imports _jit to ask whether kernels are interpreted")
+
+
+@pytest.mark.parametrize("blocked", [True, False])
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.float16", "torch.bfloat16"])
+def test_auto_on_a_cpu_never_touches_triton(
+    blocked: bool, dtype: str, request: pytest.FixtureRequest
+) -> None:
+    if dtype == "torch.bfloat16" and not blocked:
+        request.applymarker(_ASKS)
+    assert dtype in loaded_on_a_cpu(blocked)  # a line of its own, and no module on it
