@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 
-from ocvtp_kernels._arch import why_no_kernels
+from ocvtp_kernels._arch import interpreting, why_no_kernels
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -22,7 +23,7 @@ class BackendUnavailableError(RuntimeError):
 
 
 def resolve_backend(
-    backend: str, op: str, device: torch.device, unsupported: str | None = None
+    backend: str, op: str, device: torch.device, unsupported: Callable[[], str | None] = lambda: None
 ) -> Literal["triton", "torch"]:
     """The backend that will run ``op`` on ``device``.
 
@@ -33,7 +34,7 @@ def resolve_backend(
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         op: name of the operation.
         device: of its tensors.
-        unsupported: why the kernel can't take these very arguments, if so.
+        unsupported: asked last; why the kernel can't take these very arguments, if so.
 
     Raises:
         ValueError: ``backend`` is not a known name.
@@ -48,7 +49,7 @@ def resolve_backend(
     reason = (
         "it has no Triton kernel in this version" if op in _NO_KERNEL else _why_not(device.type, device.index)
     )
-    reason = reason or unsupported
+    reason = reason or unsupported()
     if reason is None:
         return "triton"
     if backend == "triton":
@@ -57,6 +58,12 @@ def resolve_backend(
         )
     _say_once(op, reason)
     return "torch"
+
+
+@torch.compiler.assume_constant_result
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return interpreting()
 
 
 @torch.compiler.assume_constant_result

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+#: Of a grid's second and third dimension, where launchers put images.
+MAX_IMAGES = 65535
 # Triton's default changes with 3.10, and results with it: said here, so that bits don't depend on versions.
 OPTIONS = {"enable_fp_fusion": True}
 

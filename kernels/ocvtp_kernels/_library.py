@@ -40,6 +40,14 @@ def define(
     return packet.default
 
 
+def handle_function(function: type[torch.autograd.Function], flops: Callable[..., int]) -> None:
+    """Let fvcore count an autograd function, which it sees in place of the operators inside.
+
+    ``flops`` takes the shapes of the tensors among the function's arguments.
+    """
+    _fvcore[f"prim::PythonOp.{function.__name__}"] = lambda inputs, _: flops(*map(_shape, inputs)) // 2
+
+
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """Operator name -> handle for fvcore, which counts a multiply-add as one operation.
 

@@ -90,14 +90,16 @@ def log_sum_exp(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 def assert_accurate(
     q: torch.Tensor, k: torch.Tensor, scale: float | None = None, **options: torch.Tensor
-) -> None:
-    """At most twice the error of the reference in the same precision."""
+) -> torch.Tensor:
+    """At most twice the error of the reference in the same precision; returns the result."""
     want = oracle(q, k, scale, **options)
+    reference_error = relative_error(received_attention(q, k, scale, backend="torch", **options), want)
+    assert reference_error <= 1e-6
     received = received_attention(q, k, scale, backend="triton", **options)
     assert received.dtype == torch.float32
     assert received.shape == (k.shape[0], k.shape[2])
-    allowed = 2 * relative_error(received_attention(q, k, scale, backend="torch", **options), want) + FLOOR
-    assert relative_error(received, want) <= allowed
+    assert relative_error(received, want) <= 2 * reference_error + FLOOR
+    return received
 
 
 @pytest.fixture
@@ -120,11 +122,11 @@ def units(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 16, 64, 72, 80, 96, 97, 128])
 def test_head_dims(width: int, dtype: torch.dtype) -> None:
-    assert_accurate(*inputs(1, 2, 144, 144, width, dtype))
+    assert_accurate(*inputs(1, 1, 144, 144, width, dtype))
 
 
-def assert_sums_to_one(q: torch.Tensor, k: torch.Tensor) -> None:
-    sums = received_attention(q, k, backend="triton").sum(dim=1)
+def assert_sums_to_one(received: torch.Tensor) -> None:
+    sums = received.sum(dim=1)
     assert torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=1e-6)
 
 
@@ -134,9 +136,7 @@ def assert_sums_to_one(q: torch.Tensor, k: torch.Tensor) -> None:
 )
 def test_small_images(batch: int, heads: int, tokens: int, width: int, dtype: torch.dtype) -> None:
     """More heads than are averaged at a time, too."""
-    q, k = inputs(batch, heads, tokens, tokens, width, dtype)
-    assert_accurate(q, k)
-    assert_sums_to_one(q, k)
+    assert_sums_to_one(assert_accurate(*inputs(batch, heads, tokens, tokens, width, dtype)))
 
 
 @pytest.mark.usefixtures("coarse")
@@ -146,10 +146,7 @@ def test_small_images(batch: int, heads: int, tokens: int, width: int, dtype: to
     [(1, 1, 576, 64), (3, 1, 577, 64), (1, 2, 577, 80), (1, 1, 2880, 64)],
 )
 def test_large_images(batch: int, heads: int, tokens: int, width: int, dtype: torch.dtype) -> None:
-    q, k = inputs(batch, heads, tokens, tokens, width, dtype)
-    assert_accurate(q, k)
-    if tokens == 577:
-        assert_sums_to_one(q, k)
+    assert_sums_to_one(assert_accurate(*inputs(batch, heads, tokens, tokens, width, dtype)))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +230,7 @@ def test_views_that_choose() -> None:
 @pytest.mark.parametrize(("axis", "width"), [(0, 8), (1, 8), (2, 8), (0, 7), (1, 7), (2, 7), (3, 5)])
 @pytest.mark.parametrize("far", ["q", "k"])
 def test_beyond_32_bit_offsets(far: str, axis: int, width: int, units: set[int]) -> None:
-    shape = [2, 2, 2, width]
+    shape = [1, 1, 2, width]
     shape[axis] = 5
     q, k = randn(*shape, seed=0, dtype=torch.float16), randn(*shape, seed=1, dtype=torch.float16)
     want = received_attention(q, k, backend="triton")
@@ -250,8 +247,7 @@ def test_beyond_32_bit_offsets(far: str, axis: int, width: int, units: set[int])
 def test_given_log_sum_exp(dtype: torch.dtype) -> None:
     q, k = inputs(2, 2, 30, 130, 72, dtype)
     lse = log_sum_exp(q, k)
-    assert_accurate(q, k, lse=lse)
-    want = received_attention(q, k, lse=lse, backend="triton")
+    want = assert_accurate(q, k, lse=lse)
     assert relative_error(want, oracle(q, k)) <= 1e-6
     # Its strides and wider types don't matter; nor do keys that are left out.
     for same in (lse.double(), lse.mT.contiguous().mT, surrounded(lse)):
@@ -294,7 +290,7 @@ PACKED = {
     "one token each": list(range(9)),
     "longer than a tile": [0, 3, 150, 160, 290],
     "all lanes": [*[0] * 30, *range(34), 40],
-    "more than 64": [*[0] * 30, *range(30), *[29] * 9, 40],
+    "more than 64": [*[0] * 30, *range(30), *[29] * 5, 40],  # by one
 }
 
 
@@ -312,9 +308,8 @@ def test_packed_segments_equal_each_alone(name: str, with_lse: bool) -> None:
     pieces = [slice(a, b) for a, b in itertools.pairwise(bounds.tolist()) if a < b]
     lse = torch.cat([log_sum_exp(q[:, :, p], k[:, :, p]) for p in pieces], dim=2) if with_lse else None
     options = {"cu_seqlens": bounds} | ({"lse": lse} if lse is not None else {})
-    assert_accurate(q, k, **options)
-    packed = received_attention(q, k, backend="triton", **options)
-    for piece in pieces[:4] + pieces[-4:]:
+    packed = assert_accurate(q, k, **options)
+    for piece in pieces[:2] + pieces[-2:]:
         part = None if lse is None else lse[:, :, piece]
         alone = received_attention(q[:, :, piece], k[:, :, piece], lse=part, backend="triton")
         assert torch.equal(alone, packed[:, piece])
@@ -375,13 +370,12 @@ def gradients(
     return list(torch.autograd.grad((received * weights).sum(), tuple(leaves.values())))
 
 
-@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_gradients(with_lse: bool, packed: bool, dtype: torch.dtype) -> None:
     """Through more than one block of the backward pass, against autograd through the whole map in float64."""
-    q, k = inputs(1 if packed else 2, 2, 150, 150, 16, dtype)
+    q, k = inputs(1 if packed else 2, 1 + packed, 150, 150, 16, dtype)
     bounds = torch.tensor([0, 0, 40, 41, 150], device=DEVICE) if packed else None
     lse = log_sum_exp(q, k) if with_lse else None
     options = {"lse": lse, "cu_seqlens": bounds}
@@ -391,6 +385,7 @@ def test_gradients(with_lse: bool, packed: bool, dtype: torch.dtype) -> None:
     assert len(got) == len(want) == 2 + with_lse
     for ours, theirs, exact, like in zip(got, allowed, want, (q, k, lse), strict=False):
         assert ours.dtype == like.dtype
+        assert relative_error(theirs, exact) <= 16 * torch.finfo(like.dtype).eps
         assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact) + FLOOR
 
 
@@ -455,11 +450,11 @@ def test_backward_formula(with_lse: bool, packed: bool, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_batch_and_run_do_not_matter(dtype: torch.dtype) -> None:
-    q, k = inputs(3, 2, 70, 90, 64, dtype)
+    q, k = inputs(3, 2, 40, 90, 64, dtype)
     lse = log_sum_exp(q, k)
     together = received_attention(q, k, backend="triton")
     given = received_attention(q, k, lse=lse, backend="triton")
-    for images in ([0, 1, 2], [2, 1, 0], [0], [1], [2]):
+    for images in ([0, 1, 2], [2, 1, 0], [1]):
         part = received_attention(q[images], k[images], backend="triton")
         assert torch.equal(part, together[images])
         part = received_attention(q[images], k[images], lse=lse[images], backend="triton")
@@ -515,8 +510,3 @@ def test_tiles_of_all_architectures(arch: str, shape: str) -> None:
     dtype = torch.float32 if size == "32bit" else torch.float16
     with pretend(arch):
         assert_accurate(*inputs(1, 1, 150, 140, int(width), dtype))
-        q, k = inputs(1, 1, 150, 150, int(width), dtype)
-        bounds = torch.tensor([0, 131, 150])
-        packed = received_attention(q, k, cu_seqlens=bounds, backend="triton")
-        alone = received_attention(q[:, :, :131], k[:, :, :131], backend="triton")
-        assert torch.equal(packed[:, :131], alone)

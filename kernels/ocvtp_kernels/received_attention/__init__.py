@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from ocvtp_kernels._arch import interpreting
-from ocvtp_kernels._backend import resolve_backend
+from ocvtp_kernels._backend import interpreted, resolve_backend
 from ocvtp_kernels._checks import require, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
+from ocvtp_kernels._launch import MAX_IMAGES
 from ocvtp_kernels.received_attention import op, reference
 
 __all__ = ["received_attention"]
@@ -71,7 +71,8 @@ def received_attention(
         require_shape("lse", lse, (q.shape[0], q.shape[1], q.shape[2]), "[B, H, M]")
     if cu_seqlens is not None:
         _check_segments(cu_seqlens, q, k)
-    if resolve_backend(backend, "received_attention", q.device, _unsupported(q, k, cu_seqlens)) == "triton":
+    chosen = resolve_backend(backend, "received_attention", q.device, lambda: _unsupported(q, k, cu_seqlens))
+    if chosen == "triton":
         return op.received_attention(q, k, float(scale), lse, cu_seqlens)
     with without_autocast(q.device):
         return reference.received_attention(q, k, scale, lse, cu_seqlens)
@@ -83,8 +84,10 @@ def _unsupported(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor | No
         return f"q is {q.dtype} and k is {k.dtype}"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it computes in float32, and q and k are {q.dtype}"
-    if q.dtype == torch.bfloat16 and interpreting():
+    if q.dtype == torch.bfloat16 and interpreted():
         return "Triton's interpreter can't multiply bfloat16"
+    if max(q.shape[:2]) > MAX_IMAGES:
+        return f"it takes up to {MAX_IMAGES} images and heads; got {list(q.shape[:2])}"
     if q.shape[3] > op.MAX_HEAD_DIM:
         return f"its head dim is at most {op.MAX_HEAD_DIM}, and q's is {q.shape[3]}"
     if cu_seqlens is not None and cu_seqlens.shape[0] - 1 > op.MAX_SEGMENTS:
@@ -105,4 +108,4 @@ def _check_segments(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor) 
             f"got {list(q.shape)}, {list(k.shape)} and {cu_seqlens.shape[0]} bounds"
         )
     good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == k.shape[2]) & (cu_seqlens.diff() >= 0).all()
-    require(good, f"cu_seqlens must ascend from 0 to the number of tokens, {k.shape[2]}")
+    require(good, "cu_seqlens must ascend from 0 to the number of tokens")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ocvtp_kernels._library import define
+from ocvtp_kernels._library import define, handle_function
 from ocvtp_kernels.received_attention import reference
 
 __all__ = ["MAX_HEAD_DIM", "MAX_SEGMENTS", "received_attention"]
@@ -45,6 +45,45 @@ _received_attention = define(
 )
 
 
+def _launch_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    lse: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_q, grad_k, grad_lse = reference.received_attention_backward(grad, q, k, scale, lse, cu_seqlens)
+    return grad_q, grad_k, q.new_empty(0) if grad_lse is None else grad_lse
+
+
+def _fake_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    lse: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_lse = q.new_empty(0) if lse is None else torch.empty_like(lse)
+    return torch.empty_like(q), torch.empty_like(k), grad_lse
+
+
+def _backward_flops(grad: Any, *arguments: Any, **_: Any) -> int:
+    """The logits again, and a product for each of the two gradients."""
+    return 3 * _flops(*arguments)
+
+
+# An operator, though it is PyTorch inside: torch.compile would unroll its loop for every number of queries.
+_received_attention_backward = define(
+    "received_attention_backward(Tensor grad, Tensor q, Tensor k, float scale, Tensor? lse,"
+    " Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    _launch_backward,
+    _fake_backward,
+    _backward_flops,
+)
+
+
 class _ReceivedAttention(torch.autograd.Function):
     """The kernels forward; backward in PyTorch, a block of queries at a time (nobody trains through it)."""
 
@@ -66,10 +105,16 @@ class _ReceivedAttention(torch.autograd.Function):
         ctx: Any, grad: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None, torch.Tensor | None, None]:
         q, k, lse, cu_seqlens = ctx.saved_tensors
-        grad_q, grad_k, grad_lse = reference.received_attention_backward(
-            grad, q, k, ctx.scale, lse, cu_seqlens
-        )
-        return grad_q, grad_k, None, grad_lse, None
+        grad_q, grad_k, grad_lse = _received_attention_backward(grad, q, k, ctx.scale, lse, cu_seqlens)
+        return grad_q, grad_k, None, None if lse is None else grad_lse, None
+
+
+def _function_flops(q: Any, k: Any, *others: Any) -> int:
+    bounds = [shape for shape in others if len(shape) == 1]
+    return _flops(q, k, 1.0, None, *bounds)
+
+
+handle_function(_ReceivedAttention, _function_flops)
 
 
 def received_attention(

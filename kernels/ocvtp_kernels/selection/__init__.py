@@ -6,6 +6,7 @@ import torch
 
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
+from ocvtp_kernels._launch import MAX_IMAGES
 from ocvtp_kernels.selection import op, reference
 
 __all__ = ["gather_tokens", "select_rows", "select_tokens"]
@@ -32,8 +33,8 @@ def select_tokens(
             matters, so probabilities and logarithms of them pick the same tokens.
         keep: tokens to keep, ``1 <= keep <= N``.
         fill_scores: ``[B, N]`` floating point, without NaN; ``None`` takes a token's largest slot attention.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take up to 4096 tokens, and anything
-            but float64.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take float16, bfloat16 and float32
+            scores, and up to 4096 tokens.
 
     Returns:
         ``indices`` ``[B, keep]`` int64, ascending and unique per row, and ``from_slots`` ``[B]``
@@ -106,7 +107,7 @@ def gather_tokens(x: torch.Tensor, indices: torch.Tensor, *, backend: str = "aut
     require_shape("indices", indices, (x.shape[0], None), "[B, keep]")
     if x.device != indices.device:
         raise ValueError(f"indices are on {indices.device}, x on {x.device}; move one with .to(device)")
-    if resolve_backend(backend, "selection", x.device, _unsupported_rows(x)) == "triton":
+    if resolve_backend(backend, "selection", x.device, lambda: _unsupported_rows(x)) == "triton":
         return op.gather_tokens(x, indices)
     return reference.gather_tokens(x, indices)
 
@@ -134,16 +135,18 @@ def _resolve(
     fill_scores: torch.Tensor | None,
     x: torch.Tensor | None = None,
 ) -> str:
-    unsupported = None if x is None else _unsupported_rows(x)
-    if slot_attention.shape[2] > op.MAX_TOKENS:
-        unsupported = f"it holds up to {op.MAX_TOKENS} tokens an image; got {slot_attention.shape[2]}"
-    if torch.float64 in (
-        slot_attention.dtype,
-        slot_attention.dtype if fill_scores is None else fill_scores.dtype,
-    ):
-        unsupported = "it compares in float32, which would tie float64 scores"
+    def unsupported() -> str | None:
+        for scores in (slot_attention, slot_attention if fill_scores is None else fill_scores):
+            if scores.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                return f"it compares scores in float32, and these are {scores.dtype}"
+        if slot_attention.shape[2] > op.MAX_TOKENS:
+            return f"it holds up to {op.MAX_TOKENS} tokens an image; got {slot_attention.shape[2]}"
+        return _unsupported_rows(slot_attention if x is None else x)
+
     return resolve_backend(backend, "selection", slot_attention.device, unsupported)
 
 
 def _unsupported_rows(x: torch.Tensor) -> str | None:
+    if x.shape[0] > MAX_IMAGES:
+        return f"it takes up to {MAX_IMAGES} images; got {x.shape[0]}"
     return None if x.dtype.itemsize <= 8 else f"it copies elements of up to 8 bytes; x is {x.dtype}"

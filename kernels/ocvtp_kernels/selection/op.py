@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ocvtp_kernels._library import define
+from ocvtp_kernels._library import define, handle_function
 
 __all__ = ["MAX_TOKENS", "gather_tokens", "select_rows", "select_tokens"]
 
@@ -151,6 +151,10 @@ class _SelectRows(torch.autograd.Function):
     def backward(ctx: Any, _: None, __: None, grad: torch.Tensor) -> tuple[None, None, None, torch.Tensor]:
         (indices,) = ctx.saved_tensors
         return None, None, None, _ScatterTokens.apply(grad, indices, ctx.tokens)
+
+
+for _function in (_GatherTokens, _ScatterTokens, _SelectRows):
+    handle_function(_function, _no_flops)
 
 
 def select_tokens(

@@ -284,7 +284,7 @@ def select_tokens(
     if x is not None:
         width, strides = x.shape[2], x.stride()
         rows = torch.empty(batch, keep, width, dtype=x.dtype, device=device)
-        programs = max(1, min(processors(device) // batch, triton.cdiv(keep, cut["BR"])))
+        programs = max(1, min(processors(device) // max(batch, 1), triton.cdiv(keep, cut["BR"])))
     launch(
         select, (programs, batch), device,
         slot_attention, fill if fill is not None else slot_attention, parts,
@@ -314,6 +314,9 @@ def gather_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 def scatter_tokens(rows: torch.Tensor, indices: torch.Tensor, tokens: int) -> torch.Tensor:
     """``[B, tokens, C]`` with the rows ``[B, keep, C]`` added in at their indices, zero elsewhere."""
+    if rows.is_complex():  # as pairs of channels
+        pairs = torch.view_as_real(rows.resolve_conj()).flatten(2)
+        return torch.view_as_complex(scatter_tokens(pairs, indices, tokens).unflatten(2, (-1, 2)))
     arch = architecture(rows.device)
     assert arch is not None
     cut = tile("selection.scatter", arch, "any")
