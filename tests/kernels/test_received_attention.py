@@ -50,6 +50,14 @@ def test_half_precision_scores_stay_distinct() -> None:
         assert torch.equal(received_attention(q, k), want)
 
 
+def test_devices_must_agree() -> None:
+    q, elsewhere = torch.rand(1, 2, 3, 4), torch.empty(1, 2, 3, 4, device="meta")
+    with pytest.raises(ValueError, match="k is on meta, q on cpu"):
+        received_attention(q, elsewhere)
+    with pytest.raises(ValueError, match="lse is on meta, q on cpu"):
+        received_attention(q, q, lse=elsewhere[..., 0])
+
+
 @pytest.mark.parametrize(
     ("q", "k", "error"),
     [

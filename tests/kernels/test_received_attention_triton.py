@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -414,6 +415,20 @@ def test_gradients_of_some_inputs() -> None:
     assert not received_attention(q, k, backend="triton").requires_grad
 
 
+def test_second_derivative() -> None:
+    q, k = inputs(1, 2, 9, 12, 16)
+    weights = randn(1, 12, seed=3)
+    results = []
+    for backend in ("torch", "triton"):
+        leaf = q.clone().requires_grad_()
+        received = received_attention(leaf, k, backend=backend)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            (first,) = torch.autograd.grad((received * weights).sum(), leaf, create_graph=True)
+            results.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+    assert relative_error(results[1], results[0]) <= 1e-5
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_backward_formula(with_lse: bool, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,6 +481,14 @@ def test_autocast_does_not_matter() -> None:
     want = received_attention(q, k, backend="triton")
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert torch.equal(received_attention(q, k, backend="triton"), want)
+
+
+def test_autocast_around_the_backward_pass_does_not_matter() -> None:
+    q, k = inputs(1, 2, 30, 30, 16)
+    want = gradients(lambda **o: received_attention(**o, backend="triton"), q, k)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        got = gradients(lambda **o: received_attention(**o, backend="triton"), q, k)
+    assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.parametrize(

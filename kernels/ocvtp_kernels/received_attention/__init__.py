@@ -60,6 +60,9 @@ def received_attention(
     require_floating("k", k)
     require_shape("q", q, (None, None, None, None), "[B, H, M, d]")
     require_shape("k", k, (q.shape[0], q.shape[1], None, q.shape[3]), "[B, H, N, d]")
+    for name, tensor in (("k", k), ("lse", q if lse is None else lse)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}; move one with .to(device)")
     if 0 in q.shape or 0 in k.shape:
         raise ValueError(f"q and k must not be empty; got {list(q.shape)} and {list(k.shape)}")
     if scale is None:

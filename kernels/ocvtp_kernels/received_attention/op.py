@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels._library import define, handle_function
 from ocvtp_kernels.received_attention import reference
 
@@ -53,8 +54,9 @@ def _launch_backward(
     lse: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_q, grad_k, grad_lse = reference.received_attention_backward(grad, q, k, scale, lse, cu_seqlens)
-    return grad_q, grad_k, q.new_empty(0) if grad_lse is None else grad_lse
+    with without_autocast(q.device):
+        grads = reference.received_attention_backward(grad, q, k, scale, lse, cu_seqlens)
+    return grads[0], grads[1], q.new_empty(0) if grads[2] is None else grads[2]
 
 
 def _fake_backward(
@@ -105,7 +107,12 @@ class _ReceivedAttention(torch.autograd.Function):
         ctx: Any, grad: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None, torch.Tensor | None, None]:
         q, k, lse, cu_seqlens = ctx.saved_tensors
-        grad_q, grad_k, grad_lse = _received_attention_backward(grad, q, k, ctx.scale, lse, cu_seqlens)
+        arguments = grad, q, k, ctx.scale, lse, cu_seqlens
+        if torch.is_grad_enabled():  # to be differentiated again: by autograd, through the formula
+            with without_autocast(q.device):
+                grad_q, grad_k, grad_lse = reference.received_attention_backward(*arguments)
+        else:
+            grad_q, grad_k, grad_lse = _received_attention_backward(*arguments)
         return grad_q, grad_k, None, None if lse is None else grad_lse, None
 
 

@@ -140,7 +140,7 @@ def column_mean(
         lse = tl.load(lse_ptr + m, mask=m < rows, other=float("inf")) * lse_scale
         total += tl.sum(tl.exp2(logits * scale - lse[None, :]), axis=1)
     means_ptr += (image * tl.num_programs(1) + head) * N + first
-    tl.store(means_ptr + n, total / rows, mask=n < keys)
+    tl.store(means_ptr + n, total / tl.maximum(rows, 1), mask=n < keys)  # a program too many has none
 
 
 @triton.jit(do_not_specialize=["H", "N"])

@@ -152,6 +152,7 @@ def select(
         scores = tl.load(fill_ptr + offsets, mask=real, other=float("-inf"))
     scores = ordered_bits(_zero_is_zero(scores))
 
+    marked = marked & real  # comparing NaN, a reduction may name padding
     # Either every marked token stays and the others compete for what is left, or the marked ones compete.
     count = tl.sum(marked.to(tl.int32), axis=0)
     roomy = tl.zeros([NP], tl.int32) + count < KEEP  # a block: the interpreter splats bool scalars as int
