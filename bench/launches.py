@@ -10,6 +10,8 @@ from ocvtp_kernels._arch import pretend
 from ocvtp_kernels._launch import Launch, recording
 from ocvtp_kernels.received_attention import triton as received_attention
 from ocvtp_kernels.selection import triton as selection
+from ocvtp_kernels.slot_attention import FoldedWeights, SlotStart
+from ocvtp_kernels.slot_attention import triton as slot_attention
 
 
 @functools.cache
@@ -18,6 +20,7 @@ def launches(arch: str) -> list[Launch]:
     with pretend(arch), recording() as recorded:
         _selection()
         _received_attention()
+        _slot_attention()
     unique: dict[str, Launch] = {}
     for launch in recorded:
         unique.setdefault(f"{launch.kernel.fn.__name__} {_kinds(launch)} {launch.tile}", launch)
@@ -50,6 +53,9 @@ def _selection() -> None:
             fill, rows = _empty(2, tokens), _empty(2, tokens, 1024, dtype=torch.float16)
             selection.select_tokens(attention, 64, fill, rows)
             selection.select_tokens(attention, 64, None, None)
+        keys = _empty(2, 9, slots, dtype=torch.int64)
+        selection.select_from_keys(keys, 64, fill, rows)
+        selection.select_from_keys(keys, 64, fill, None)
     for dtype in (torch.uint8, torch.float16, torch.float32, torch.float64):
         rows = _empty(2, 576, 1024, dtype=dtype)
         selection.gather_tokens(rows, _empty(2, 64, dtype=torch.int64))
@@ -70,3 +76,40 @@ def _received_attention() -> None:
                 for segments in (60, 4000):
                     bounds = _empty(segments + 1, dtype=torch.int32)
                     received_attention.received_attention(q[:1], q[:1], 0.125, None, bounds)
+
+
+def _slot_attention() -> None:
+    # Official widths. Slots: each class of attend and update, alone in a tile and in chunks.
+    for operands, tf32 in ((torch.float16, False), (torch.float32, False), (torch.float32, True)):
+        weights = _folded_weights(1024, 2048, 512, 2048, operands)
+        for slots in (64, 128, 192, 640):
+            start = SlotStart(
+                slots=_empty(1, slots, 512),
+                queries=_empty(1, slots, 512, dtype=operands),
+                query_bias=_empty(1, slots),
+                gates_hidden=_empty(1, slots, 1536),
+            )
+            for features in (torch.float16, torch.bfloat16, torch.float32) if slots == 64 else (operands,):
+                for return_attention in (False, True):
+                    x = _empty(2, 577, 1024, dtype=features)[:, 1:]
+                    slot_attention.assign(x, start, weights, 3, 1e-5, tf32, return_attention)
+
+
+def _folded_weights(width: int, hidden: int, slot: int, mlp: int, dtype: torch.dtype) -> FoldedWeights:
+    return FoldedWeights(
+        encoder_fc1_weight=_empty(hidden, width, dtype=dtype),
+        encoder_fc1_bias=_empty(hidden),
+        encoder_fc2_weight=_empty(slot, hidden, dtype=dtype),
+        encoder_fc2_bias=_empty(slot),
+        query_weight=_empty(slot, slot, dtype=dtype),
+        query_bias_weight=_empty(slot),
+        gru_input_weight=_empty(3 * slot, slot, dtype=dtype),
+        gru_input_bias=_empty(3 * slot),
+        gru_mass_bias=_empty(3 * slot),
+        gru_hidden_weight=_empty(3 * slot, slot, dtype=dtype),
+        gru_hidden_bias=_empty(3 * slot),
+        mlp_fc1_weight=_empty(mlp, slot, dtype=dtype),
+        mlp_fc1_bias=_empty(mlp),
+        mlp_fc2_weight=_empty(slot, mlp, dtype=dtype),
+        mlp_fc2_bias=_empty(slot),
+    )

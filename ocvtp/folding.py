@@ -14,22 +14,38 @@ _CACHED_STARTS = 16  # (num_slots, seed) pairs whose first-iteration constants a
 
 
 class FoldedState:
-    """Folded weights of one state of the parameters, and first-iteration constants made from them."""
+    """Folded weights of one state of the parameters, and first-iteration constants made from them.
 
-    def __init__(self, fingerprint: tuple[object, ...], weights: FoldedWeights) -> None:
+    In up to two dtypes: that of PyTorch and of float32 kernels, and float16.
+    """
+
+    def __init__(self, fingerprint: tuple[object, ...]) -> None:
         self.fingerprint = fingerprint
-        self.weights = weights
-        self._starts: OrderedDict[tuple[int, int], SlotStart] = OrderedDict()
+        self._weights: dict[torch.dtype, FoldedWeights] = {}
+        self._starts: OrderedDict[tuple[torch.dtype, int, int], SlotStart] = OrderedDict()
 
-    def known_start(self, num_slots: int, seed: int) -> SlotStart | None:
-        """The constants of seeded noise, if they were made before."""
-        return self._starts.get((num_slots, seed))
+    def known_weights(self, dtype: torch.dtype) -> FoldedWeights | None:
+        """The folded weights, if they were made before."""
+        return self._weights.get(dtype)
 
-    def start(self, num_slots: int, seed: int, make: Callable[[], SlotStart]) -> SlotStart:
-        """The constants of seeded noise, made on first use; the oldest go when there are many."""
-        found = self.known_start(num_slots, seed)
+    def weights(self, dtype: torch.dtype, make: Callable[[], FoldedWeights]) -> FoldedWeights:
+        """The folded weights, made on first use."""
+        found = self.known_weights(dtype)
         if found is None:
-            found = self._starts[num_slots, seed] = settled(make)
+            found = self._weights.setdefault(dtype, settled(make))
+        return found
+
+    def known_start(self, dtype: torch.dtype, num_slots: int, seed: int) -> SlotStart | None:
+        """The constants of seeded noise, if they were made before."""
+        return self._starts.get((dtype, num_slots, seed))
+
+    def start(
+        self, dtype: torch.dtype, num_slots: int, seed: int, make: Callable[[], SlotStart]
+    ) -> SlotStart:
+        """The constants of seeded noise, made on first use; the oldest go when there are many."""
+        found = self.known_start(dtype, num_slots, seed)
+        if found is None:
+            found = self._starts[dtype, num_slots, seed] = settled(make)
             while len(self._starts) > _CACHED_STARTS:
                 self._starts.popitem(last=False)
         return found

@@ -15,24 +15,28 @@ from torch import nn
 from typing_extensions import Self
 
 from ocvtp import checkpoint
+from ocvtp.assignment import Assignment
+from ocvtp.checks import NOT_FINITE, check_fill_scores, check_finite, require_finite
 from ocvtp.config import PrunerConfig
 from ocvtp.decoder import ReconstructionDecoder
-from ocvtp.folding import FoldedState, fingerprint, settled
+from ocvtp.folding import FoldedState, fingerprint
 from ocvtp.hub import PrunerFiles
 from ocvtp.noise import seeded_normal
 from ocvtp.selection import Selection
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require, require_count, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
-from ocvtp_kernels.selection import select_tokens
 from ocvtp_kernels.slot_attention import (
     FoldedWeights,
     SlotAttentionWeights,
     SlotStart,
+    TopTokens,
     fold,
     slot_assignment,
     slot_attention,
     start_from_slots,
+    top_tokens,
+    why_no_kernel,
 )
 
 __all__ = ["OCPruner", "PrunerConfig", "Reconstruction"]
@@ -41,6 +45,8 @@ _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _OFFICIAL_WEIGHTS = "weights.pth"
 _MAX_SEED = 2**63 - 1
+#: What ``precision="auto"`` is in Triton.
+DEFAULT_PRECISION = "fp16"
 
 
 @dataclass
@@ -144,14 +150,14 @@ class OCPruner(
             seed: of the noise, ``0 <= seed < 2**63``.
             num_slots: slots that compete for the tokens; default ``keep``. One slot alone owns everything
                 alike and picks token 0: for ``keep=1`` let several compete.
-            backend: ``"auto"``, ``"torch"`` or ``"triton"``. In this version Triton selects; the Slot
-                Attention before it is PyTorch's matrix products in either case.
-            precision: of the matrix products: ``"auto"``, ``"fp32"``, ``"tf32"`` or ``"fp16"``. ``"auto"``
-                takes float32 products as ``torch.set_float32_matmul_precision`` has them.
+            backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+            precision: of the matrix products, which are accumulated in float32: ``"auto"``, ``"fp32"``,
+                ``"tf32"`` or ``"fp16"``; the last two are Triton's. ``"auto"`` is :data:`DEFAULT_PRECISION`
+                in Triton, and in PyTorch float32 as ``torch.set_float32_matmul_precision`` has it.
             return_attention: also return the slot attention map.
-            batch_invariant: compute image by image, so that matrix shapes, and with them rounding, do not
-                depend on the batch. ``False`` computes the batch at once: far fewer launches on a GPU, and
-                a graph that does not grow with ``B`` under ``torch.compile``.
+            batch_invariant: in PyTorch, compute image by image, so that matrix shapes, and with them
+                rounding, do not depend on the batch. ``False`` computes the batch at once: fewer launches,
+                and a graph that does not grow with ``B`` under ``torch.compile``. Triton's bits never do.
 
         Returns:
             A :class:`~ocvtp.selection.Selection`.
@@ -164,30 +170,134 @@ class OCPruner(
         """
         check_options(seed, precision)
         self._check_inputs(features, keep, fill_scores, noise, num_slots)
-        resolve_backend(backend, "selection", features.device)
-        slots = keep if num_slots is None else num_slots
-        with without_autocast(features.device):
-            weights, start = self._folded(noise, seed, slots)
-            x = features.to(start.slots.dtype)
-            images = x.split(1) if batch_invariant else (x,)
-            starts = _per_image(start, len(images))
-            attention = torch.cat(
-                [
-                    slot_assignment(
-                        image,
-                        image_start,
-                        weights,
-                        num_iters=self.config.num_iters,
-                        eps=self.config.eps,
-                        backend="torch" if backend == "triton" else backend,  # it has no kernel yet
-                    )
-                    for image, image_start in zip(images, starts, strict=True)
-                ]
-            )
-            indices, from_slots = select_tokens(attention, keep, fill_scores, backend=backend)
-        return Selection(
-            indices, from_slots, attention if return_attention else None, tokens=features.shape[1]
+        assignment = self._assign(
+            features,
+            keep,
+            noise,
+            seed,
+            keep if num_slots is None else num_slots,
+            backend,
+            precision,
+            return_attention,
+            batch_invariant,
         )
+        return assignment.finish(fill_scores)
+
+    @torch.no_grad()
+    def assign(
+        self,
+        features: torch.Tensor,
+        keep: int = 64,
+        noise: torch.Tensor | None = None,
+        seed: int = 0,
+        num_slots: int | None = None,
+        backend: str = "auto",
+        precision: str = "auto",
+        return_attention: bool = False,
+        *,
+        batch_invariant: bool = True,
+    ) -> Assignment:
+        """The first half of :meth:`forward`, which needs no fill scores: they may still be on their way.
+
+        Arguments and errors are those of :meth:`forward`; ``pruner.assign(x, keep).select(fill_scores)`` is
+        ``pruner(x, keep, fill_scores)``.
+        """
+        check_options(seed, precision)
+        self._check_inputs(features, keep, None, noise, num_slots)
+        slots = keep if num_slots is None else num_slots
+        return self._assign(
+            features, keep, noise, seed, slots, backend, precision, return_attention, batch_invariant
+        )
+
+    def _assign(
+        self,
+        features: torch.Tensor,
+        keep: int,
+        noise: torch.Tensor | None,
+        seed: int,
+        slots: int,
+        backend: str,
+        precision: str,
+        return_attention: bool,
+        batch_invariant: bool,
+    ) -> Assignment:
+        resolved, dtype, tf32 = self.arithmetic(features, backend, precision)
+        with without_autocast(features.device):
+            weights, start = self._folded(noise, seed, slots, dtype)
+            if resolved == "triton":
+                x = features.float() if features.dtype == torch.float64 else features
+                top, attention = self._triton(x, start, weights, tf32, return_attention)
+            else:
+                top, attention = None, self._torch(features, start, weights, batch_invariant)
+        return Assignment(keep, features.shape[1], backend, top, attention, return_attention)
+
+    def _triton(
+        self,
+        x: torch.Tensor,
+        start: SlotStart,
+        weights: FoldedWeights,
+        tf32: bool,
+        return_attention: bool,
+    ) -> tuple[TopTokens | None, torch.Tensor | None]:
+        """Top tokens or, if it is wanted, the map: both name the same tokens, bit for bit."""
+        options: dict[str, Any] = {"num_iters": self.config.num_iters, "eps": self.config.eps, "tf32": tf32}
+        if return_attention:
+            attention = slot_assignment(x, start, weights, backend="triton", **options)
+            require_finite(attention, NOT_FINITE)
+            return None, attention
+        top = top_tokens(x, start, weights, backend="triton", **options)
+        require(top.finite.all(), NOT_FINITE)
+        return top, None
+
+    def _torch(
+        self, features: torch.Tensor, start: SlotStart, weights: FoldedWeights, batch_invariant: bool
+    ) -> torch.Tensor:
+        """The map, image by image unless the batch may be computed at once."""
+        check_finite("features", features)
+        x = features.to(start.slots.dtype)
+        images = x.split(1) if batch_invariant else (x,)
+        return torch.cat(
+            [
+                slot_assignment(
+                    image,
+                    image_start,
+                    weights,
+                    num_iters=self.config.num_iters,
+                    eps=self.config.eps,
+                    backend="torch",
+                )
+                for image, image_start in zip(images, _per_image(start, len(images)), strict=True)
+            ]
+        )
+
+    def arithmetic(
+        self, features: torch.Tensor, backend: str = "auto", precision: str = "auto"
+    ) -> tuple[str, torch.dtype, bool]:
+        """What :meth:`forward` will compute with: ``"triton"`` or ``"torch"``, matrix dtype, TF32 or not.
+
+        Raises:
+            ValueError: a precision that the backend does not have.
+            BackendUnavailableError: an explicit backend that can't run.
+        """
+        wide = self.slot_mean.dtype == torch.float64
+
+        def unsupported() -> str | None:
+            if wide:
+                return "it multiplies in float32 and float16, and the pruner is float64"
+            return why_no_kernel(features.shape[0], features.shape[2])
+
+        resolved = resolve_backend(backend, "slot_attention", features.device, unsupported)
+        if resolved == "triton":
+            precision = DEFAULT_PRECISION if precision == "auto" else precision
+            return resolved, torch.float16 if precision == "fp16" else torch.float32, precision == "tf32"
+        if precision in ("tf32", "fp16"):
+            raise ValueError(f'precision="{precision}" needs the Triton kernels; here PyTorch computes')
+        if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
+            raise ValueError(
+                'precision="fp32" in PyTorch needs torch.set_float32_matmul_precision("highest"); '
+                f"it is {torch.get_float32_matmul_precision()!r}"
+            )
+        return resolved, torch.float64 if wide else torch.float32, False
 
     def weights(self) -> SlotAttentionWeights:
         """The parameters of encoder and Slot Attention, in the form the kernels take."""
@@ -427,11 +537,8 @@ class OCPruner(
                 f"features are on {features.device}, the pruner on {self.slot_mean.device}; "
                 "move one with .to(device)"
             )
-        _check_finite("features", features)
         if fill_scores is not None:
-            require_floating("fill_scores", fill_scores)
-            require_shape("fill_scores", fill_scores, (batch, tokens), "[B, N]")
-            _check_finite("fill_scores", fill_scores)
+            check_fill_scores(fill_scores, batch, tokens)
         if noise is not None:
             require_floating("noise", noise)
             require_shape(
@@ -439,7 +546,7 @@ class OCPruner(
             )
             if noise.shape[0] not in (1, batch):
                 raise ValueError(f"noise must have batch size 1 or {batch}; got {noise.shape[0]}")
-            _check_finite("noise", noise)
+            check_finite("noise", noise)
 
     def _noise(
         self, noise: torch.Tensor | None, seed: int, num_slots: int, dtype: torch.dtype
@@ -449,32 +556,40 @@ class OCPruner(
         return noise.to(self.slot_mean.device, dtype)
 
     def _folded(
-        self, noise: torch.Tensor | None, seed: int, num_slots: int
+        self, noise: torch.Tensor | None, seed: int, num_slots: int, dtype: torch.dtype
     ) -> tuple[FoldedWeights, SlotStart]:
         """Folded weights and first-iteration constants, kept while parameters are unchanged."""
         state = self._folded_state
+        compiling = torch.compiler.is_compiling()
         # A compiled graph can't look at version counters: it takes what the last eager call left, or
         # folds by itself. Whatever may outdate that must call refold().
-        if not torch.compiler.is_compiling() and not self.training:
+        if not compiling and not self.training:
             folded_parameters = (*self.weights(), self.slot_mean, self.slot_log_std)
             current = fingerprint(folded_parameters)
             if state is None or state.fingerprint != current:
-                state = self._folded_state = FoldedState(current, settled(self._fold))
-        weights = self._fold() if state is None else state.weights
+                state = self._folded_state = FoldedState(current)
 
-        def make() -> SlotStart:
-            dtype = weights.query_weight.dtype
-            return start_from_slots(self.initial_slots(self._noise(noise, seed, num_slots, dtype)), weights)
+        def make_weights() -> FoldedWeights:
+            return fold(self.weights(), dtype)
+
+        if state is None:
+            weights = make_weights()
+        elif compiling:
+            known = state.known_weights(dtype)
+            weights = make_weights() if known is None else known
+        else:
+            weights = state.weights(dtype, make_weights)
+
+        def make_start() -> SlotStart:
+            vectors = weights.mlp_fc2_bias.dtype
+            return start_from_slots(self.initial_slots(self._noise(noise, seed, num_slots, vectors)), weights)
 
         if noise is not None or state is None:
-            return weights, make()
-        if torch.compiler.is_compiling():
-            known = state.known_start(num_slots, seed)
-            return weights, make() if known is None else known
-        return weights, state.start(num_slots, seed, make)
-
-    def _fold(self) -> FoldedWeights:
-        return fold(self.weights(), torch.promote_types(self.slot_mean.dtype, torch.float32))
+            return weights, make_start()
+        if compiling:
+            known_start = state.known_start(dtype, num_slots, seed)
+            return weights, make_start() if known_start is None else known_start
+        return weights, state.start(dtype, num_slots, seed, make_start)
 
 
 def check_options(seed: int, precision: str = "auto") -> None:
@@ -483,24 +598,9 @@ def check_options(seed: int, precision: str = "auto") -> None:
         raise ValueError(f"seed must be an int in [0, 2**63); got {seed!r}")
     if precision not in ("auto", "fp32", "tf32", "fp16"):
         raise ValueError(f'precision must be "auto", "fp32", "tf32" or "fp16"; got {precision!r}')
-    if precision in ("tf32", "fp16"):
-        raise ValueError(f'precision="{precision}" needs a Triton kernel; this version has none')
-    if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
-        raise ValueError(
-            'precision="fp32" needs torch.set_float32_matmul_precision("highest"); '
-            f"it is {torch.get_float32_matmul_precision()!r}"
-        )
 
 
 def _per_image(start: SlotStart, images: int) -> list[SlotStart]:
     if start.slots.shape[0] == 1 or images == 1:
         return [start] * images
     return [SlotStart(*(tensor[i : i + 1] for tensor in start)) for i in range(images)]
-
-
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    low, high = torch.aminmax(tensor.detach())
-    require(
-        torch.isfinite(low) & torch.isfinite(high),
-        f"{name} contains NaN or Inf; look at the encoder's dtype (float16 overflows) and its input",
-    )

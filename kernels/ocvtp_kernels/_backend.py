@@ -12,7 +12,7 @@ from ocvtp_kernels._arch import interpreting, why_no_kernels
 
 Backend = Literal["auto", "triton", "torch"]
 
-_NO_KERNEL = {"slot_attention", "reconstruction"}
+_NO_KERNEL = {"slot_attention training", "reconstruction"}
 
 _log = logging.getLogger("ocvtp_kernels")
 _said: set[str] = set()

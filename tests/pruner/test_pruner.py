@@ -344,7 +344,7 @@ def test_the_fallback_on_a_gpu_is_said_once(caplog: pytest.LogCaptureFixture) ->
         pruner = OCPruner(SMALL)
         for _ in range(3):
             pruner(torch.randn(1, 30, SMALL.in_dim), keep=4)
-    assert [record.message.split(" runs ")[0] for record in caplog.records] == ["selection", "slot_attention"]
+    assert [record.message.split(" runs ")[0] for record in caplog.records] == ["slot_attention", "selection"]
     assert "need a CUDA or ROCm GPU, not meta" in caplog.text
 
 
@@ -360,7 +360,7 @@ def test_triton_selects_the_same_tokens() -> None:
 
 def test_triton_that_cannot_run_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ocvtp_kernels._arch.has_triton", lambda: False)
-    with pytest.raises(BackendUnavailableError, match="selection can't run its Triton kernel: triton is not"):
+    with pytest.raises(BackendUnavailableError, match="slot_attention can't run its Triton kernel: triton is not"):
         PRUNER(features(), keep=8, backend="triton")
     assert PRUNER(features(), keep=8).indices.shape == (2, 8)
 
@@ -390,7 +390,7 @@ BAD_INPUT = [
     ({"seed": 1.5}, ValueError, "seed"),
     ({"backend": "cuda"}, ValueError, "backend must be one of"),
     ({"precision": "bf16"}, ValueError, "precision must be"),
-    ({"precision": "fp16"}, ValueError, "needs a Triton kernel"),
+    ({"precision": "fp16"}, ValueError, "needs the Triton kernels"),
 ]
 
 

@@ -9,7 +9,7 @@ from ocvtp_kernels._checks import require_count, require_floating, require_shape
 from ocvtp_kernels._launch import MAX_IMAGES
 from ocvtp_kernels.selection import op, reference
 
-__all__ = ["gather_tokens", "select_rows", "select_tokens"]
+__all__ = ["gather_tokens", "select_from_keys", "select_rows", "select_tokens"]
 
 
 def select_tokens(
@@ -83,6 +83,47 @@ def select_rows(
         return op.select_rows(slot_attention, keep, fill_scores, x)
     indices, from_slots = reference.select_tokens(slot_attention, keep, fill_scores)
     return indices, from_slots, reference.gather_tokens(x, indices)
+
+
+def select_from_keys(
+    keys: torch.Tensor,
+    keep: int,
+    scores: torch.Tensor,
+    x: torch.Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """:func:`select_tokens`, or with ``x`` :func:`select_rows`, from top tokens that are known already.
+
+    Args:
+        keys: ``[B, T, K]`` int64 of :func:`ocvtp_kernels.slot_attention.top_tokens`.
+        keep: tokens to keep, ``1 <= keep <= N``.
+        scores: ``[B, N]`` floating point, without NaN: fill scores, or each token's largest attention.
+        x: ``[B, N, C]``, any strides and dtype, or ``None`` for indices alone.
+        backend: as in :func:`select_tokens`.
+
+    Returns:
+        ``indices`` and ``from_slots`` as :func:`select_tokens`, and the rows ``[B, keep, C]`` or ``None``.
+
+    Raises:
+        TypeError, ValueError: a wrong type, rank, shape or budget.
+        BackendUnavailableError: an explicit backend that can't run; says why.
+    """
+    if keys.dtype != torch.int64:
+        raise TypeError(f"keys must be int64; got {keys.dtype}")
+    require_floating("scores", scores)
+    require_shape("keys", keys, (None, None, None), "[B, T, K]")
+    require_shape("scores", scores, (keys.shape[0], None), "[B, N]")
+    require_count("keep", keep, scores.shape[1], "the number of tokens")
+    if x is not None:
+        require_shape("x", x, (*scores.shape, None), "[B, N, C]")
+    for name, tensor in (("scores", scores), ("x", keys if x is None else x)):
+        if tensor.device != keys.device:
+            raise ValueError(f"{name} are on {tensor.device}, keys on {keys.device}")
+    if _resolve(backend, scores[:, None], None, x) == "triton":
+        return op.select_from_keys(keys, keep, scores, x)
+    indices, from_slots = reference.select_from_keys(keys, keep, scores)
+    return indices, from_slots, None if x is None else reference.gather_tokens(x, indices)
 
 
 def gather_tokens(x: torch.Tensor, indices: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from ocvtp_kernels._library import define, handle_function
 
-__all__ = ["MAX_TOKENS", "gather_tokens", "select_rows", "select_tokens"]
+__all__ = ["MAX_TOKENS", "gather_tokens", "select_from_keys", "select_rows", "select_tokens"]
 
 #: Largest image that one program can hold.
 MAX_TOKENS = 4096
@@ -52,6 +52,25 @@ def _fake_select_rows(
     )
 
 
+def _launch_select_from_keys(
+    keys: torch.Tensor, keep: int, scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from ocvtp_kernels.selection import triton as kernels
+
+    indices, from_slots, _ = kernels.select_from_keys(keys, keep, scores, None)
+    return indices, from_slots
+
+
+def _launch_rows_from_keys(
+    keys: torch.Tensor, keep: int, scores: torch.Tensor, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from ocvtp_kernels.selection import triton as kernels
+
+    indices, from_slots, rows = kernels.select_from_keys(keys, keep, scores, x)
+    assert rows is not None
+    return indices, from_slots, rows
+
+
 def _launch_gather(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     from ocvtp_kernels.selection import triton as kernels
 
@@ -87,6 +106,18 @@ _select_rows = define(
     "select_rows(Tensor slot_attention, SymInt keep, Tensor? fill_scores, Tensor x)"
     " -> (Tensor, Tensor, Tensor)",
     _launch_select_rows,
+    _fake_select_rows,
+    _no_flops,
+)
+_select_from_keys = define(
+    "select_from_keys(Tensor keys, SymInt keep, Tensor scores) -> (Tensor, Tensor)",
+    _launch_select_from_keys,
+    _fake_select,
+    _no_flops,
+)
+_rows_from_keys = define(
+    "rows_from_keys(Tensor keys, SymInt keep, Tensor scores, Tensor x) -> (Tensor, Tensor, Tensor)",
+    _launch_rows_from_keys,
     _fake_select_rows,
     _no_flops,
 )
@@ -131,26 +162,30 @@ class _ScatterTokens(torch.autograd.Function):
 
 
 class _SelectRows(torch.autograd.Function):
-    """Selection and gather in one launch; differentiable in the rows' source alone."""
+    """Selection from a map or from keys, and gather: one launch, differentiable in the rows' source alone."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        slot_attention: torch.Tensor,
+        from_keys: bool,
+        source: torch.Tensor,
         keep: int,
-        fill_scores: torch.Tensor | None,
+        scores: torch.Tensor | None,
         x: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        indices, from_slots, rows = _select_rows(slot_attention, keep, fill_scores, x)
+        operator = _rows_from_keys if from_keys else _select_rows
+        indices, from_slots, rows = operator(source, keep, scores, x)
         ctx.save_for_backward(indices)
         ctx.tokens = x.shape[1]
         ctx.mark_non_differentiable(indices, from_slots)
         return indices, from_slots, rows
 
     @staticmethod
-    def backward(ctx: Any, _: None, __: None, grad: torch.Tensor) -> tuple[None, None, None, torch.Tensor]:
+    def backward(
+        ctx: Any, _: None, __: None, grad: torch.Tensor
+    ) -> tuple[None, None, None, None, torch.Tensor]:
         (indices,) = ctx.saved_tensors
-        return None, None, None, _ScatterTokens.apply(grad, indices, ctx.tokens)
+        return None, None, None, None, _ScatterTokens.apply(grad, indices, ctx.tokens)
 
 
 for _function in (_GatherTokens, _ScatterTokens, _SelectRows):
@@ -171,8 +206,19 @@ def select_rows(
     arguments = slot_attention.detach(), keep, _detached(fill_scores), x
     # Without a gradient to come, the Function would only cost its overhead.
     if torch.is_grad_enabled() and x.requires_grad:
-        return _SelectRows.apply(*arguments)
+        return _SelectRows.apply(False, *arguments)
     return _select_rows(*arguments)
+
+
+def select_from_keys(
+    keys: torch.Tensor, keep: int, scores: torch.Tensor, x: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """See :func:`ocvtp_kernels.selection.select_from_keys`."""
+    if x is None:
+        return (*_select_from_keys(keys, keep, scores.detach()), None)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _SelectRows.apply(True, keys, keep, scores.detach(), x)
+    return _rows_from_keys(keys, keep, scores.detach(), x)
 
 
 def gather_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,20 @@ def select_tokens(
     slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`ocvtp_kernels.selection.select_tokens`."""
-    batch, _, tokens = slot_attention.shape
-    device = slot_attention.device
-    top_token = slot_attention.argmax(dim=2)  # ties: the lowest index
-    picked = torch.zeros(batch, tokens, dtype=torch.bool, device=device).scatter_(1, top_token, True)
-    scores = slot_attention.amax(dim=1) if fill_scores is None else fill_scores.to(device)
+    scores = slot_attention.amax(dim=1) if fill_scores is None else fill_scores
+    return _select(slot_attention.argmax(dim=2), keep, scores)  # ties: the lowest index
+
+
+def select_from_keys(
+    keys: torch.Tensor, keep: int, scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`ocvtp_kernels.selection.select_from_keys`."""
+    return _select(0x7FFFFFFF - (keys.amax(dim=1) & 0x7FFFFFFF), keep, scores)
+
+
+def _select(top_token: torch.Tensor, keep: int, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank tokens by (is in ``top_token`` ``[B, K]``, score ``[B, N]``, lower index); the first ``keep``."""
+    picked = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top_token, True)
 
     # A stable sort by score puts equal scores in index order; moving the picks to the front of that
     # order is a partition, so two running counts give every token its final rank without a second sort.

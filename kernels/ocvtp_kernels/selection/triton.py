@@ -136,8 +136,8 @@ def select(
 ):  # fmt: skip
     """Grid (G, B): each of an image's G programs makes the same selection, then copies its share of rows.
 
-    SCAN: find top tokens in the map; else take the ``T`` parts that ``top_parts`` left. FILL: scores are in
-    ``fill_ptr``; else a token's largest attention counts (in ``fill_ptr`` too after ``top_parts``).
+    SCAN: find top tokens in the map; else take the ``T`` parts that ``top_parts``, or the last iteration of
+    Slot Attention, left. FILL: scores are in ``fill_ptr``; else a token's largest attention counts (SCAN).
     """
     program = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
@@ -147,7 +147,7 @@ def select(
         marked, scores = _marked_by_scan(map_ptr + image * map_b, map_k, map_n, K, N, NP, BK)
     else:
         marked = _marked_by_parts(parts_ptr + image * T * K, K, T, NP, KP)
-    if FILL or not SCAN:
+    if FILL:
         offsets = image * fill_b + n.to(tl.int64) * fill_n
         scores = tl.load(fill_ptr + offsets, mask=real, other=float("-inf"))
     scores = ordered_bits(_zero_is_zero(scores))
@@ -261,24 +261,53 @@ def select_tokens(
     """Indices ``[B, keep]``, picks among them ``[B]``, and rows ``[B, keep, C]`` if ``x`` ``[B, N, C]``."""
     batch, slots, tokens = slot_attention.shape
     device = slot_attention.device
+    if slots * _padded(tokens) <= _SCAN_LIMIT:
+        return _select(slot_attention, None, slots, tokens, keep, fill_scores, x)
     arch = architecture(device)
     assert arch is not None
+    cut = tile("selection.top_parts", arch, "any")
+    tiles = triton.cdiv(tokens, cut["BN"])
+    parts = torch.empty(batch, tiles, slots, dtype=torch.int64, device=device)
+    scores = fill_scores
+    if scores is None:
+        scores = torch.empty(batch, tokens, dtype=torch.float32, device=device)
+    launch(
+        top_parts, (tiles, batch), device,
+        slot_attention, parts, scores, *slot_attention.stride(), slots, tokens,
+        FILL=fill_scores is not None, **cut,
+    )  # fmt: skip
+    return _select(None, parts, slots, tokens, keep, scores, x)
+
+
+def select_from_keys(
+    keys: torch.Tensor, keep: int, scores: torch.Tensor, x: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The same of parts ``[B, T, K]`` that another kernel left."""
+    return _select(None, keys.contiguous(), keys.shape[2], scores.shape[1], keep, scores, x)
+
+
+def _padded(tokens: int) -> int:
+    return next(size for size in _SIZES if tokens <= size)
+
+
+def _select(
+    slot_attention: torch.Tensor | None,
+    parts: torch.Tensor | None,
+    slots: int,
+    tokens: int,
+    keep: int,
+    scores: torch.Tensor | None,
+    x: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """From a map that one program scans, or from parts."""
+    source = parts if slot_attention is None else slot_attention
+    assert source is not None
+    batch, device = source.shape[0], source.device
+    arch = architecture(device)
+    assert arch is not None
+    padded = _padded(tokens)
     indices = torch.empty(batch, keep, dtype=torch.int64, device=device)
     from_slots = torch.empty(batch, dtype=torch.int64, device=device)
-    padded = next(size for size in _SIZES if tokens <= size)
-    scan = slots * padded <= _SCAN_LIMIT
-    fill, parts, tiles = fill_scores, indices, 0
-    if not scan:
-        cut = tile("selection.top_parts", arch, "any")
-        tiles = triton.cdiv(tokens, cut["BN"])
-        parts = torch.empty(batch, tiles, slots, dtype=torch.int64, device=device)
-        largest = torch.empty(batch, tokens, dtype=torch.float32, device=device) if fill is None else fill
-        launch(
-            top_parts, (tiles, batch), device,
-            slot_attention, parts, largest, *slot_attention.stride(), slots, tokens,
-            FILL=fill is not None, **cut,
-        )  # fmt: skip
-        fill = largest
     cut = tile("selection.select", arch, f"N<={padded}")
     rows, programs, width = None, 1, 0
     strides: tuple[int, ...] = (0, 0, 0)
@@ -288,12 +317,12 @@ def select_tokens(
         programs = max(1, min(processors(device) // max(batch, 1), triton.cdiv(keep, cut["BR"])))
     launch(
         select, (programs, batch), device,
-        slot_attention, fill if fill is not None else slot_attention, parts,
+        source, source if scores is None else scores, source if parts is None else parts,
         indices if x is None else x.view(_BITS[x.itemsize]), indices, from_slots,
         indices if rows is None else rows.view(_BITS[rows.itemsize]),
-        *slot_attention.stride(), *(fill.stride() if fill is not None else (0, 0)), *strides,
-        slots, tokens, tiles, keep, width,
-        NP=padded, SCAN=scan, FILL=fill_scores is not None, ROWS=x is not None, **cut,
+        *(source.stride() if parts is None else (0, 0, 0)), *((0, 0) if scores is None else scores.stride()),
+        *strides, slots, tokens, 0 if parts is None else parts.shape[1], keep, width,
+        NP=padded, SCAN=parts is None, FILL=scores is not None, ROWS=x is not None, **cut,
     )  # fmt: skip
     return indices, from_slots, rows
 

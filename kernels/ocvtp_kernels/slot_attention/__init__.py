@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from ocvtp_kernels._backend import resolve_backend
+from ocvtp_kernels._backend import BackendUnavailableError, resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
-from ocvtp_kernels.slot_attention import folded, reference
+from ocvtp_kernels._launch import MAX_IMAGES
+from ocvtp_kernels.slot_attention import folded, op, reference
 from ocvtp_kernels.slot_attention.folded import FoldedWeights, SlotStart, fold, start_from_slots
 from ocvtp_kernels.slot_attention.reference import SlotAttentionWeights
 
@@ -14,10 +17,13 @@ __all__ = [
     "FoldedWeights",
     "SlotAttentionWeights",
     "SlotStart",
+    "TopTokens",
     "fold",
     "slot_assignment",
     "slot_attention",
     "start_from_slots",
+    "top_tokens",
+    "why_no_kernel",
 ]
 
 # Any iteration count is defined; the bound only catches arguments in the wrong place.
@@ -60,9 +66,24 @@ def slot_attention(
         BackendUnavailableError: an explicit backend that can't run.
     """
     _check(features, slots, weights.encoder_fc1_weight, weights.query_weight, num_iters)
-    resolve_backend(backend, "slot_attention", features.device)
+    resolve_backend(backend, "slot_attention training", features.device)
     encoded = reference.encode(features, weights)
     return reference.slot_attention(encoded, slots, weights, num_iters, eps, truncate, dropout)
+
+
+class TopTokens(NamedTuple):
+    """Every slot's top token, and what selection needs besides; made by :func:`top_tokens`.
+
+    Attributes:
+        keys: ``[B, T, K]`` int64. The largest of a slot's T keys names its top token: the upper 32 bits order
+            like its attention, the lower ones are 0x7FFFFFFF - token, so that ties go to the lowest token.
+        largest: ``[B, N]`` float32, each token's largest attention.
+        finite: ``[B, N]`` bool, false where NaN or Inf got in.
+    """
+
+    keys: torch.Tensor
+    largest: torch.Tensor
+    finite: torch.Tensor
 
 
 def slot_assignment(
@@ -73,30 +94,97 @@ def slot_assignment(
     num_iters: int = 3,
     eps: float = 1e-5,
     backend: str = "auto",
+    tf32: bool = False,
 ) -> torch.Tensor:
     """The last iteration's attention and nothing else (the inference path); equals :func:`slot_attention`'s.
 
     The last iteration's slot update is never computed, and key, value and LayerNorm-affine weights are
-    already part of their neighbours (:func:`fold`), which is exact.
+    already part of their neighbours (:func:`fold`), which is exact. Not differentiable in Triton.
 
     Args:
-        features: ``[B, N, C]`` floating point, in the dtype of ``weights``.
+        features: ``[B, N, C]`` floating point; in the dtype of ``weights`` for PyTorch, any strides and up to
+            32 bits for Triton.
         start: first-iteration constants for ``[B or 1, K, D]`` slots, from :func:`start_from_slots`.
-        weights: from :func:`fold`.
+        weights: from :func:`fold`. Their dtype is that of the matrix products; float16 ones, accumulated in
+            float32, take Triton.
         num_iters: iterations, at least 1.
         eps: added to a slot's total attention before dividing by it.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        tf32: let Triton round the operands of float32 products to TF32.
 
     Returns:
-        ``[B, K, N]``, which sums to 1 over slots.
+        ``[B, K, N]``, which sums to 1 over slots; float32 from Triton.
 
     Raises:
         TypeError, ValueError: a wrong type or shape.
-        BackendUnavailableError: an explicit backend that can't run.
+        BackendUnavailableError: an explicit backend, or a precision, that can't run.
     """
-    _check(features, start.slots, weights.encoder_fc1_weight, weights.query_weight, num_iters)
-    resolve_backend(backend, "slot_attention", features.device)
+    if _resolve(backend, features, start, weights, num_iters, tf32) == "triton":
+        return op.assign(features, start, weights, num_iters, eps, tf32, True).attention
     return folded.slot_assignment(features, start, weights, num_iters, eps)
+
+
+def top_tokens(
+    features: torch.Tensor,
+    start: SlotStart,
+    weights: FoldedWeights,
+    *,
+    num_iters: int = 3,
+    eps: float = 1e-5,
+    backend: str = "auto",
+    tf32: bool = False,
+) -> TopTokens:
+    """Every slot's top token, as :func:`ocvtp_kernels.selection.select_from_keys` takes them.
+
+    What selection needs of :func:`slot_assignment`, whose arguments these are: Triton never writes the map.
+    Which tokens are top is the same, bit for bit.
+
+    Raises:
+        TypeError, ValueError: a wrong type or shape.
+        BackendUnavailableError: an explicit backend, or a precision, that can't run.
+    """
+    if _resolve(backend, features, start, weights, num_iters, tf32) == "triton":
+        found = op.assign(features, start, weights, num_iters, eps, tf32, False)
+        return TopTokens(found.keys, found.largest, found.finite)
+    return TopTokens(*folded.top_tokens(folded.slot_assignment(features, start, weights, num_iters, eps)))
+
+
+def why_no_kernel(images: int, width: int) -> str | None:
+    """Why the inference kernels can't take so many images of so many channels, or ``None``."""
+    if width > op.MAX_WIDTH:
+        return f"it takes up to {op.MAX_WIDTH} channels; got {width}"
+    return f"it takes up to {MAX_IMAGES} images; got {images}" if images > MAX_IMAGES else None
+
+
+def _resolve(
+    backend: str,
+    features: torch.Tensor,
+    start: SlotStart,
+    weights: FoldedWeights,
+    num_iters: int,
+    tf32: bool,
+) -> str:
+    _check(features, start.slots, weights.encoder_fc1_weight, weights.query_weight, num_iters)
+    dtype = weights.query_weight.dtype
+
+    def unsupported() -> str | None:
+        if dtype not in (torch.float32, torch.float16):
+            return f"it multiplies in float32 and float16, and the weights are {dtype}"
+        if features.dtype == torch.float64:
+            return "it takes features of up to 32 bits, not float64"
+        if (reason := why_no_kernel(features.shape[0], features.shape[2])) is not None:
+            return reason
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (features, *start, *weights)):
+            return "it has no gradient: use torch.no_grad(), or slot_attention to train"
+        return None
+
+    resolved = resolve_backend(backend, "slot_attention", features.device, unsupported)
+    if resolved == "torch" and (tf32 or dtype == torch.float16):
+        asked = "TF32 products" if tf32 else "float16 weights"
+        raise BackendUnavailableError(
+            f"{asked} need the Triton kernels, which can't run here; use float32 weights without tf32"
+        )
+    return resolved
 
 
 def _check(

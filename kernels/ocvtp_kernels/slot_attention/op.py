@@ -1,0 +1,106 @@
+"""Slot Attention for PyTorch: operator schema, fake, FLOPs. The inference path; it has no gradient."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ocvtp_kernels._arch import architecture
+from ocvtp_kernels._library import define
+from ocvtp_kernels._tiles import tile
+from ocvtp_kernels.slot_attention.folded import FoldedWeights, SlotStart
+
+__all__ = ["MAX_WIDTH", "Assigned", "assign", "slot_class", "token_tiles"]
+
+#: Of the features: a row is normalised in registers.
+MAX_WIDTH = 16384
+# Classes of tiles of the kernel that attends, by slots. A tile that can't hold them all takes them in chunks.
+_SLOT_CLASSES = (64, 128, 256)
+
+
+class Assigned(NamedTuple):
+    """What the last iteration of the kernels leaves."""
+
+    keys: torch.Tensor  # [B, tiles, K] int64
+    largest: torch.Tensor  # [B, N] float32
+    finite: torch.Tensor  # [B, N] bool
+    attention: torch.Tensor  # [B, K, N] float32, or empty
+
+
+def slot_class(slots: int) -> str:
+    """Tile class for so many slots."""
+    return next((f"K<={most}" for most in _SLOT_CLASSES if slots <= most), "any K")
+
+
+def token_tiles(slots: int, tokens: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Into how many tiles the tokens of an image are cut; ``dtype`` is that of the weights."""
+    arch = architecture(device)
+    assert arch is not None
+    bits = "16bit" if dtype == torch.float16 else "32bit"
+    size = tile("slot_attention.attend", arch, f"{slot_class(slots)}-{bits}")["BM"]
+    return (tokens + size - 1) // size
+
+
+def _launch(features: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    from ocvtp_kernels.slot_attention import triton as kernels
+
+    starts = len(SlotStart._fields)
+    tensors = starts + len(FoldedWeights._fields)
+    start, weights = SlotStart(*arguments[:starts]), FoldedWeights(*arguments[starts:tensors])
+    return tuple(kernels.assign(features, start, weights, *arguments[tensors:]))
+
+
+def _fake(features: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    start = SlotStart(*arguments[: len(SlotStart._fields)])
+    return_attention = arguments[-1]
+    batch, tokens, _ = features.shape
+    slots = start.queries.shape[1]
+    tiles = token_tiles(slots, tokens, features.device, start.queries.dtype)
+    return (
+        features.new_empty(batch, tiles, slots, dtype=torch.int64),
+        features.new_empty(batch, tokens, dtype=torch.float32),
+        features.new_empty(batch, tokens, dtype=torch.bool),
+        features.new_empty((batch, slots, tokens) if return_attention else (0,), dtype=torch.float32),
+    )
+
+
+def _flops(features: Any, *arguments: Any, **_: Any) -> int:
+    """Products of the folded dataflow, each a multiplication and an addition."""
+    starts = len(SlotStart._fields)
+    tensors = starts + len(FoldedWeights._fields)
+    start, w = SlotStart(*arguments[:starts]), FoldedWeights(*arguments[starts:tensors])
+    updates = arguments[tensors] - 1
+    batch, tokens, width = features
+    slots = start.queries[1]
+    (hidden, _), (slot_width, _), (mlp, _) = w.encoder_fc1_weight, w.encoder_fc2_weight, w.mlp_fc1_weight
+    encoder = tokens * (width * hidden + hidden * slot_width)
+    attention = tokens * slots * slot_width
+    gates = 3 * slots * slot_width * slot_width  # the hidden side is known in the first iteration
+    update = attention + gates + slots * slot_width * (2 * mlp + slot_width)
+    products = encoder + (updates + 1) * attention + updates * update + max(updates - 1, 0) * gates
+    return 2 * batch * products
+
+
+_TENSORS = ", ".join(f"Tensor {name}" for name in (*SlotStart._fields, *FoldedWeights._fields))
+_slot_assignment = define(
+    f"slot_assignment(Tensor features, {_TENSORS}, SymInt num_iters, float eps, bool tf32,"
+    " bool return_attention) -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch,
+    _fake,
+    _flops,
+)
+
+
+def assign(
+    features: torch.Tensor,
+    start: SlotStart,
+    weights: FoldedWeights,
+    num_iters: int,
+    eps: float,
+    tf32: bool,
+    return_attention: bool,
+) -> Assigned:
+    """The kernels' last iteration; see :func:`ocvtp_kernels.slot_attention.top_tokens`."""
+    tensors = (tensor.detach() for tensor in (features, *start, *weights))
+    return Assigned(*_slot_assignment(*tensors, num_iters, eps, tf32, return_attention))
