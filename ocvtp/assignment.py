@@ -1,4 +1,4 @@
-"""What the slots decided, before fill scores complete the budget."""
+"""Slot Attention with everything settled but the features, and what the slots decided."""
 
 from __future__ import annotations
 
@@ -6,11 +6,108 @@ from dataclasses import dataclass
 
 import torch
 
-from ocvtp.checks import check_fill_scores
+from ocvtp.checks import NOT_FINITE, check_fill_scores, check_finite, require_finite
 from ocvtp.selection import Selection
-from ocvtp_kernels._checks import require_shape
+from ocvtp_kernels._checks import require, require_shape
+from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
-from ocvtp_kernels.slot_attention import TopTokens
+from ocvtp_kernels.slot_attention import FoldedWeights, SlotStart, TopTokens, slot_assignment, top_tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A call of :meth:`ocvtp.OCPruner.assign` without its features, from :meth:`ocvtp.OCPruner.prepare`.
+
+    Attributes:
+        keep: tokens to keep.
+        backend: as asked for.
+        resolved: what computes, ``"triton"`` or ``"torch"``.
+        tf32: whether float32 products are rounded to TF32.
+        weights: folded, in the dtype of the products.
+        start: first-iteration constants.
+        num_iters: iterations.
+        eps: added to a slot's total attention.
+        return_attention: whether the map is wanted.
+        batch_invariant: image by image in PyTorch.
+    """
+
+    keep: int
+    backend: str
+    resolved: str
+    tf32: bool
+    weights: FoldedWeights
+    start: SlotStart
+    num_iters: int
+    eps: float
+    return_attention: bool
+    batch_invariant: bool
+
+    def key(self) -> tuple[object, ...]:
+        """Equal for plans that do the same as long as their weights and start are the same."""
+        slots = self.start.slots.shape[1]
+        return (
+            self.keep,
+            slots,
+            self.backend,
+            self.tf32,
+            self.weights.query_weight.dtype,
+            self.return_attention,
+        )
+
+    def run(self, features: torch.Tensor) -> Assignment:
+        """Assign ``features`` ``[B, N, in_dim]``; :meth:`ocvtp.OCPruner.prepare` has checked all but NaN."""
+        with torch.no_grad(), without_autocast(features.device):
+            if self.resolved == "triton":
+                top, attention = self._triton(features)
+            else:
+                top, attention = None, self._torch(features)
+        tokens = features.shape[1]
+        return Assignment(self.keep, tokens, self.backend, top, attention, self.return_attention)
+
+    def _triton(self, features: torch.Tensor) -> tuple[TopTokens | None, torch.Tensor | None]:
+        """Top tokens or, if it is wanted, the map: both name the same tokens, bit for bit."""
+        x = features.float() if features.dtype == torch.float64 else features
+        function = slot_assignment if self.return_attention else top_tokens
+        found = function(
+            x,
+            self.start,
+            self.weights,
+            num_iters=self.num_iters,
+            eps=self.eps,
+            backend="triton",
+            tf32=self.tf32,
+        )
+        if isinstance(found, TopTokens):
+            require(found.finite.all(), NOT_FINITE)
+            return found, None
+        require_finite(found, NOT_FINITE)
+        return None, found
+
+    def _torch(self, features: torch.Tensor) -> torch.Tensor:
+        """The map, image by image unless the batch may be computed at once."""
+        check_finite("features", features)
+        x = features.to(self.start.slots.dtype)
+        images = x.split(1) if self.batch_invariant else (x,)
+        starts = _per_image(self.start, len(images))
+        return torch.cat(
+            [
+                slot_assignment(
+                    image,
+                    start,
+                    self.weights,
+                    num_iters=self.num_iters,
+                    eps=self.eps,
+                    backend="torch",
+                )
+                for image, start in zip(images, starts, strict=True)
+            ]
+        )
+
+
+def _per_image(start: SlotStart, images: int) -> list[SlotStart]:
+    if start.slots.shape[0] == 1 or images == 1:
+        return [start] * images
+    return [SlotStart(*(tensor[i : i + 1] for tensor in start)) for i in range(images)]
 
 
 @dataclass(frozen=True)
@@ -33,7 +130,6 @@ class Assignment:
     attention: torch.Tensor | None
     return_attention: bool = False
 
-    @torch.no_grad()
     def select(self, fill_scores: torch.Tensor | None = None) -> Selection:
         """Fill the budget and sort.
 
@@ -43,8 +139,9 @@ class Assignment:
         Raises:
             TypeError, ValueError: scores of a wrong type or shape, or with NaN or Inf in them.
         """
-        self._check(fill_scores)
-        return self.finish(fill_scores)
+        with torch.no_grad():
+            self._check(fill_scores)
+            return self.finish(fill_scores)
 
     def select_rows(
         self, fill_scores: torch.Tensor | None, x: torch.Tensor

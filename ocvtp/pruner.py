@@ -15,8 +15,8 @@ from torch import nn
 from typing_extensions import Self
 
 from ocvtp import checkpoint
-from ocvtp.assignment import Assignment
-from ocvtp.checks import NOT_FINITE, check_fill_scores, check_finite, require_finite
+from ocvtp.assignment import Assignment, Plan
+from ocvtp.checks import check_fill_scores, check_finite
 from ocvtp.config import PrunerConfig
 from ocvtp.decoder import ReconstructionDecoder
 from ocvtp.folding import FoldedState, fingerprint
@@ -24,18 +24,15 @@ from ocvtp.hub import PrunerFiles
 from ocvtp.noise import seeded_normal
 from ocvtp.selection import Selection
 from ocvtp_kernels._backend import resolve_backend
-from ocvtp_kernels._checks import require, require_count, require_floating, require_shape
+from ocvtp_kernels._checks import require_count, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels.slot_attention import (
     FoldedWeights,
     SlotAttentionWeights,
     SlotStart,
-    TopTokens,
     fold,
-    slot_assignment,
     slot_attention,
     start_from_slots,
-    top_tokens,
     why_no_kernel,
 )
 
@@ -170,18 +167,10 @@ class OCPruner(
         """
         check_options(seed, precision)
         self._check_inputs(features, keep, fill_scores, noise, num_slots)
-        assignment = self._assign(
-            features,
-            keep,
-            noise,
-            seed,
-            keep if num_slots is None else num_slots,
-            backend,
-            precision,
-            return_attention,
-            batch_invariant,
+        plan = self._plan(
+            features, keep, noise, seed, num_slots, backend, precision, return_attention, batch_invariant
         )
-        return assignment.finish(fill_scores)
+        return plan.run(features).finish(fill_scores)
 
     @torch.no_grad()
     def assign(
@@ -202,78 +191,74 @@ class OCPruner(
         Arguments and errors are those of :meth:`forward`; ``pruner.assign(x, keep).select(fill_scores)`` is
         ``pruner(x, keep, fill_scores)``.
         """
+        return self.prepare(
+            features,
+            keep,
+            noise,
+            seed,
+            num_slots,
+            backend,
+            precision,
+            return_attention,
+            batch_invariant=batch_invariant,
+        ).run(features)
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        features: torch.Tensor,
+        keep: int = 64,
+        noise: torch.Tensor | None = None,
+        seed: int = 0,
+        num_slots: int | None = None,
+        backend: str = "auto",
+        precision: str = "auto",
+        return_attention: bool = False,
+        *,
+        batch_invariant: bool = True,
+    ) -> Plan:
+        """Everything of :meth:`assign` that does not read the features' values: checks, folded weights.
+
+        While parameters and arguments stay the same, so do the tensors in the plan.
+        """
         check_options(seed, precision)
         self._check_inputs(features, keep, None, noise, num_slots)
-        slots = keep if num_slots is None else num_slots
-        return self._assign(
-            features, keep, noise, seed, slots, backend, precision, return_attention, batch_invariant
+        return self._plan(
+            features, keep, noise, seed, num_slots, backend, precision, return_attention, batch_invariant
         )
 
-    def _assign(
+    def _plan(
         self,
         features: torch.Tensor,
         keep: int,
         noise: torch.Tensor | None,
         seed: int,
-        slots: int,
+        num_slots: int | None,
         backend: str,
         precision: str,
         return_attention: bool,
         batch_invariant: bool,
-    ) -> Assignment:
-        resolved, dtype, tf32 = self.arithmetic(features, backend, precision)
+    ) -> Plan:
+        resolved, dtype, tf32 = self.arithmetic(features.device, backend, precision, images=features.shape[0])
         with without_autocast(features.device):
-            weights, start = self._folded(noise, seed, slots, dtype)
-            if resolved == "triton":
-                x = features.float() if features.dtype == torch.float64 else features
-                top, attention = self._triton(x, start, weights, tf32, return_attention)
-            else:
-                top, attention = None, self._torch(features, start, weights, batch_invariant)
-        return Assignment(keep, features.shape[1], backend, top, attention, return_attention)
-
-    def _triton(
-        self,
-        x: torch.Tensor,
-        start: SlotStart,
-        weights: FoldedWeights,
-        tf32: bool,
-        return_attention: bool,
-    ) -> tuple[TopTokens | None, torch.Tensor | None]:
-        """Top tokens or, if it is wanted, the map: both name the same tokens, bit for bit."""
-        options: dict[str, Any] = {"num_iters": self.config.num_iters, "eps": self.config.eps, "tf32": tf32}
-        if return_attention:
-            attention = slot_assignment(x, start, weights, backend="triton", **options)
-            require_finite(attention, NOT_FINITE)
-            return None, attention
-        top = top_tokens(x, start, weights, backend="triton", **options)
-        require(top.finite.all(), NOT_FINITE)
-        return top, None
-
-    def _torch(
-        self, features: torch.Tensor, start: SlotStart, weights: FoldedWeights, batch_invariant: bool
-    ) -> torch.Tensor:
-        """The map, image by image unless the batch may be computed at once."""
-        check_finite("features", features)
-        x = features.to(start.slots.dtype)
-        images = x.split(1) if batch_invariant else (x,)
-        return torch.cat(
-            [
-                slot_assignment(
-                    image,
-                    image_start,
-                    weights,
-                    num_iters=self.config.num_iters,
-                    eps=self.config.eps,
-                    backend="torch",
-                )
-                for image, image_start in zip(images, _per_image(start, len(images)), strict=True)
-            ]
+            weights, start = self._folded(noise, seed, keep if num_slots is None else num_slots, dtype)
+        return Plan(
+            keep,
+            backend,
+            resolved,
+            tf32,
+            weights,
+            start,
+            self.config.num_iters,
+            self.config.eps,
+            return_attention,
+            batch_invariant,
         )
 
     def arithmetic(
-        self, features: torch.Tensor, backend: str = "auto", precision: str = "auto"
+        self, device: torch.device, backend: str = "auto", precision: str = "auto", *, images: int = 1
     ) -> tuple[str, torch.dtype, bool]:
-        """What :meth:`forward` will compute with: ``"triton"`` or ``"torch"``, matrix dtype, TF32 or not.
+        """What :meth:`forward` computes with: ``"triton"`` or ``"torch"``, dtype of matrices, TF32 or not.
 
         Raises:
             ValueError: a precision that the backend does not have.
@@ -284,9 +269,9 @@ class OCPruner(
         def unsupported() -> str | None:
             if wide:
                 return "it multiplies in float32 and float16, and the pruner is float64"
-            return why_no_kernel(features.shape[0], features.shape[2])
+            return why_no_kernel(images, self.config.in_dim)
 
-        resolved = resolve_backend(backend, "slot_attention", features.device, unsupported)
+        resolved = resolve_backend(backend, "slot_attention", device, unsupported)
         if resolved == "triton":
             precision = DEFAULT_PRECISION if precision == "auto" else precision
             return resolved, torch.float16 if precision == "fp16" else torch.float32, precision == "tf32"
@@ -598,9 +583,3 @@ def check_options(seed: int, precision: str = "auto") -> None:
         raise ValueError(f"seed must be an int in [0, 2**63); got {seed!r}")
     if precision not in ("auto", "fp32", "tf32", "fp16"):
         raise ValueError(f'precision must be "auto", "fp32", "tf32" or "fp16"; got {precision!r}')
-
-
-def _per_image(start: SlotStart, images: int) -> list[SlotStart]:
-    if start.slots.shape[0] == 1 or images == 1:
-        return [start] * images
-    return [SlotStart(*(tensor[i : i + 1] for tensor in start)) for i in range(images)]

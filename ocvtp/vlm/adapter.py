@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,14 +10,59 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from ocvtp.capture import SlotRunner
+from ocvtp.pruner import OCPruner
 from ocvtp.selection import Selection
 from ocvtp.vlm.errors import UnsupportedModelError
 from ocvtp.vlm.timing import Clock
+from ocvtp_kernels.selection import gather_tokens
 
 _moving = threading.Lock()
 
 Positions = Literal["compact", "original"]
 Route = Literal["mm_encoder_outputs", "inputs_embeds"]
+
+
+class Choice(Protocol):
+    """Somebody who can select, once there are fill scores."""
+
+    def select(self, fill_scores: torch.Tensor | None) -> Selection:
+        """The kept tokens."""
+
+    def select_rows(
+        self, fill_scores: torch.Tensor | None, x: torch.Tensor
+    ) -> tuple[Selection, torch.Tensor]:
+        """The kept tokens, and their rows of ``x`` ``[B, N, C]``."""
+
+
+class Begun(Protocol):
+    """A choice under way."""
+
+    def get(self) -> Choice:
+        """The choice, for use on the current stream."""
+
+
+@dataclass(frozen=True)
+class Later:
+    """A pruner that can't start before there are fill scores: one that is not an OCPruner as we know it."""
+
+    run: Callable[..., Selection]
+
+    def get(self) -> Later:
+        """See :class:`Begun`."""
+        return self
+
+    @torch.no_grad()
+    def select(self, fill_scores: torch.Tensor | None) -> Selection:
+        """See :class:`Choice`."""
+        return self.run(fill_scores=fill_scores)
+
+    def select_rows(
+        self, fill_scores: torch.Tensor | None, x: torch.Tensor
+    ) -> tuple[Selection, torch.Tensor]:
+        """See :class:`Choice`."""
+        selection = self.select(fill_scores)
+        return selection, gather_tokens(x, selection.indices.to(x.device))
 
 
 @dataclass(frozen=True)
@@ -31,6 +77,7 @@ class Settings:
     precision: str
     route: Route
     attention: str
+    runner: SlotRunner
 
     @property
     def read_layer(self) -> int:
@@ -38,22 +85,21 @@ class Settings:
         config: Any = self.pruner.config
         return config.layer
 
-    def select(
-        self, features: torch.Tensor, fill_scores: torch.Tensor, *, return_attention: bool = False
-    ) -> Selection:
-        """The pruner's choice for ``features`` ``[B, N, in_dim]``, on the features' device."""
+    def begin(self, features: torch.Tensor, *, return_attention: bool = False) -> Begun:
+        """Start choosing among ``features`` ``[B, N, in_dim]``; on a GPU, beside the caller."""
         move_to(self.pruner, features.device)
-        extra = {"return_attention": True} if return_attention else {}
-        with torch.no_grad():
-            return self.pruner(
-                features.detach(),
-                keep=self.keep,
-                fill_scores=fill_scores,
-                seed=self.seed,
-                backend=self.backend,
-                precision=self.precision,
-                **extra,
-            )
+        options: dict[str, Any] = {"seed": self.seed, "backend": self.backend, "precision": self.precision}
+        if return_attention:
+            options["return_attention"] = True
+        if isinstance(self.pruner, OCPruner) and _is_its_own(self.pruner):
+            return self.runner.begin(self.pruner, features, self.keep, **options)
+        return Later(functools.partial(self.pruner, features.detach(), keep=self.keep, **options))
+
+
+def _is_its_own(pruner: torch.nn.Module) -> bool:
+    """Whether calling the pruner does nothing else than :meth:`OCPruner.forward`."""
+    hooks = (*pruner._forward_hooks, *pruner._forward_pre_hooks)
+    return type(pruner).forward is OCPruner.forward and "forward" not in pruner.__dict__ and not hooks
 
 
 def move_to(module: torch.nn.Module, device: torch.device) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ocvtp.selection import Selection
-from ocvtp.vlm.adapter import ImageRows, Settings, TowerFacts
+from ocvtp.vlm.adapter import Begun, ImageRows, Settings, TowerFacts
 from ocvtp.vlm.errors import UnsupportedModelError
 from ocvtp.vlm.timing import Clock, stage
 from ocvtp.vlm.tower import TOWERS, TowerRun, root, run_tower
@@ -92,16 +92,23 @@ class LlavaAdapter:
             raise ValueError("image_sizes belongs to Pixtral towers; this model's images have one size")
         prefix, class_rows = self._prefix(arguments)
         consumed = self._consumed(arguments)
-        run, selection = self._choose(
-            arguments["pixel_values"], settings, clock, consumed, prefix, return_attention=False
-        )
-        with stage(clock, "projector", selection.indices.device):
-            indices = selection.indices + prefix
-            if class_rows:
-                indices = torch.cat([indices.new_zeros(indices.shape[0], 1), indices], dim=1)
-            outputs = [run.outputs[layer] for layer in consumed]
-            taken = [gather_tokens(output, indices.to(output.device)) for output in outputs]
-            features = torch.cat(taken, dim=-1)
+        run, begun = self._start(arguments["pixel_values"], settings, clock, consumed, prefix)
+        outputs = [run.outputs[layer] for layer in consumed]
+        with stage(clock, "pruner", outputs[0].device):
+            if begun is None:  # timed apart from the tower
+                begun = settings.begin(run.outputs[settings.read_layer][:, prefix:])
+            scores = self._scores(run, settings, prefix)
+            choice = begun.get()
+            if len(outputs) == 1 and not class_rows:
+                selection, features = choice.select_rows(scores, outputs[0][:, prefix:])
+                indices = selection.indices + prefix
+            else:
+                indices = choice.select(scores).indices + prefix
+                if class_rows:
+                    indices = torch.cat([indices.new_zeros(indices.shape[0], 1), indices], dim=1)
+                taken = [gather_tokens(output, indices.to(output.device)) for output in outputs]
+                features = torch.cat(taken, dim=-1)
+        with stage(clock, "projector", features.device):
             rows = self.model.model.multi_modal_projector(features)
         first = prefix - class_rows  # token that the first placeholder stands for
         total = outputs[0].shape[1] - first
@@ -111,11 +118,13 @@ class LlavaAdapter:
         """Run tower and pruner only."""
         prefix, _ = self._prefix({})
         consumed = self._consumed({})
-        return self._choose(
+        run, begun = self._start(
             pixel_values, settings, None, consumed, prefix, return_attention=return_attention
-        )[1]
+        )
+        assert begun is not None
+        return begun.get().select(self._scores(run, settings, prefix))
 
-    def _choose(
+    def _start(
         self,
         pixel_values: torch.Tensor,
         settings: Settings,
@@ -123,19 +132,27 @@ class LlavaAdapter:
         consumed: tuple[int, ...],
         prefix: int,
         *,
-        return_attention: bool,
-    ) -> tuple[TowerRun, Selection]:
+        return_attention: bool = False,
+    ) -> tuple[TowerRun, Begun | None]:
+        """Run the tower, with the pruner beside it from the layer that it reads on, unless a clock runs."""
         read = settings.read_layer
         check_layers(read, consumed)
+        begun: list[Begun] = []
+
+        def begin(layer: int, output: torch.Tensor) -> None:
+            if layer == read:
+                begun.append(settings.begin(output[:, prefix:], return_attention=return_attention))
+
+        tower = self.model.model.vision_tower
+        taps = {read, *consumed}
         with stage(clock, "vision tower", pixel_values.device):
-            run = run_tower(self.model.model.vision_tower, pixel_values, {read, *consumed})
-        features = run.outputs[read]
-        with stage(clock, "pruner", features.device):
-            scores = run.received_attention(settings.backend)[:, prefix:]
-            selection = settings.select(
-                features[:, prefix:], scores.to(features.device), return_attention=return_attention
-            )
-        return run, selection
+            run = run_tower(tower, pixel_values, taps, begin if clock is None else None)
+        return run, begun[0] if begun else None
+
+    def _scores(self, run: TowerRun, settings: Settings, prefix: int) -> torch.Tensor:
+        """Fill scores of the candidates, where the pruner is."""
+        scores = run.received_attention(settings.backend)[:, prefix:]
+        return scores.to(run.outputs[settings.read_layer].device)
 
     def _consumed(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
         """Layers the projector reads, in its order; ``hidden_states[i + 1]`` is the output of layer ``i``."""

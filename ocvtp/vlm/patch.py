@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ocvtp.pruner import check_options
+from ocvtp.capture import SlotRunner
+from ocvtp.pruner import OCPruner, check_options
 from ocvtp.selection import Selection
 from ocvtp.vlm import calls
 from ocvtp.vlm.adapter import Adapter, Positions, Settings, adapter_for
@@ -85,6 +86,7 @@ def apply(
     seed: int = 0,
     backend: str = "auto",
     precision: str = "auto",
+    capture: bool = True,
 ) -> PruneReport:
     """Patch a vision-language model in place, so that ``forward`` and ``generate`` prune image tokens.
 
@@ -107,6 +109,9 @@ def apply(
         seed: of the pruner's slots.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``, for fused operations.
         precision: of the pruner, see :class:`~ocvtp.pruner.OCPruner`.
+        capture: where kernels compute, replay the pruner's slot loop as a CUDA graph from the second call at
+            a shape on. A few shapes are kept; :func:`remove` frees them. On a GPU the loop runs beside the
+            tower's remaining layers in either case.
 
     Returns:
         A :class:`~ocvtp.vlm.PruneReport`; print it.
@@ -118,8 +123,11 @@ def apply(
     """
     target = _unwrap(model)
     adapter = adapter_for(target)
-    settings, report = _check(adapter, pruner, keep, positions, seed, backend, precision)
+    settings, report = _check(adapter, pruner, keep, positions, seed, backend, precision, capture)
+    before = _settings_of(target)
     _install(target, adapter, settings)
+    if before is not None:
+        before.runner.close()
     return report
 
 
@@ -134,6 +142,7 @@ def remove(model: Any) -> None:
     if controller is None:
         return
     controller.enabled = False
+    controller.settings.runner.close()
     current = {name: target.__dict__.get(name) for name in _PATCHED}
     if any(_may_call_ours(target, name) for name in _PATCHED):
         return
@@ -157,6 +166,7 @@ def pruned(
     seed: int = 0,
     backend: str = "auto",
     precision: str = "auto",
+    capture: bool = True,
 ) -> Iterator[PruneReport]:
     """:func:`apply` for the length of a ``with`` block; afterwards the model is as it was before.
 
@@ -166,9 +176,10 @@ def pruned(
         Whatever :func:`apply` raises.
     """
     target = _unwrap(model)
-    controller = target.__dict__.get(_CONTROLLER)
-    before = controller.settings if controller is not None and controller.enabled else None
-    report = apply(model, pruner, keep, positions, seed=seed, backend=backend, precision=precision)
+    adapter = adapter_for(target)
+    settings, report = _check(adapter, pruner, keep, positions, seed, backend, precision, capture)
+    before = _settings_of(target)
+    _install(target, adapter, settings)
     try:
         yield report
     finally:
@@ -176,6 +187,7 @@ def pruned(
             remove(target)
         else:
             _install(target, adapter_for(target), before)
+        settings.runner.close()
 
 
 def select(model: Any, pixel_values: torch.Tensor, *, return_attention: bool = False) -> Selection:
@@ -228,6 +240,7 @@ def _check(
     seed: int,
     backend: str,
     precision: str,
+    capture: bool,
 ) -> tuple[Settings, PruneReport]:
     config: Any = getattr(pruner, "config", None)
     if not callable(pruner) or not hasattr(config, "in_dim") or not hasattr(config, "layer"):
@@ -251,6 +264,7 @@ def _check(
         precision=precision,
         route=route_of(model),
         attention=str(model.config.get_text_config()._attn_implementation),
+        runner=SlotRunner(capture),
     )
     report = PruneReport(
         family=model.config.model_type,
@@ -260,12 +274,33 @@ def _check(
         num_layers=facts.num_layers,
         attention=facts.attention,
         backend=resolve_backend(backend, "received_attention", facts.device),
+        precision=_precision(pruner, facts.device, backend, precision),
+        captured=capture and facts.device.type == "cuda",
         tokens_before=facts.tokens + facts.extra_rows,
         tokens_after=keep + facts.extra_rows,
         positions=settings.positions,
         route=settings.route,
     )
     return settings, report
+
+
+def _precision(pruner: Any, device: torch.device, backend: str, precision: str) -> str:
+    """What the pruner's products will be computed in.
+
+    Raises:
+        ValueError: a precision that can't be had on this device.
+        BackendUnavailableError: an explicit backend that can't run there.
+    """
+    if not isinstance(pruner, OCPruner):
+        return precision
+    _, dtype, tf32 = pruner.arithmetic(device, backend, precision)
+    return "tf32" if tf32 else {torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, "fp64")
+
+
+def _settings_of(model: Any) -> Settings | None:
+    """The settings under which a model is patched, if it is."""
+    controller = model.__dict__.get(_CONTROLLER)
+    return controller.settings if controller is not None and controller.enabled else None
 
 
 def _resolve_positions(positions: str) -> Positions:

@@ -19,6 +19,8 @@ class PruneReport:
         num_layers: layers of the tower; those after the deepest consumed one never run.
         attention: attention backend of the tower.
         backend: backend of the fused operations on the device the tower is on now.
+        precision: of the pruner's matrix products there.
+        captured: whether shapes that come back replay a CUDA graph.
         tokens_before: image tokens per image that the unpruned model feeds its language model.
         tokens_after: image tokens per image that are left; includes the class token where the model keeps it.
         positions: numbering of the kept tokens, ``"compact"`` or ``"original"``.
@@ -33,6 +35,8 @@ class PruneReport:
     num_layers: int
     attention: str
     backend: str
+    precision: str
+    captured: bool
     tokens_before: int
     tokens_after: int
     positions: Positions
@@ -47,7 +51,7 @@ class PruneReport:
             ("pruner reads", f"layer {self.read_layer}"),
             ("model consumes", f"layer {consumed}; later layers are skipped"),
             ("positions", self.positions),
-            ("kernels", self.backend),
+            ("kernels", f"{self.backend}, {self.precision}{', CUDA graphs' if self.captured else ''}"),
             ("hand-over", self.route),
         ]
         return "\n".join([f"ocvtp on {self.family}", *(f"  {name:<15}{value}" for name, value in rows)])

@@ -9,7 +9,7 @@ would share.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -53,13 +53,19 @@ class TowerRun:
         return received_attention(query, key, attention.scale, backend=backend)
 
 
-def run_tower(tower: Any, pixel_values: torch.Tensor, taps: Collection[int]) -> TowerRun:
+def run_tower(
+    tower: Any,
+    pixel_values: torch.Tensor,
+    taps: Collection[int],
+    after: Callable[[int, torch.Tensor], None] | None = None,
+) -> TowerRun:
     """Run the tower up to its deepest tapped layer.
 
     Args:
         tower: ``CLIPVisionModel`` or ``SiglipVisionModel``.
         pixel_values: ``[B, 3, H, W]``.
         taps: indices of the layers whose outputs are wanted.
+        after: called with each of them as soon as it is there, before the next layer runs.
     """
     body = root(tower)
     hidden = body.embeddings(pixel_values)
@@ -74,4 +80,6 @@ def run_tower(tower: Any, pixel_values: torch.Tensor, taps: Collection[int]) -> 
             hidden = hidden[0]
         if index in taps:
             outputs[index] = hidden
+            if after is not None:
+                after(index, hidden)
     return TowerRun(layer, layer_input, outputs)
