@@ -360,7 +360,9 @@ def test_triton_selects_the_same_tokens() -> None:
 
 def test_triton_that_cannot_run_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ocvtp_kernels._arch.has_triton", lambda: False)
-    with pytest.raises(BackendUnavailableError, match="slot_attention can't run its Triton kernel: triton is not"):
+    with pytest.raises(
+        BackendUnavailableError, match="slot_attention can't run its Triton kernel: triton is not"
+    ):
         PRUNER(features(), keep=8, backend="triton")
     assert PRUNER(features(), keep=8).indices.shape == (2, 8)
 

@@ -1,0 +1,143 @@
+"""The pruner beside the tower, captured: from apply to remove, on a rehearsed lane."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import ocvtp
+from ocvtp import capture
+from ocvtp.capture import SlotRunner
+from ocvtp.vlm.patch import controller_of
+from ocvtp.vlm.tower import root
+from tests.rehearsal import Rehearsal
+from tests.vlm.tiny_llava import GREEDY, KEEP, LAYERS, ONE, llava, pixels, prompt, pruner
+
+OPTIONS: dict[str, Any] = {"keep": KEEP, "backend": "triton", "precision": "fp32"}
+
+
+@pytest.fixture
+def lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Rehearsal]]:
+    made: list[Rehearsal] = []
+
+    def lane_for(device: torch.device) -> Rehearsal:
+        made.append(Rehearsal(device))
+        return made[-1]
+
+    monkeypatch.setattr(capture, "lane_for", lane_for)
+    return made
+
+
+def runner_of(model: Any) -> SlotRunner:
+    return controller_of(model).settings.runner
+
+
+@pytest.mark.parametrize(("layer", "strategy"), [(-2, "default"), (-2, "full"), ([-3, -2], "default")])
+def test_the_same_tokens_as_without(lanes: list[Rehearsal], layer: Any, strategy: str) -> None:
+    model = llava(layer=layer, strategy=strategy)
+    run = ONE.index(ONE[3])
+    ids = [*ONE[:run], *[ONE[run]] * (17 if strategy == "full" else 16), *ONE[run + 16 :]]
+    inputs = [{**prompt(ids, pixels(1, seed)), **GREEDY} for seed in range(4)]
+    ocvtp.apply(model, pruner(), keep=KEEP, backend="torch")
+    want = [model.generate(**one) for one in inputs]
+    assert not lanes
+    ocvtp.apply(model, pruner(), **OPTIONS)
+    got = [model.generate(**one) for one in inputs]
+    assert all(map(torch.equal, got, want))
+    assert runner_of(model).graphs == 1
+    assert lanes[0].log.count("replay") == 3
+
+
+def test_the_slot_loop_starts_before_the_layers_that_follow(lanes: list[Rehearsal]) -> None:
+    model = llava()
+    ocvtp.apply(model, pruner(layer=2), **OPTIONS)
+    seen: list[str] = []
+    for index, layer in enumerate(root(model.model.vision_tower).encoder.layers):
+        layer.register_forward_hook(
+            lambda *_, index=index: seen.append(f"layer {index} after {lanes[0].log[-1] if lanes else None}")
+        )
+    ocvtp.vlm.select(model, pixels(1))
+    before = [f"layer {index} after None" for index in range(3)]
+    beside = [f"layer {index} after mark" for index in range(3, LAYERS - 1)]
+    assert seen == before + beside
+    assert lanes[0].log == ["run", "mark", "join"]
+
+
+def test_selections_and_changing_batches(lanes: list[Rehearsal]) -> None:
+    model = llava()
+    ocvtp.apply(model, pruner(), **OPTIONS)
+    kept = [ocvtp.vlm.select(model, pixels(4)[:images]).indices for images in (1, 4, 2, 1, 4, 2, 1, 4, 2)]
+    for indices in kept:
+        assert torch.equal(indices, kept[1][: indices.shape[0]])  # each image's own, whatever the batch
+    assert runner_of(model).graphs == 3
+    attention = ocvtp.vlm.select(model, pixels(1), return_attention=True).slot_attention
+    assert attention is not None
+    assert attention.shape == (1, KEEP, 16)
+
+
+def test_remove_and_apply_release_graphs(lanes: list[Rehearsal]) -> None:
+    model = llava()
+
+    def graphs_after_two_calls() -> SlotRunner:
+        for _ in range(2):
+            ocvtp.vlm.select(model, pixels(1))
+        assert runner_of(model).graphs == 1
+        return runner_of(model)
+
+    ocvtp.apply(model, pruner(), **OPTIONS)
+    first = graphs_after_two_calls()
+    ocvtp.apply(model, pruner(), **OPTIONS)
+    assert first.graphs == 0
+    second = graphs_after_two_calls()
+    with ocvtp.pruned(model, pruner(), **OPTIONS):
+        inner = graphs_after_two_calls()
+        assert second.graphs == 1
+    assert inner.graphs == 0
+    assert runner_of(model) is second
+    assert second.graphs == 1
+    other = copy.deepcopy(model)
+    assert runner_of(other).graphs == 0
+    ocvtp.remove(model)
+    assert second.graphs == 0
+    ocvtp.vlm.select(other, pixels(1))
+
+
+def test_capture_can_be_declined(lanes: list[Rehearsal]) -> None:
+    model = llava()
+    report = ocvtp.apply(model, pruner(), capture=False, **OPTIONS)
+    assert not report.captured
+    for _ in range(3):
+        ocvtp.vlm.select(model, pixels(1))
+    assert runner_of(model).graphs == 0
+    assert lanes[0].log.count("run") == 3  # beside the tower all the same
+
+
+def test_timing_runs_one_after_the_other(lanes: list[Rehearsal]) -> None:
+    model = llava()
+    ocvtp.apply(model, pruner(), **OPTIONS)
+    order: list[str] = []
+    layers = root(model.model.vision_tower).encoder.layers
+    layers[LAYERS - 2].register_forward_hook(lambda *_: order.append(f"lanes: {len(lanes)}"))
+    with ocvtp.vlm.stage_times(model) as times:
+        model.generate(**prompt(ONE, pixels(1)), **GREEDY)
+    assert order == ["lanes: 0"]
+    assert len(lanes) == 1
+    assert times["pruner"] > 0
+
+
+def test_the_report_says_what_computes() -> None:
+    model = llava()
+    report = ocvtp.apply(model, pruner(), **OPTIONS)
+    assert (report.backend, report.precision) == ("triton", "fp32")
+    assert "triton, fp32" in str(report)
+    half = ocvtp.apply(model, pruner(), keep=KEEP, backend="triton", precision="fp16")
+    assert half.precision == "fp16"
+    assert ocvtp.apply(model, pruner().double(), keep=KEEP).precision == "fp64"
+    with pytest.raises(ValueError, match="needs the Triton kernels"):
+        ocvtp.apply(model, pruner(), keep=KEEP, backend="torch", precision="fp16")
