@@ -60,6 +60,13 @@ def _gelu(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _exp(x):
+    # Of differences, after which the factor rounds least. No sum takes a product here, so no compiler can
+    # fuse one: every kernel that computes an attention computes the same bits.
+    return tl.exp2(x * _LOG2E)
+
+
+@triton.jit
 def _tanh(x):
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
@@ -76,7 +83,7 @@ def _logits(
     z_ptr, q_ptr, bias_ptr, n, k, N, K, D,
     BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 logits ``[tokens, slots]``; -inf where there is no slot. Tokens on the rows of the product:
+    """Logits ``[tokens, slots]``; -inf where there is no slot. Tokens on the rows of the product:
     ``wgmma`` wants 64 of them, and slots may be few."""
     total = tl.zeros([BM, BK], tl.float32)
     for start in tl.range(0, D, BC):
@@ -85,13 +92,13 @@ def _logits(
         q = _block(q_ptr, k, c, K, D, D)
         total = tl.dot(z, tl.trans(q), total, input_precision=PRECISION)
     bias = tl.load(bias_ptr + k, mask=k < K, other=float("-inf"))
-    return (total + bias[None, :]) * _LOG2E
+    return total + bias[None, :]
 
 
 @triton.jit
 def _emit(
-    p, p_ptr, sums_ptr, keys_ptr, map_ptr, part, n, k, N, K, KS,
-    BM: tl.constexpr, LAST: tl.constexpr, MAP: tl.constexpr, SCALE: tl.constexpr,
+    p, p_ptr, sums_ptr, keys_ptr, part, n, k, N, K, KS,
+    BM: tl.constexpr, LAST: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of attention ``p`` ``[tokens, slots]`` as weights with their sums, or, from the last
     iteration, as every slot's best token of the tile; each token's largest attention of the tile's slots."""
@@ -101,9 +108,6 @@ def _emit(
         score = ordered_bits(best).to(tl.int64) - 0x80000000  # signed, as the key is
         key = (score << 32) | (0x7FFFFFFF - part * BM - top).to(tl.int64)
         tl.store(keys_ptr + part.to(tl.int64) * K + k, key, mask=k < K)
-        if MAP:
-            offsets = k.to(tl.int64)[None, :] * N + n[:, None]
-            tl.store(map_ptr + offsets, p, mask=(n < N)[:, None] & (k < K)[None, :])
     else:
         p = tl.where((n < N)[:, None], p, 0.0)
         tl.store(sums_ptr + part.to(tl.int64) * KS + k, tl.sum(p, axis=0), mask=k < KS)
@@ -194,18 +198,17 @@ def linear(
 
 @triton.jit(do_not_specialize=["N", "K"])
 def attend(
-    z_ptr, q_ptr, bias_ptr, p_ptr, sums_ptr, keys_ptr, largest_ptr, finite_ptr, map_ptr,
+    z_ptr, q_ptr, bias_ptr, p_ptr, sums_ptr, keys_ptr, largest_ptr, finite_ptr,
     q_b, bias_b, N, K, KS, D,
     BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr, LAST: tl.constexpr,
-    MAP: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles, B): softmax over slots of ``queries . z + bias``.
 
     ONE: the tile holds all slots. Otherwise a pass for the sum and a pass that computes the logits again.
     Not LAST: ``p`` ``[B, N, KS]`` times SCALE, zero from slot K on, and each tile's sums of it,
     ``[B, tiles, KS]``. LAST: ``keys`` ``[B, tiles, K]``, integers that order like (attention, lower token),
-    each token's ``largest`` attention ``[B, N]``, whether it is ``finite`` ``[B, N]``, and with MAP
-    the attention ``[B, K, N]``.
+    each token's ``largest`` attention ``[B, N]``, and whether it is ``finite`` ``[B, N]``.
     """
     part = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
@@ -217,15 +220,14 @@ def attend(
     p_ptr += image * N * KS
     sums_ptr += image * parts * KS
     keys_ptr += image * parts * K
-    map_ptr += image * K * N
     if ONE:
         k = tl.arange(0, BK)
         p = _logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
-        p = tl.exp2(p - tl.max(p, axis=1)[:, None])
+        p = _exp(p - tl.max(p, axis=1)[:, None])
         total = tl.sum(p, axis=1)
         p = p * (1.0 / total)[:, None]
         largest = _emit(
-            p, p_ptr, sums_ptr, keys_ptr, map_ptr, part, n, k, N, K, KS, BM, LAST, MAP, SCALE
+            p, p_ptr, sums_ptr, keys_ptr, part, n, k, N, K, KS, BM, LAST, SCALE
         )  # fmt: skip
     else:
         highest = tl.full([BM], float("-inf"), tl.float32)
@@ -234,15 +236,15 @@ def attend(
             k = first + tl.arange(0, BK)
             p = _logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
             higher = tl.maximum(highest, tl.max(p, axis=1))
-            total = total * tl.exp2(highest - higher) + tl.sum(tl.exp2(p - higher[:, None]), axis=1)
+            total = total * _exp(highest - higher) + tl.sum(_exp(p - higher[:, None]), axis=1)
             highest = higher
         largest = tl.full([BM], -1.0, tl.float32)
         for first in tl.range(0, K, BK):
             k = first + tl.arange(0, BK)
             p = _logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
-            p = tl.exp2(p - highest[:, None]) * (1.0 / total)[:, None]
+            p = _exp(p - highest[:, None]) * (1.0 / total)[:, None]
             some = _emit(
-                p, p_ptr, sums_ptr, keys_ptr, map_ptr, part, n, k, N, K, KS, BM, LAST, MAP, SCALE
+                p, p_ptr, sums_ptr, keys_ptr, part, n, k, N, K, KS, BM, LAST, SCALE
             )  # fmt: skip
             largest = tl.maximum(largest, some)
     if LAST:
@@ -273,7 +275,7 @@ def update(
     for start in tl.range(0, T, 8):
         t = start + tl.arange(0, 8)
         mass += tl.sum(_block(sums_ptr + image * T * KS, t, k, T, KS, KS), axis=0)
-    u = total / ((mass + eps) * SCALE)[:, None]
+    u = total * (1.0 / ((mass + eps) * SCALE))[:, None]
     offsets = (image * K + k)[:, None] * D + d[None, :]
     inside = (k < K)[:, None] & (d < D)[None, :]
     tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=inside)
@@ -448,17 +450,20 @@ def _linear(
 
 
 def _attend(
-    z: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor, cut: _Cut
+    z: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor, cut: _Cut, *, plain: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as weights ``[B, N, K padded]``, and each token tile's sums of them."""
+    """Attention as weights ``[B, N, K padded]``, and each token tile's sums of them.
+
+    The weights are in the dtype of the products and scaled; with ``plain`` they are not, and float32.
+    """
     batch, tokens, _ = z.shape
     slots = queries.shape[1]
     padded = triton.cdiv(slots, _ALIGNED) * _ALIGNED
     size = cut.of("attend", slot_class(slots))
     tiles = triton.cdiv(tokens, size["BM"])
-    p = torch.empty(batch, tokens, padded, dtype=cut.dtype, device=cut.device)
+    p = torch.empty(batch, tokens, padded, dtype=torch.float32 if plain else cut.dtype, device=cut.device)
     sums = torch.empty(batch, tiles, padded, dtype=torch.float32, device=cut.device)
-    _launch_attend(z, queries, bias, cut, p=p, sums=sums)
+    _launch_attend(z, queries, bias, cut if not plain else cut._replace(scale=1.0), p=p, sums=sums)
     return p, sums
 
 
@@ -469,12 +474,15 @@ def _assign(
     batch, tokens, _ = z.shape
     slots = queries.shape[1]
     tiles = token_tiles(slots, tokens, cut.device, cut.dtype)
-    size = (batch, slots, tokens) if return_attention else (0,)
+    attention = torch.empty(0, dtype=torch.float32, device=cut.device)
+    if return_attention:  # to look at; not worth kernels of its own
+        weights, _ = _attend(z, queries, bias, cut, plain=True)
+        attention = weights[:, :, :slots].transpose(1, 2).contiguous()
     found = Assigned(
         keys=torch.empty(batch, tiles, slots, dtype=torch.int64, device=cut.device),
         largest=torch.empty(batch, tokens, dtype=torch.float32, device=cut.device),
         finite=torch.empty(batch, tokens, dtype=torch.uint8, device=cut.device),
-        attention=torch.empty(*size, dtype=torch.float32, device=cut.device),
+        attention=attention,
     )
     _launch_attend(z, queries, bias, cut, found=found)
     return found._replace(finite=found.finite.view(torch.bool))
@@ -494,15 +502,13 @@ def _launch_attend(
     slots = queries.shape[1]
     size = cut.of("attend", slot_class(slots))
     # What a variant does not write is not there; any tensor stands for it.
-    results = (z, z, z, z) if found is None else (found.keys, found.largest, found.finite, found.attention)
+    results = (z, z, z) if found is None else (found.keys, found.largest, found.finite)
     launch(
         attend, (triton.cdiv(tokens, size["BM"]), batch), cut.device,
         z, queries, bias, z if p is None else p, z if sums is None else sums, *results,
         queries.stride(0) if queries.shape[0] > 1 else 0, bias.stride(0) if bias.shape[0] > 1 else 0,
         tokens, slots, triton.cdiv(slots, _ALIGNED) * _ALIGNED, width,
-        ONE=slots <= size["BK"],
-        LAST=found is not None, MAP=found is not None and found.attention.numel() > 0,
-        SCALE=cut.scale, PRECISION=cut.precision, **size,
+        ONE=slots <= size["BK"], LAST=found is not None, SCALE=cut.scale, PRECISION=cut.precision, **size,
     )  # fmt: skip
 
 
