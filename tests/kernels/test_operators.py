@@ -27,9 +27,20 @@ from ocvtp_kernels._tiles import table
 from ocvtp_kernels.received_attention import op as attention_op
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.received_attention import triton as attention_kernels
-from ocvtp_kernels.selection import gather_tokens, select_rows, select_tokens
+from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
 from ocvtp_kernels.selection import op as selection_op
 from ocvtp_kernels.selection import triton as selection_kernels
+from ocvtp_kernels.slot_attention import (
+    FoldedWeights,
+    SlotStart,
+    slot_assignment,
+    start_from_slots,
+    top_tokens,
+)
+from ocvtp_kernels.slot_attention import op as slot_op
+from ocvtp_kernels.slot_attention import triton as slot_kernels
+from tests.kernels.test_selection import keys_of
+from tests.kernels.test_slot_attention_triton import ODD, TINY, Widths, half_of, official, problem
 from tests.kernels.triton_device import DEVICE, ON_GPU, interpreter_only, needs_gpu, randn
 
 Arguments = tuple[Any, ...]
@@ -55,10 +66,16 @@ def bounds(tokens: int, segments: int) -> torch.Tensor:
 
 MAP, FILL, X = randn(2, 3, 9, seed=0), randn(2, 9, seed=1), randn(2, 9, 5, seed=2)
 Q, K = randn(2, 2, 9, 16, seed=3), randn(2, 2, 12, 16, seed=4)
+KEYS = keys_of(MAP, 2)
+SLOTS = problem(2, 3, 9, TINY)
+FEATURES, START, WEIGHTS = SLOTS.arguments(torch.float32)
+HALF_START, HALF_WEIGHTS = SLOTS.folded(torch.float16)
 OPERATORS: dict[str, tuple[Any, Arguments]] = {
     "select_tokens": (selection_op._select_tokens, (MAP, 4, FILL)),
     "select_tokens without fill scores": (selection_op._select_tokens, (MAP.half(), 4, None)),
     "select_rows": (selection_op._select_rows, (MAP.mT.contiguous().mT, 4, None, X[:, :, ::2])),
+    "select_from_keys": (selection_op._select_from_keys, (KEYS, 4, FILL.half())),
+    "rows_from_keys": (selection_op._rows_from_keys, (KEYS.mT.contiguous().mT, 4, FILL, X[:, :, ::2])),
     "gather_tokens": (selection_op._gather_tokens, (X.half().mT, indices(2, 6, 5))),
     "scatter_tokens": (selection_op._scatter_tokens, (X, indices(2, 9, 7), 7)),
     "received_attention": (attention_op._received_attention, (Q, K, 0.25, None, None)),
@@ -73,6 +90,14 @@ OPERATORS: dict[str, tuple[Any, Arguments]] = {
     "received_attention_backward packed": (
         attention_op._received_attention_backward,
         (Q[:1, 0, :, 0], Q[:1].half(), K[:1, :, :9].half(), 0.25, Q[:1, :, :, 0], bounds(9, 2)),
+    ),
+    "slot_assignment": (
+        slot_op._slot_assignment,
+        (FEATURES.half().mT.contiguous().mT, *START, *WEIGHTS, 3, 1e-5, True, True),
+    ),
+    "slot_assignment without the map": (
+        slot_op._slot_assignment,
+        (FEATURES, *HALF_START, *HALF_WEIGHTS, 1, 1e-5, False, False),
     ),
 }
 
@@ -102,12 +127,23 @@ def test_fakes_tell_shape_type_and_strides(name: str) -> None:
 
 def test_public_functions_on_fake_tensors() -> None:
     with FakeTensorMode() as mode:
-        attention, x, q, k = (mode.from_tensor(t) for t in (MAP, X, Q, K))
+        attention, fill, x, q, k = (mode.from_tensor(t) for t in (MAP, FILL, X, Q, K))
         kept, count, rows = select_rows(attention, 4, None, x, backend="triton")
         assert (kept.shape, count.shape, rows.shape) == ((2, 4), (2,), (2, 4, 5))
         assert gather_tokens(x, kept, backend="triton").shape == (2, 4, 5)
         assert select_tokens(attention, 9, backend="triton")[0].shape == (2, 9)
         assert received_attention(q, k, lse=q[..., 0], backend="triton").shape == (2, 12)
+        start, weights = (
+            SlotStart(*map(mode.from_tensor, START)),
+            FoldedWeights(*map(mode.from_tensor, WEIGHTS)),
+        )
+        features = mode.from_tensor(FEATURES)
+        assert slot_assignment(features, start, weights, backend="triton").shape == (2, 3, 9)
+        found = top_tokens(features, start, weights, backend="triton")
+        assert [t.shape for t in found] == [(2, 1, 3), (2, 9), (2, 9)]
+        kept, count, rows = select_from_keys(found.keys, 4, fill, x, backend="triton")
+        assert rows is not None
+        assert (kept.shape, count.shape, rows.shape) == ((2, 4), (2,), (2, 4, 5))
 
 
 # --------------------------------------------------------------------------------------------- compilation
@@ -148,6 +184,17 @@ def _packed_cases(grad: bool) -> list[Arguments]:
     ]
 
 
+def _keys_cases(grad: bool) -> list[Arguments]:
+    return [(keys_of(a, 2 + keep % 6), keep, fill, x) for a, keep, fill, x in _selection_cases(grad)]
+
+
+def _slot_cases(grad: bool) -> list[Arguments]:
+    sizes = ((2, 3, 70), (3, 4, 80), (2, 5, 90), (4, 6, 130))
+    return [
+        (randn(b, n, TINY[0], seed=n).requires_grad_(grad), randn(1, k, TINY[2], seed=k)) for b, k, n in sizes
+    ]
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[bool], list[Arguments]]]] = {
     "select_tokens": (
         lambda a, keep, fill, x: select_tokens(a, keep, None, backend="triton"),
@@ -157,7 +204,27 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[bool], list[Arguments]]
         lambda a, keep, fill, x: select_rows(a, keep, fill, x, backend="triton"),
         _selection_cases,
     ),
+    "select_from_keys": (
+        lambda keys, keep, fill, x: select_from_keys(keys, keep, fill, backend="triton")[:2],
+        _keys_cases,
+    ),
+    "rows_from_keys": (
+        lambda keys, keep, fill, x: select_from_keys(keys, keep, fill, x, backend="triton"),
+        _keys_cases,
+    ),
     "gather_tokens": (lambda x, i: gather_tokens(x, i, backend="triton"), _gather_cases),
+    "slot_assignment": (
+        lambda x, slots: slot_assignment(
+            x, start_from_slots(slots, WEIGHTS), WEIGHTS, num_iters=2, backend="triton"
+        ),
+        _slot_cases,
+    ),
+    "top_tokens": (
+        lambda x, slots: top_tokens(
+            x, start_from_slots(slots, HALF_WEIGHTS), HALF_WEIGHTS, num_iters=1, backend="triton"
+        ),
+        _slot_cases,
+    ),
     "received_attention": (lambda q, k: received_attention(q, k, backend="triton"), _attention_cases),
     "received_attention with lse": (
         lambda q, k, lse: received_attention(q, k, 1.0, lse=lse, backend="triton"),
@@ -171,6 +238,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[bool], list[Arguments]]
 COMPILED = [
     *((name, False) for name in FUNCTIONS),
     ("select_rows", True),
+    ("rows_from_keys", True),
     ("gather_tokens", True),
     *((name, True) for name in FUNCTIONS if "received" in name),
 ]
@@ -213,6 +281,19 @@ def test_a_tensor_that_is_queries_and_keys_compiles() -> None:
     assert torch.equal(compiled(q), received_attention(q, q, backend="triton"))
 
 
+def test_the_way_from_features_to_rows_compiles() -> None:
+    """One graph: keys need no look at their values."""
+    torch._dynamo.reset()
+    x = randn(2, 9, 5, seed=0)
+
+    def kept(features: torch.Tensor) -> Any:
+        found = top_tokens(features, START, WEIGHTS, backend="triton")
+        return select_from_keys(found.keys, 4, found.largest, x, backend="triton")
+
+    compiled = torch.compile(kept, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(FEATURES), kept(FEATURES)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_auto_compiles_on_a_cpu(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
@@ -233,6 +314,15 @@ class Module(torch.nn.Module):
         return self.function(*arguments)
 
 
+def folded_flops(num_iters: int, batch: int, slots: int, tokens: int, widths: Widths = TINY) -> int:
+    """What PyTorch counts of its own products on the same weights."""
+    arguments = problem(batch, slots, tokens, widths).arguments(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        slot_assignment(*arguments, num_iters=num_iters, backend="torch")
+    return counter.get_total_flops()
+
+
+COUNTED_KEYS = keys_of(randn(2, 3, 20, seed=2), 2)
 #: function of (q [2, 3, 20, 16], k [2, 3, 30, 16], lse), floating-point operations
 COUNTED: dict[str, tuple[Callable[..., Any], int]] = {
     "received_attention": (
@@ -256,7 +346,27 @@ COUNTED: dict[str, tuple[Callable[..., Any], int]] = {
     "select_tokens": (lambda q, k, lse: select_tokens(lse, 5, backend="triton"), 0),
     "select_rows": (lambda q, k, lse: select_rows(lse, 5, None, q[:, 0], backend="triton")[2], 0),
     "gather_tokens": (lambda q, k, lse: gather_tokens(q[:, 0], indices(2, 5, 20), backend="triton"), 0),
+    "select_from_keys": (
+        lambda q, k, lse: select_from_keys(COUNTED_KEYS, 5, lse[:, 0], backend="triton")[0],
+        0,
+    ),
+    "rows_from_keys": (
+        lambda q, k, lse: select_from_keys(COUNTED_KEYS, 5, lse[:, 0], q[:, 0], backend="triton")[2],
+        0,
+    ),
+    "slot_assignment": (
+        lambda q, k, lse: slot_assignment(FEATURES, START, WEIGHTS, backend="triton"),
+        folded_flops(3, 2, 3, 9),
+    ),
+    "top_tokens": (
+        lambda q, k, lse: (
+            top_tokens(FEATURES, HALF_START, HALF_WEIGHTS, num_iters=1, backend="triton").largest
+        ),
+        folded_flops(1, 2, 3, 9),
+    ),
 }
+NO_GRADIENT = ("slot_assignment", "top_tokens")
+INDICES_ALONE = ("select_tokens", "select_from_keys")
 
 
 def counted_inputs(grad: bool) -> Arguments:
@@ -277,7 +387,7 @@ def test_flops_for_pytorch(name: str, grad: bool) -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("name", [name for name in COUNTED if name != "select_tokens"])
+@pytest.mark.parametrize("name", [name for name in COUNTED if name not in (*NO_GRADIENT, *INDICES_ALONE)])
 def test_flops_for_fvcore(name: str, grad: bool) -> None:
     """Half as many: fvcore counts a multiply-add once."""
     count = pytest.importorskip("fvcore.nn").FlopCountAnalysis
@@ -288,15 +398,45 @@ def test_flops_for_fvcore(name: str, grad: bool) -> None:
     assert not [kind for kind in analysis.unsupported_ops() if "ocvtp" in kind or "PythonOp" in kind]
 
 
-def test_flops_for_fvcore_of_select_tokens() -> None:
+@pytest.mark.parametrize("name", [*NO_GRADIENT, *INDICES_ALONE])
+def test_flops_for_fvcore_of_what_has_no_gradient(name: str) -> None:
     count = pytest.importorskip("fvcore.nn").FlopCountAnalysis
-    function, _ = COUNTED["select_tokens"]
+    function, flops = COUNTED[name]
     analysis = count(Module(function), counted_inputs(False)).set_op_handle(**_library.fvcore_handles())
-    assert analysis.total() == 0
-    assert not analysis.unsupported_ops()
+    analysis.tracer_warnings("none")
+    assert analysis.total() == flops // 2
+    assert not [kind for kind in analysis.unsupported_ops() if "ocvtp" in kind]
+
+
+@pytest.mark.parametrize("num_iters", [1, 2, 3, 5])
+@pytest.mark.parametrize(("batch", "slots", "tokens", "widths"), [(1, 5, 20, TINY), (3, 70, 9, ODD)])
+def test_flops_of_slot_assignment(
+    batch: int, slots: int, tokens: int, widths: Widths, num_iters: int
+) -> None:
+    """Those of the products that the folded form makes in PyTorch."""
+    arguments = problem(batch, slots, tokens, widths).arguments(torch.float32)
+    with recording(), FlopCounterMode(display=False) as counter:
+        slot_assignment(*arguments, num_iters=num_iters, backend="triton")
+    assert counter.get_total_flops() == folded_flops(num_iters, batch, slots, tokens, widths)
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_flops_at_official_sizes(batch: int) -> None:
+    """The floor that folded.py states."""
+    p = official(batch)
+    start, weights = half_of(*p.folded(torch.float32))
+    with _arch.pretend("sm90"), FlopCounterMode(display=False) as counter:
+        slot_op.assign(p.features, start, weights, 3, 1e-5, False, False)
+    assert counter.get_total_flops() == pytest.approx(batch * 4.72e9, rel=0.005)
 
 
 # ---------------------------------------------------------------------------------------------- CUDA graphs
+
+
+@functools.cache
+def official_weights(dtype: torch.dtype) -> tuple[SlotStart, FoldedWeights]:
+    return problem(1, 64, 1, (1024, 2048, 512, 2048)).folded(dtype)
+
 
 GRAPHED: dict[str, tuple[Callable[..., Any], Callable[[int], Arguments]]] = {
     "select_rows": (
@@ -306,6 +446,22 @@ GRAPHED: dict[str, tuple[Callable[..., Any], Callable[[int], Arguments]]] = {
             randn(3, 576, seed=seed + 1),
             randn(3, 576, 1024, seed=seed + 2, dtype=torch.float16),
         ),
+    ),
+    "select_from_keys": (
+        lambda keys, scores, x: select_from_keys(keys, 64, scores, x, backend="triton"),
+        lambda seed: (
+            keys_of(randn(3, 64, 576, seed=seed), 9),
+            randn(3, 576, seed=seed + 1),
+            randn(3, 576, 1024, seed=seed + 2, dtype=torch.float16),
+        ),
+    ),
+    "slot_assignment": (
+        lambda x: slot_assignment(x, *official_weights(torch.float32), backend="triton", tf32=True),
+        lambda seed: (randn(2, 577, 1024, seed=seed)[:, 1:],),
+    ),
+    "top_tokens": (
+        lambda x: top_tokens(x, *official_weights(torch.float16), backend="triton"),
+        lambda seed: (randn(2, 577, 1024, seed=seed, dtype=torch.float16)[:, 1:],),
     ),
     "select_rows in two launches": (
         lambda a, x: select_rows(a, 64, None, x, backend="triton"),
@@ -359,8 +515,10 @@ def test_cuda_graph_replays_on_new_data(name: str) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", GRAPHED)
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("name", "grad"),
+    [(name, grad) for name in GRAPHED for grad in (False, True) if not (grad and name in NO_GRADIENT)],
+)
 def test_no_host_synchronisation(name: str, grad: bool) -> None:
     function, make = GRAPHED[name]
     arguments = make(0)
@@ -395,7 +553,7 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
         return table()[key]
 
     rows = {key for key in table() if key[1] == arch}
-    for module in (selection_kernels, attention_kernels):
+    for module in (selection_kernels, attention_kernels, slot_kernels, slot_op):
         monkeypatch.setattr(module, "tile", tile)
     monkeypatch.setattr("bench.launches._kinds", lambda _: [])  # reads what only compiled kernels have
     launches.__wrapped__(arch)
@@ -416,6 +574,11 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
                 q = empty(1, 2, 3, width, dtype=dtype)
                 for cu_seqlens in (None, empty(3, dtype=torch.int32)):
                     attention_kernels.received_attention(q, q, 0.1, None, cu_seqlens)
+        for slots in (1, 63, 64, 65, 128, 129, 256, 257, 1000):
+            p = official(2, slots, 5)
+            for start, weights in (p.folded(torch.float32), half_of(*p.folded(torch.float32))):
+                found = slot_kernels.assign(p.features, start, weights, 2, 1e-5, False, False)
+                assert found.keys.shape == (2, 1, slots)
     assert asked == rows
 
 
@@ -438,7 +601,62 @@ def _refusals() -> dict[str, tuple[Callable[[], Any], str]]:
     x = X.to(torch.complex128)
     crowd = torch.zeros(65536, 1, 1, device=DEVICE)
     exotic = MAP.to(torch.float8_e8m0fnu)
+    double_start, double_weights = SLOTS.folded(torch.float64)
+    brain = FoldedWeights(*(t.bfloat16() for t in WEIGHTS))
+    broad = WEIGHTS._replace(encoder_fc1_weight=torch.zeros(1, slot_op.MAX_WIDTH + 1, device=DEVICE))
+    learned = FEATURES.clone().requires_grad_()
+    wanted = "has no gradient: use torch.no_grad"
     return {
+        "float64 weights": (
+            lambda: slot_assignment(FEATURES, double_start, double_weights, backend="triton"),
+            "slot_attention can't run its Triton kernel: .* the weights are torch.float64",
+        ),
+        "bfloat16 weights": (
+            lambda: top_tokens(FEATURES, START, brain, backend="triton"),
+            "the weights are torch.bfloat16",
+        ),
+        "float64 features": (
+            lambda: top_tokens(FEATURES.double(), START, WEIGHTS, backend="triton"),
+            "features of up to 32 bits, not float64",
+        ),
+        "16385 channels": (
+            lambda: top_tokens(broad.encoder_fc1_weight[None], START, broad, backend="triton"),
+            "up to 16384 channels; got 16385",
+        ),
+        "65536 images of features": (
+            lambda: top_tokens(
+                torch.zeros(65536, 1, TINY[0], device=DEVICE), START, WEIGHTS, backend="triton"
+            ),
+            "up to 65535 images; got 65536",
+        ),
+        "gradient of features": (lambda: slot_assignment(learned, START, WEIGHTS, backend="triton"), wanted),
+        "gradient of slots": (
+            lambda: slot_assignment(
+                FEATURES,
+                START._replace(slots=START.slots.clone().requires_grad_()),
+                WEIGHTS,
+                backend="triton",
+            ),
+            wanted,
+        ),
+        "gradient of weights": (
+            lambda: top_tokens(
+                FEATURES,
+                START,
+                WEIGHTS._replace(mlp_fc2_bias=WEIGHTS.mlp_fc2_bias.clone().requires_grad_()),
+                backend="triton",
+            ),
+            wanted,
+        ),
+        "float64 scores": (
+            lambda: select_from_keys(KEYS, 4, FILL.double(), backend="triton"),
+            "these are torch.float64",
+        ),
+        "too many scores": (lambda: select_from_keys(KEYS[:1], 4, many[:, 0], backend="triton"), "got 4097"),
+        "complex128 rows from keys": (
+            lambda: select_from_keys(KEYS, 4, FILL, x, backend="triton"),
+            "x is torch.complex128",
+        ),
         "float64 map": (lambda: select_tokens(MAP.double(), 4, backend="triton"), "these are torch.float64"),
         "float64 fill": (
             lambda: select_tokens(MAP, 4, FILL.double(), backend="triton"),
@@ -479,6 +697,14 @@ def test_what_kernels_refuse(case: str) -> None:
         call()
 
 
+def test_gradients_that_are_not_wanted_are_not_refused() -> None:
+    features = FEATURES.clone().requires_grad_()
+    with torch.no_grad():
+        got = slot_assignment(features, START, WEIGHTS, num_iters=1, backend="triton")
+    assert torch.equal(got, slot_assignment(FEATURES, START, WEIGHTS, num_iters=1, backend="triton"))
+    assert not got.requires_grad
+
+
 @interpreter_only
 def test_the_interpreter_cannot_multiply_bfloat16() -> None:
     q = Q.bfloat16()
@@ -492,6 +718,9 @@ CALLS: dict[str, Callable[[str], Any]] = {
     "select_rows": lambda backend: select_rows(MAP, 4, None, X, backend=backend),
     "gather_tokens": lambda backend: gather_tokens(X, indices(2, 3, 9), backend=backend),
     "received_attention": lambda backend: received_attention(Q, K, backend=backend),
+    "select_from_keys": lambda backend: select_from_keys(KEYS, 4, FILL, X, backend=backend),
+    "slot_assignment": lambda backend: slot_assignment(FEATURES, START, WEIGHTS, backend=backend),
+    "top_tokens": lambda backend: top_tokens(FEATURES, START, WEIGHTS, backend=backend),
 }
 
 
@@ -568,12 +797,19 @@ import sys
 if {blocked}: sys.modules["triton"] = None
 import torch
 from ocvtp_kernels.received_attention import received_attention
-from ocvtp_kernels.selection import gather_tokens, select_rows, select_tokens
+from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
+from ocvtp_kernels.slot_attention import SlotAttentionWeights, fold, start_from_slots, top_tokens
+m, v, gates, gate = torch.rand(4, 4), torch.rand(4), torch.rand(12, 4), torch.rand(12)
+w = fold(SlotAttentionWeights(
+    v, v, m, v, m, v, v, v, v, v, m, m, m, gates, gates, gate, gate, v, v, m, v, m, v
+))
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     a, x = torch.rand(2, 3, 9).to(dtype), torch.rand(2, 9, 4, dtype=dtype, requires_grad=True)
     indices, _, rows = select_rows(a, 4, None, x)
     gather_tokens(x, indices).sum().backward()
     select_tokens(a, 4, a[:, 0])
+    found = top_tokens(x.detach().float(), start_from_slots(torch.rand(1, 3, 4), w), w)
+    select_from_keys(found.keys, 4, found.largest.to(dtype), x)[2].sum().backward()
     q = torch.rand(1, 2, 9, 16).to(dtype).requires_grad_()
     received_attention(q, q, cu_seqlens=torch.tensor([0, 4, 9])).sum().backward()
     loaded = [name for name in sys.modules if name.startswith("ocvtp_kernels.")]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ocvtp_kernels import BackendUnavailableError
-from ocvtp_kernels.selection import gather_tokens, select_tokens
+from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
 
 
 def oracle(
@@ -24,6 +24,18 @@ def oracle(
         kept.append(sorted(ranked[:keep]))
         counts.append(min(len(picked), keep))
     return kept, counts
+
+
+def keys_of(attention: torch.Tensor, parts: int = 1) -> torch.Tensor:
+    """The top tokens of a map ``[B, K, N]`` as keys ``[B, T, K]``, its tokens cut into T parts or fewer."""
+    keys, first = [], 0
+    for part in attention.tensor_split(min(parts, attention.shape[2]), dim=2):
+        best, top = part.float().max(dim=2)  # ties: the lowest token
+        score = (best + 0.0).view(torch.int32).long()  # -0.0 is 0.0
+        score = torch.where(score < 0, score ^ 0x7FFFFFFF, score)
+        keys.append(score << 32 | 0x7FFFFFFF - (top + first))
+        first += part.shape[2]
+    return torch.stack(keys, dim=1)
 
 
 @st.composite
@@ -44,6 +56,19 @@ def test_equals_the_rule(problem: tuple[torch.Tensor, int, torch.Tensor | None])
     assert indices.tolist() == kept
     assert from_slots.tolist() == counts
     assert indices.dtype == from_slots.dtype == torch.int64
+
+
+@given(problems(), st.integers(1, 9))
+def test_keys_equal_the_rule(problem: tuple[torch.Tensor, int, torch.Tensor | None], parts: int) -> None:
+    """Whatever the parts: ties within one and across them go to the lowest token."""
+    attention, keep, fill = problem
+    scores = attention.amax(dim=1) if fill is None else fill
+    indices, from_slots, rows = select_from_keys(keys_of(attention, parts), keep, scores)
+    kept, counts = oracle(attention, keep, fill)
+    assert indices.tolist() == kept
+    assert from_slots.tolist() == counts
+    assert indices.dtype == from_slots.dtype == torch.int64
+    assert rows is None
 
 
 @pytest.mark.parametrize(
@@ -106,6 +131,17 @@ def test_gather_and_its_gradient() -> None:
     assert torch.autograd.gradcheck(lambda t: gather_tokens(t, indices), x)
 
 
+def test_rows_from_keys_and_their_gradient() -> None:
+    attention, fill = torch.rand(3, 4, 11), torch.rand(3, 11)
+    x = torch.randn(3, 11, 5, dtype=torch.float64, requires_grad=True)
+    want = select_rows(attention, 6, fill, x)
+    got = select_from_keys(keys_of(attention, 3), 6, fill, x)
+    assert all(map(torch.equal, got, want))
+    weights = torch.randn(3, 6, 5, dtype=torch.float64)
+    gradients = [torch.autograd.grad((r[2] * weights).sum(), x)[0] for r in (got, want)]
+    assert torch.equal(*gradients)
+
+
 def test_compiles_without_graph_breaks() -> None:
     compiled = torch.compile(lambda a, f: select_tokens(a, 8, f), fullgraph=True, backend="aot_eager")
     attention, fill = torch.randn(2, 8, 30), torch.randn(2, 30)
@@ -144,3 +180,41 @@ def test_bad_gather() -> None:
         gather_tokens(torch.rand(1, 4, 2), torch.tensor([[0, 1]], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"\[B, keep\]"):
         gather_tokens(torch.rand(2, 4, 2), torch.tensor([[0, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"keep": 0}, ValueError, "between 1 and 10"),
+        ({"keep": 11}, ValueError, "between 1 and 10"),
+        ({"keep": True}, TypeError, "must be an int"),
+        ({"keys": torch.zeros(2, 1, 3, dtype=torch.int32)}, TypeError, "keys must be int64"),
+        ({"keys": torch.zeros(2, 1, 3)}, TypeError, "keys must be int64"),
+        ({"keys": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, r"\[B, T, K\]"),
+        ({"scores": torch.rand(1, 10)}, ValueError, r"\[B, N\]"),
+        ({"scores": torch.rand(2, 1, 10)}, ValueError, r"\[B, N\]"),
+        ({"scores": torch.ones(2, 10, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"scores": None}, TypeError, "must be a torch.Tensor"),
+        ({"scores": torch.empty(2, 10, device="meta")}, ValueError, "scores are on meta, keys on cpu"),
+        ({"x": torch.rand(2, 9, 4)}, ValueError, r"\[B, N, C\]"),
+        ({"x": torch.rand(2, 10)}, ValueError, r"\[B, N, C\]"),
+        ({"x": torch.empty(2, 10, 4, device="meta")}, ValueError, "x are on meta, keys on cpu"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+        (
+            {"scores": torch.rand(2, 10, dtype=torch.float64), "backend": "triton"},
+            BackendUnavailableError,
+            "can't run its Triton kernel",
+        ),
+    ],
+)
+def test_bad_keys(change: dict, error: type[Exception], message: str) -> None:
+    arguments = {"keys": keys_of(torch.rand(2, 3, 10)), "keep": 4, "scores": torch.rand(2, 10), **change}
+    with pytest.raises(error, match=message):
+        select_from_keys(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (2, 1, 0)])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_keys_of_nothing(backend: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="needs a slot"):
+        select_from_keys(torch.zeros(shape, dtype=torch.int64), 4, torch.rand(2, 10), backend=backend)

@@ -12,11 +12,11 @@ pytest.importorskip("triton")
 
 from ocvtp_kernels._arch import pretend
 from ocvtp_kernels._tiles import table
-from ocvtp_kernels.selection import gather_tokens, select_rows, select_tokens
+from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
 from ocvtp_kernels.selection import op as operators
 from ocvtp_kernels.selection import triton as kernels
 from ocvtp_kernels.selection.op import MAX_TOKENS
-from tests.kernels.test_selection import oracle
+from tests.kernels.test_selection import keys_of, oracle
 from tests.kernels.triton_device import (
     DEVICE,
     ON_GPU,
@@ -265,6 +265,144 @@ def test_tiles_of_all_architectures_agree(arch: str, monkeypatch: pytest.MonkeyP
         assert torch.equal(rows, gather_tokens(x, want, backend="torch"))
         if gradient is not None:
             assert torch.equal(gradient, scattered(rows, indices, tokens))
+
+
+# ---------------------------------------------------------------------------------------------------- keys
+
+
+def assert_keys_follow_the_rule(
+    attention: torch.Tensor, keep: int, scores: torch.Tensor, parts: int, x: torch.Tensor | None = None
+) -> None:
+    keys = keys_of(attention, parts)
+    kept, counts = oracle(attention, keep, scores)
+    for backend in ("triton", "torch"):
+        indices, from_slots, rows = select_from_keys(keys, keep, scores, x, backend=backend)
+        assert indices.dtype == from_slots.dtype == torch.int64
+        assert indices.tolist() == kept
+        assert from_slots.tolist() == counts
+        if x is None:
+            assert rows is None
+        else:
+            assert rows is not None
+            assert torch.equal(rows, torch.stack([x[b, indices[b]] for b in range(len(x))]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("parts", [1, 2, 7, 8, 9, 17])
+def test_keys_of_any_number_of_parts(parts: int, dtype: torch.dtype) -> None:
+    """As many as are loaded at a time, one more and one less; in half precision with ties across them."""
+    batch, slots, tokens, keep = {8: (2, 16, 257, 16), 9: (1, 3, 60, 7)}.get(parts, (2, 20, 60, 33))
+    attention, fill = problem(batch, slots, tokens, parts, dtype)
+    x = randn(batch, tokens, 5, seed=parts, dtype=dtype)
+    assert_keys_follow_the_rule(attention, keep, fill, parts, x)
+    largest = attention.amax(dim=1)
+    want = select_rows(attention, keep, None, x, backend="triton")
+    got = select_from_keys(keys_of(attention, parts), keep, largest, x, backend="triton")
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 31, 33, 255, 256, 257, 513])
+def test_keys_of_slot_counts_about_a_tile(slots: int) -> None:
+    attention, fill = problem(2, slots, 40, slots)
+    attention[..., 0] = -1.0  # no slot's top token, where padding is counted
+    assert_keys_follow_the_rule(attention, 25, fill, 3)
+    attention[:, :-1] = 0.0
+    attention[:, :-1, 30] = 1.0  # all but the last slot agree
+    assert_keys_follow_the_rule(attention, 2, fill, 3)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_ties_of_keys(levels: str) -> None:
+    values = torch.tensor(LEVELS[levels])
+    for seed, (keep, parts) in enumerate(itertools.product((1, 9, 120), (1, 5))):
+        generator = torch.Generator().manual_seed(seed)
+        attention = values[torch.randint(len(values), (1, 9, 130), generator=generator)].to(DEVICE)
+        scores = values[torch.randint(len(values), (1, 130), generator=generator)].to(DEVICE)
+        assert_keys_follow_the_rule(attention, keep, scores, parts)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 255, 256, 257, 1025, MAX_TOKENS])
+def test_keys_of_token_counts_about_a_size(tokens: int) -> None:
+    attention, fill = problem(1, 3, tokens)
+    assert_keys_follow_the_rule(attention, (tokens + 1) // 2, fill, 9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keys_scores_and_rows_of_any_layout(layout: str) -> None:
+    change = LAYOUTS[layout]
+    attention, fill = problem(3, 6, 49)
+    x = randn(3, 49, 5, seed=2)
+    keys = keys_of(attention, 4)
+    want = select_from_keys(keys, 11, fill, x, backend="torch")
+    got = select_from_keys(change(keys), 11, change(fill[:, None])[:, 0], change(x), backend="triton")
+    assert all(map(torch.equal, got, want))
+
+
+def test_gradient_of_rows_from_keys() -> None:
+    attention, fill = problem(2, 4, 30)
+    fill.requires_grad_()
+    keys = keys_of(attention, 3)
+    x = randn(2, 30, 6, seed=0).requires_grad_()
+    weights = randn(2, 11, 6, seed=1)
+    indices, from_slots, rows = select_from_keys(keys, 11, fill, x, backend="triton")
+    assert rows is not None
+    assert not indices.requires_grad
+    assert not from_slots.requires_grad
+    gradients = torch.autograd.grad((rows * weights).sum(), (x, fill), allow_unused=True)
+    assert torch.equal(gradients[0], scattered(weights, indices, 30))
+    assert gradients[1] is None
+    double = x.detach().double().requires_grad_()
+
+    def rows_of(t: torch.Tensor) -> torch.Tensor:
+        rows = select_from_keys(keys, 3, fill, t, backend="triton")[2]
+        assert rows is not None
+        return rows
+
+    assert torch.autograd.gradcheck(rows_of, double, fast_mode=True)
+    assert torch.autograd.gradgradcheck(rows_of, double, fast_mode=True)
+    assert not rows_of(x.detach()).requires_grad
+    with torch.no_grad():
+        assert not rows_of(x).requires_grad
+
+
+def test_no_images_from_keys() -> None:
+    keys, scores, x = keys_of(problem(2, 3, 9)[0], 2)[:0], randn(0, 9, seed=0), randn(0, 9, 5, seed=0)
+    for backend in ("torch", "triton"):
+        indices, from_slots, rows = select_from_keys(keys, 4, scores, x, backend=backend)
+        assert rows is not None
+        assert (indices.shape, from_slots.shape, rows.shape) == ((0, 4), (0,), (0, 4, 5))
+
+
+def test_bad_keys_break_the_contract_but_not_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that name no token, and NaN scores."""
+    keys = random_bits(3, 4, 9, seed=0, dtype=torch.int64)
+    keys[0, 0] = torch.iinfo(torch.int64).min
+    keys[1, 2] = torch.iinfo(torch.int64).max
+    _, scores = problem(3, 1, 200)
+    scores[1, ::3] = torch.nan
+    x = randn(3, 200, 4, seed=0)
+    torch_with_guards = PoisonedTorch()
+    monkeypatch.setattr(kernels, "torch", torch_with_guards)
+    indices, from_slots, rows = select_from_keys(keys, 20, scores, x, backend="triton")
+    torch_with_guards.assert_guards_intact()
+    assert len(torch_with_guards.buffers) == 3
+    assert (indices.diff(dim=1) > 0).all()
+    assert (indices[:, 0] >= 0).all()
+    assert (indices[:, -1] < 200).all()
+    assert ((from_slots >= 0) & (from_slots <= 9)).all()
+    assert rows is not None
+    assert torch.equal(rows, gather_tokens(x, indices, backend="torch"))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_keys_and_scores_beyond_32_bit_offsets(axis: int) -> None:
+    attention, fill = problem(5, 5, 5, dtype=torch.float16)
+    keys = keys_of(attention, 5)
+    x = random_bits(5, 5, 5, seed=0, dtype=torch.uint8)
+    want = select_from_keys(keys, 3, fill, x, backend="torch")
+    scores = fill if axis == 2 else far_apart(fill, axis)
+    got = select_from_keys(keys, 3, scores, far_apart(x, axis), backend="triton")
+    assert all(map(torch.equal, got, want))
 
 
 # ---------------------------------------------------------------------------------------------------- rows

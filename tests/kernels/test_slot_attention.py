@@ -8,11 +8,14 @@ import torch
 from ocvtp_kernels.slot_attention import (
     FoldedWeights,
     SlotAttentionWeights,
+    TopTokens,
     fold,
     slot_assignment,
     slot_attention,
     start_from_slots,
+    top_tokens,
 )
+from ocvtp_kernels.slot_attention import folded as slot_attention_folded
 from tests.conftest import make_pruner, relative_error
 
 WIDTH, SLOT_WIDTH = 48, 32
@@ -111,6 +114,55 @@ def test_tokens_permute_with_their_input() -> None:
     _, folded = both(x, initial, double_weights())
     _, permuted = both(x[:, order], initial, double_weights())
     assert relative_error(permuted, folded[:, :, order]) <= 1e-12
+
+
+def test_top_tokens_of_a_map() -> None:
+    """In every slot's key its highest attention and the lowest token that has it."""
+    attention = torch.tensor([[[0.1, 0.7, 0.7], [0.9, 0.3, 0.3], [0.0, 0.0, 0.0]]])
+    found = TopTokens(*slot_attention_folded.top_tokens(attention))
+    highest = torch.tensor([0.7, 0.9, 0.0]).view(torch.int32).long()
+    assert torch.equal(found.keys, (highest << 32 | 0x7FFFFFFF - torch.tensor([1, 0, 0]))[None, None])
+    assert torch.equal(found.largest, torch.tensor([[0.9, 0.7, 0.7]]))
+    assert found.finite.all()
+    attention[0, 1, 2] = torch.nan
+    assert torch.equal(slot_attention_folded.top_tokens(attention)[2], torch.tensor([[True, True, False]]))
+
+
+def test_top_tokens_of_a_float64_map() -> None:
+    """Two tokens that only float64 tells apart; keys hold float32."""
+    attention = torch.tensor([[[0.5, 0.5 + 1e-12, 0.5]]], dtype=torch.float64)
+    keys, largest, finite = slot_attention_folded.top_tokens(attention)
+    assert 0x7FFFFFFF - (keys & 0x7FFFFFFF) == 1
+    assert keys >> 32 == torch.tensor(0.5).view(torch.int32)
+    assert (keys.dtype, largest.dtype, finite.dtype) == (torch.int64, torch.float32, torch.bool)
+    assert torch.equal(largest, torch.full((1, 3), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_top_tokens_are_those_of_the_assignment(dtype: torch.dtype) -> None:
+    weights = fold(double_weights(), dtype)
+    start = start_from_slots(torch.randn(1, 9, SLOT_WIDTH, dtype=torch.float64), weights)
+    x = clustered(3, 50).to(dtype)
+    attention = slot_assignment(x, start, weights)
+    keys, largest, finite = top_tokens(x, start, weights)
+    assert torch.equal(0x7FFFFFFF - (keys[:, 0] & 0x7FFFFFFF), attention.argmax(dim=2))
+    assert torch.equal(largest, attention.amax(dim=1).float())
+    assert finite.all()
+
+
+def test_weights_too_large_for_float16_are_refused() -> None:
+    """Only for it, and also where folding makes them too large."""
+    w = double_weights()
+    for large in (
+        w._replace(encoder_fc2_weight=w.encoder_fc2_weight * 1e6),
+        w._replace(query_weight=w.query_weight * 1e3, key_weight=w.key_weight * 1e3),
+    ):
+        with pytest.raises(ValueError, match='too large for float16; use precision="fp32"'):
+            fold(large, torch.float16)
+        assert all(t.isfinite().all() for t in fold(large))
+    vectors = fold(w._replace(encoder_fc1_bias=w.encoder_fc1_bias * 1e6), torch.float16)
+    assert {t.dtype for t in vectors if t.ndim == 1} == {torch.float32}
+    assert {t.dtype for t in vectors if t.ndim == 2} == {torch.float16}
 
 
 def test_truncated_gradients_are_those_of_the_last_iteration() -> None:

@@ -114,6 +114,10 @@ def select_from_keys(
     require_floating("scores", scores)
     require_shape("keys", keys, (None, None, None), "[B, T, K]")
     require_shape("scores", scores, (keys.shape[0], None), "[B, N]")
+    if 0 in (keys.shape[1], keys.shape[2], scores.shape[1]):
+        raise ValueError(
+            f"keys need a slot and a token; got keys {list(keys.shape)}, scores {list(scores.shape)}"
+        )
     require_count("keep", keep, scores.shape[1], "the number of tokens")
     if x is not None:
         require_shape("x", x, (*scores.shape, None), "[B, N, C]")

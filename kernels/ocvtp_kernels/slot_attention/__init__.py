@@ -166,15 +166,29 @@ def _resolve(
 ) -> str:
     _check(features, start.slots, weights.encoder_fc1_weight, weights.query_weight, num_iters)
     dtype = weights.query_weight.dtype
+    if start.queries.dtype != dtype:
+        raise TypeError(
+            f"start has {start.queries.dtype} queries, the weights are {dtype}; make it with "
+            "start_from_slots(slots, weights)"
+        )
+    for tensor in (*start, *weights):
+        if tensor.device != features.device:
+            raise ValueError(
+                f"features are on {features.device}, start or weights on {tensor.device}; "
+                "move one with .to(device)"
+            )
 
     def unsupported() -> str | None:
         if dtype not in (torch.float32, torch.float16):
             return f"it multiplies in float32 and float16, and the weights are {dtype}"
-        if features.dtype == torch.float64:
-            return "it takes features of up to 32 bits, not float64"
+        if features.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"it takes features in float32, float16 and bfloat16, not {features.dtype}"
         if (reason := why_no_kernel(features.shape[0], features.shape[2])) is not None:
             return reason
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (features, *start, *weights)):
+        wanted = False
+        for tensor in (features, *start, *weights):  # no generator: torch 2.7 can't trace one
+            wanted = wanted or tensor.requires_grad
+        if wanted and torch.is_grad_enabled():
             return "it has no gradient: use torch.no_grad(), or slot_attention to train"
         return None
 
@@ -198,6 +212,10 @@ def _check(
     require_floating("slots", slots)
     require_shape("features", features, (None, None, encoder_weight.shape[1]), "[B, N, C]")
     require_shape("slots", slots, (None, None, query_weight.shape[1]), "[B or 1, K, D]")
+    if features.shape[1] == 0 or slots.shape[1] == 0:
+        raise ValueError(
+            f"a slot and a token are needed; got features {list(features.shape)}, slots {list(slots.shape)}"
+        )
     if slots.shape[0] not in (1, features.shape[0]):
         raise ValueError(f"slots must have batch size 1 or {features.shape[0]}; got {slots.shape[0]}")
     require_count("num_iters", num_iters, _MAX_ITERATIONS, "a sane number of iterations")

@@ -66,8 +66,10 @@ def fold(weights: SlotAttentionWeights, dtype: torch.dtype = torch.float32) -> F
         dtype: of the matrices. Vectors are in this dtype too, but never less than float32.
 
     Raises:
-        ValueError: a folded weight is too large for ``dtype``.
+        ValueError: a folded weight is too large for ``dtype``, or nothing computes in it.
     """
+    if dtype not in (torch.float64, torch.float32, torch.float16):
+        raise ValueError(f"dtype must be float64, float32 or float16; got {dtype}")
     device = weights.query_weight.device
     exact = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
     w = SlotAttentionWeights(*(tensor.detach().to(exact, torch.float64) for tensor in weights))

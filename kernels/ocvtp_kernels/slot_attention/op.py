@@ -102,5 +102,5 @@ def assign(
     return_attention: bool,
 ) -> Assigned:
     """The kernels' last iteration; see :func:`ocvtp_kernels.slot_attention.top_tokens`."""
-    tensors = (tensor.detach() for tensor in (features, *start, *weights))
+    tensors = [tensor.detach() for tensor in (features, *start, *weights)]
     return Assigned(*_slot_assignment(*tensors, num_iters, eps, tf32, return_attention))

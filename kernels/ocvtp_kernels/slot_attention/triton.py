@@ -7,10 +7,10 @@ Of ``num_iters`` iterations the last computes its attention alone. One call is, 
     attend, update, gru, linear (GELU), linear, linear slots -> slots and their queries, T times
     attend                                             the assignment
 
-so 5 + 6T launches: 17 for three iterations, whatever the batch. The softmax is over slots: token tiles are
-independent and nothing is rescaled. No atomics. Tiles are cut from each image's first token, sums run in
-their order, and a row of a product does not depend on the rows beside it, so an image's bits do not depend
-on the batch.
+so 5 + 6T launches: 17 for three iterations, and 4 more for every further 65536 rows of tokens. The softmax
+is over slots: token tiles are independent and nothing is rescaled. No atomics. Tiles are cut from each
+image's first token, sums run in their order, and a row of a product does not depend on the rows beside it,
+so an image's bits do not depend on the batch.
 
 Floor at (B, N, K) = (64, 576, 64), official widths, 16 bit, H100 (790 TFLOP/s, 3.35 TB/s): 302 GFLOP, 382 us;
 stage by stage, each at its own limit, 453 us. At B=1 it is latency: 4.7 GFLOP are 6 us, 17 launches of a
@@ -61,8 +61,9 @@ def _gelu(x, FAST: tl.constexpr):
 
 @triton.jit
 def _exp(x):
-    # Of differences, after which the factor rounds least. No sum takes a product here, so no compiler can
-    # fuse one: every kernel that computes an attention computes the same bits.
+    # Of differences, after which the factor rounds least. Nothing is added to a product on the way to a
+    # logit and from it to here, so no compiler can fuse one: kernels for the map and for the top tokens
+    # compute the same bits.
     return tl.exp2(x * _LOG2E)
 
 
@@ -369,6 +370,8 @@ def assign(
 ) -> Assigned:
     """``features`` ``[B, N, C]`` -> every slot's best token of each tile, and what else is known by then."""
     cut = _arithmetic(features.device, w.query_weight.dtype, tf32)
+    start = SlotStart(*(tensor.contiguous() for tensor in start))
+    w = FoldedWeights(*(tensor.contiguous() for tensor in w))
     z = _encode(features, w, cut)
     queries, bias = start.queries, start.query_bias
     slots = start.slots
