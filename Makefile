@@ -6,7 +6,9 @@
 #   make bench   microbenchmarks; without a GPU, PyTorch alone at small sizes
 # On a machine with a GPU, in .venv or, where there is none, in python3 with torch, triton and pytest-benchmark:
 #   make gpu     GPU tests, then microbenchmarks, in parts of less than eight minutes that also run alone:
-#                gpu-tests, gpu-micro-selection, gpu-micro-received
+#                gpu-tests, gpu-micro-selection, gpu-micro-received, and gpu-micro-slots, itself three parts that
+#                add up to one file if the commit is known and clean: gpu-micro-slots-kernels, gpu-micro-slots-pruner,
+#                gpu-micro-slots-compiled (torch.compile's autotuning is kept on disk: run it again to get further)
 #   RESULTS=folder puts results elsewhere; COMMIT=id names a tree that has no git; GPU_PYTHON=python
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +22,8 @@ TABLE := --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
 # A row started just before the deadline may still compile for a minute.
 RECORD = --record --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) --deadline 400 $(TABLE)
 
-.PHONY: demo test lint aot format bench clean gpu gpu-check gpu-tests gpu-micro-selection gpu-micro-received
+.PHONY: demo test lint aot format bench clean gpu gpu-check gpu-tests gpu-micro-selection gpu-micro-received \
+        gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner gpu-micro-slots-compiled
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' || \
@@ -58,6 +61,7 @@ gpu:
 	$(MAKE) gpu-tests
 	$(MAKE) gpu-micro-selection
 	$(MAKE) gpu-micro-received
+	$(MAKE) gpu-micro-slots
 
 gpu-check:
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
@@ -71,6 +75,20 @@ gpu-micro-selection: gpu-check
 
 gpu-micro-received: gpu-check
 	$(GPU_PYTEST) bench/micro/test_received_attention.py $(RECORD)
+
+gpu-micro-slots:
+	$(MAKE) gpu-micro-slots-kernels
+	$(MAKE) gpu-micro-slots-pruner
+	$(MAKE) gpu-micro-slots-compiled
+
+gpu-micro-slots-kernels: gpu-check
+	$(GPU_PYTEST) bench/micro/test_slot_attention.py -k 'top_tokens and not compiled' $(RECORD)
+
+gpu-micro-slots-pruner: gpu-check
+	$(GPU_PYTEST) bench/micro/test_slot_attention.py -k 'pruner and not compiled' $(RECORD)
+
+gpu-micro-slots-compiled: gpu-check
+	$(GPU_PYTEST) bench/micro/test_slot_attention.py -k compiled $(RECORD)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -22,6 +22,7 @@ from bench.harness import device_slug
 from bench.micro import case as cases_module
 from bench.micro import received_cases as received_module
 from bench.micro import selection_cases as selection_module
+from bench.micro import slot_cases as slot_module
 from bench.micro.case import Candidate, Case, bench_device, rows
 from bench.micro.ceilings import CEILINGS, Work, floor
 from bench.micro.gates import GateError, poison, poisoned_memory, require_equal, worst_error
@@ -36,10 +37,19 @@ from bench.micro.selection_cases import (
     scatter_cases,
     select_cases,
 )
+from bench.micro.slot_cases import PrunerCase, SlotCase, pruner_cases, slot_cases
+from bench.micro.slot_inputs import Folded, Widths, random_models
 from bench.micro.timing import COVER, Clock, EagerRound, GraphRound, rounds_in, sets_needed
 from ocvtp_kernels._arch import interpreting
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.selection import gather_tokens, select_rows
+from ocvtp_kernels.slot_attention import (
+    FoldedWeights,
+    SlotAttentionWeights,
+    SlotStart,
+    folded,
+    slot_attention,
+)
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -50,7 +60,9 @@ GATHER = GatherCase("tiny", 2, torch.float32, 4, 24, 8)
 SCATTER = ScatterCase("tiny", 2, torch.float32, 4, 24, 8)
 DENSE = ReceivedCase("tiny", 2, torch.float32, 2, 20, 16)
 PACKED = ReceivedCase("tiny", 2, torch.float32, 2, 8, 16, segments=3)
-TINY = (SELECT, GATHER, SCATTER, DENSE, PACKED)
+SLOTS = SlotCase("tiny", 2, torch.float32, 4, 24, Widths(24, 40, 16, 32))
+PRUNER = PrunerCase("tiny", 2, torch.float32, 4, 24, Widths(24, 40, 16, 32))
+TINY = (SELECT, GATHER, SCATTER, DENSE, PACKED, SLOTS, PRUNER)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +75,7 @@ def fresh_inputs() -> Iterator[None]:
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases as on a GPU; nothing runs there."""
-    for module in (cases_module, selection_module, received_module):
+    for module in (cases_module, selection_module, received_module, slot_module):
         monkeypatch.setattr(module, "bench_device", lambda: torch.device("cuda", 0))
 
 
@@ -129,9 +141,49 @@ def test_gather_and_packed_work_by_hand() -> None:
     assert PACKED.shape() == {"B": 2, "H": 2, "N": 8, "d": 16, "S": 6}
 
 
-def test_matrix_bound_floor() -> None:
-    least = floor(Work(8, 8, flops=989 * 10**9), CEILINGS["h200"])
-    assert (least.us, least.limit) == (pytest.approx(1000), "flops")
+@pytest.mark.parametrize(("arithmetic", "us"), [("16-bit", 1000), ("tf32", 1998), ("fp32", 5994)])
+def test_matrix_bound_floor(arithmetic: Any, us: float) -> None:
+    """float32 as exactly as tensor cores can: three TF32 products for one."""
+    for device in ("h100", "h200"):
+        least = floor(Work(8, 8, flops=989 * 10**9, arithmetic=arithmetic), CEILINGS[device])
+        assert (least.us, least.limit) == (pytest.approx(us, rel=1e-3), "flops")
+
+
+def test_slot_attention_floor_by_hand() -> None:
+    case = SlotCase("llava-64", 1, torch.float16, 64, 576)
+    n, k, c, h, d, m = 576, 64, 1024, 2048, 512, 2048
+    # Three maps, two means; two updates, whose hidden gates and queries are constant the first time.
+    attention, update = n * k * d, k * d * (3 * d + 2 * m + d)
+    products = n * (c * h + h * d) + 5 * attention + 2 * update + k * d * 3 * d
+    matrices = h * c + d * h + d * d + 6 * d * d + 2 * m * d + k * d  # and the first queries
+    vectors = h + d + d + 4 * 3 * d - 3 * d + 3 * d + m + d + k * d + k + k * 3 * d - 3 * d
+    for candidate_name, size, rate in (
+        ("ours fp16", 2, 989e6),
+        ("ours tf32", 4, 495e6),
+        ("eager fp32", 4, 165e6),
+    ):
+        work = case.work(candidate_name)
+        assert work.flops == 2 * products
+        assert work.read == n * c * 2 + matrices * size + vectors * 4
+        assert work.written == k * 8 + n * (4 + 1)
+        assert work.exponentials == 3 * n * k
+        assert floor(work, CEILINGS["h100"]).us >= work.flops / rate
+    assert case.work("ours").flops == pytest.approx(4.72e9, rel=1e-3)
+    assert case.work("ours") == case.work("ours fp16")
+    many = dataclasses.replace(case, batch=64).work("ours")
+    assert many.flops == 64 * 2 * products
+    least = floor(many, CEILINGS["h100"])
+    assert (least.us, least.limit) == (pytest.approx(305, abs=1), "flops")  # 302 GFLOP at 989 TFLOP/s
+
+
+def test_pruner_work_by_hand() -> None:
+    inner, whole = SLOTS.work("ours fp32"), PRUNER.work("ours fp32")
+    rows = 2 * 4 * 24 * 4
+    assert whole.read == inner.read + 2 * 24 * 4 + rows
+    assert whole.written == rows + 2 * (4 + 1) * 8
+    assert (whole.flops, whole.exponentials, whole.arithmetic) == (inner.flops, inner.exponentials, "fp32")
+    assert PRUNER.work("official").arithmetic == PRUNER.work("compiled fp32").arithmetic == "fp32"
+    assert PRUNER.work("compiled tf32").arithmetic == "tf32"
 
 
 # ------------------------------------------------------------------------------------------ what is measured
@@ -140,8 +192,9 @@ def test_matrix_bound_floor() -> None:
 @pytest.mark.usefixtures("a_gpu")
 def test_what_a_gpu_measures() -> None:
     cases = [*select_cases(), *gather_cases(), *scatter_cases(), *received_cases()]
+    cases += [*slot_cases(), *pruner_cases()]
     assert len({case.label + case.op for case in cases}) == len(cases)
-    for op in ("select_rows", "gather_tokens", "gather_tokens backward", "received_attention"):
+    for op in {case.op for case in cases}:
         assert {case.batch for case in cases if case.op == op} == {1, 8, 64}
     assert {case.dtype for case in cases} == {torch.float16, torch.bfloat16}
     parameters = rows(cases)
@@ -152,13 +205,42 @@ def test_what_a_gpu_measures() -> None:
         modes.setdefault(f"{case.op} {which.name} {'packed' if 'qwen' in case.name else ''}", set()).add(mode)
     assert all(each == {"graph", "eager"} for name, each in modes.items() if " ours" in name)
     assert modes["select_rows official "] == modes["received_attention official packed"] == {"eager"}
+    assert modes["pruner official "] == {"eager"}
     last = [parameter.values[1].compiled for parameter in parameters]
     assert last == sorted(last)  # compiling comes last
 
 
 @pytest.mark.usefixtures("a_gpu")
+def test_what_slot_attention_is_compared_with() -> None:
+    gpu = torch.device("cuda", 0)
+    shapes = [(case.tokens, case.slots, case.batch) for case in slot_cases()]
+    assert shapes == [
+        *((576, 64, batch) for batch in (1, 8, 64)),
+        *((576, 192, batch) for batch in (1, 8, 64)),
+        *((2880, 160, batch) for batch in (1, 8, 64)),
+        *((2880, 640, batch) for batch in (1, 8)),
+    ]
+    assert {case.widths for case in slot_cases()} == {(1024, 2048, 512, 2048)}
+    assert [(case.tokens, case.slots, case.batch) for case in pruner_cases()] == shapes
+    ours = ["ours fp16", "ours tf32", "ours fp32"]
+    plain = ["eager fp16", "eager fp32"]
+    compiled_too = ["compiled fp16", "compiled tf32", "compiled fp32"]
+    for case, extra in ((slot_cases()[0], plain), (pruner_cases()[0], ["official"])):
+        names = [each.name for each in case.candidates()]
+        assert names == [*ours, "folded fp16", "folded fp32", *extra, *compiled_too]
+    timed = {
+        (case.name, case.batch)
+        for case in (*slot_cases(), *pruner_cases())
+        for each in case.candidates()
+        if each.compiled and each.why_not(case, gpu) is None
+    }
+    assert timed == {("llava-64", 1), ("llava-64", 64), ("next-160", 1), ("next-160", 64)}
+
+
+@pytest.mark.usefixtures("a_gpu")
 def test_rotation_covers_the_cache() -> None:
-    for case in (*select_cases(), *gather_cases(), *scatter_cases(), *received_cases()):
+    cases = [*select_cases(), *gather_cases(), *scatter_cases(), *received_cases(), *slot_cases()]
+    for case in (*cases, *pruner_cases()):
         read = case.work("ours").read
         for l2 in (50 * MB, 60 * MB):
             sets = sets_needed(read, case.batch, l2)
@@ -178,6 +260,13 @@ def test_drawn_inputs_are_what_they_say() -> None:
     q, k, lse, bounds = PACKED.draw(0, CPU)
     assert q.shape == k.shape == (1, 2, 48, 16)
     assert bounds.tolist() == list(range(0, 49, 8))
+    slots = SLOTS.draw(0, CPU)
+    assert slots.features.shape == slots.x.shape == (2, 24, 24)
+    assert slots.features[..., 7].std() > 20 * slots.features[..., 8].std()
+    assert not torch.equal(slots.features, SLOTS.draw(1, CPU).features)
+    again = SLOTS.draw(1, CPU).models.plain.query_weight
+    assert torch.equal(slots.models.plain.query_weight, again)  # one checkpoint
+    assert slots.models.plain.query_weight.data_ptr() != again.data_ptr()
     received = received_attention(q, k, lse=lse, cu_seqlens=bounds, backend="torch")
     torch.testing.assert_close(received, received_attention(q, k, cu_seqlens=bounds, backend="torch"))
 
@@ -287,6 +376,169 @@ def test_no_figure_for_a_wrong_implementation(
     assert written(tmp_path, case.family)["rows"] == []
 
 
+def folded_with(case: SlotCase, i: Any, model: Folded, num_iters: int = 3, eps: float = 1e-5) -> Any:
+    attention = folded.slot_assignment(i.features, *model, num_iters, eps)
+    return case.finish(attention, i.x, i.fill)
+
+
+def off_by_a_token(case: Any, i: Any) -> Any:
+    keys, largest, finite = folded_with(case, i, i.models.folded)
+    return keys - 1, largest, finite  # the next token, with the attention of the right one
+
+
+def one_image_for_another(case: Any, i: Any) -> Any:
+    return tuple(tensor.flip(0) for tensor in folded_with(case, i, i.models.folded))
+
+
+def unwritten_tokens(case: Any, i: Any) -> Any:
+    keys, largest, finite = folded_with(case, i, i.models.folded)
+    largest[1, 5] = torch.nan
+    return keys, largest, finite
+
+
+def not_finite(case: Any, i: Any) -> Any:
+    keys, largest, finite = folded_with(case, i, i.models.folded)
+    finite[1, 5] = False
+    return keys, largest, finite
+
+
+def no_tokens(case: Any, i: Any) -> Any:
+    keys, largest, finite = folded_with(case, i, i.models.folded)
+    return torch.full_like(keys, torch.iinfo(torch.int64).max - case.tokens * 0x100), largest, finite
+
+
+def rows_of_others(case: Any, i: Any) -> Any:
+    indices, count, taken = folded_with(case, i, i.models.folded)
+    return indices, count, taken.flip(1)
+
+
+def rows_of_the_slots_layer(case: Any, i: Any) -> Any:
+    return folded_with(case, i._replace(x=i.features), i.models.folded)
+
+
+def unsorted(case: Any, i: Any) -> Any:
+    return tuple(t.flip(1) if t.ndim > 1 else t for t in folded_with(case, i, i.models.folded))
+
+
+def others_kept(case: Any, i: Any) -> Any:
+    indices, count, _ = folded_with(case, i, i.models.folded)
+    kept = torch.zeros(case.batch, case.tokens).scatter_(1, indices, 1.0)
+    indices = kept.argsort(dim=1)[:, : case.slots].sort(dim=1).values
+    return indices, count, gather_tokens(i.x, indices)
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong", "message"),
+    [
+        (SLOTS, off_by_a_token, "relative error|picks|a pick"),
+        (SLOTS, one_image_for_another, "relative error"),
+        (SLOTS, unwritten_tokens, "relative error nan"),
+        (SLOTS, not_finite, "NaN, or a pick"),
+        (SLOTS, no_tokens, "NaN, or a pick"),
+        (SLOTS, lambda case, i: folded_with(case, i, i.models.folded, num_iters=2), "relative error"),
+        (SLOTS, lambda case, i: folded_with(case, i, i.models.folded, eps=1e-1), "relative error"),
+        (SLOTS, lambda case, i: [t[:1] for t in folded_with(case, i, i.models.folded)], "keys: "),
+        (PRUNER, rows_of_others, "rows: "),
+        (PRUNER, rows_of_the_slots_layer, "rows: "),
+        (PRUNER, unsorted, "ascend"),
+        (PRUNER, others_kept, "kept tokens: 8 of 8 differ"),
+    ],
+)
+def test_no_figure_for_a_wrong_pruner(
+    case: SlotCase, wrong: Callable[[Any, Any], Any], message: str, tmp_path: Path
+) -> None:
+    right = Candidate("ours fp32", lambda case: lambda i: folded_with(case, i, i.models.folded))
+    broken = Candidate("ours fp32", lambda case: lambda i: wrong(case, i))
+    recorder = Recorder(tmp_path, CPU, commit="abc")
+    take(case, right, recorder)
+    prepared.cache_clear()
+    with pytest.raises(GateError, match=message):
+        take(case, broken, recorder)
+    assert written(tmp_path, case.family)["rows"] == []
+
+
+@pytest.mark.parametrize(("name", "factor"), [("ours fp32", 1.01), ("ours fp16", 1.5), ("folded fp16", 2.0)])
+def test_every_weight_counts(name: str, factor: float) -> None:
+    """A gate sees any tensor of the folded checkpoint scaled; a float32 one, scaled by one percent."""
+    inputs = SLOTS.draw(0, CPU)
+    expected = SLOTS.expect(inputs)
+    start, weights = inputs.models.folded
+    SLOTS.check(name, folded_with(SLOTS, inputs, (start, weights)), expected)
+    for field in (*SlotStart._fields, *FoldedWeights._fields):
+        mutated = (
+            start._replace(**{field: getattr(start, field) * factor})
+            if field in SlotStart._fields
+            else start,
+            weights._replace(**{field: getattr(weights, field) * factor})
+            if field in FoldedWeights._fields
+            else weights,
+        )
+        got = folded_with(SLOTS, inputs, mutated)
+        with pytest.raises(GateError):
+            SLOTS.check(name, got, expected)
+
+
+def test_the_slot_oracle_is_the_published_form_and_not_ours() -> None:
+    inputs = SLOTS.draw(0, CPU)
+    weights = SlotAttentionWeights(*(t.double() for t in inputs.models.plain))
+    _, want = slot_attention(inputs.features.double(), inputs.models.slots.double(), weights, backend="torch")
+    expected = SLOTS.expect(inputs)
+    torch.testing.assert_close(expected.attention, want)
+    assert expected.kept.tolist() == select_rows(want, 4, inputs.fill, inputs.x)[0].tolist()
+
+
+def test_of_a_large_batch_a_few_images_are_compared_and_all_are_looked_at() -> None:
+    case = dataclasses.replace(SLOTS, batch=20)
+    inputs = case.draw(0, CPU)
+    expected = case.expect(inputs)
+    assert expected.images.tolist() == [0, 3, 5, 8, 11, 14, 16, 19]
+    got = folded_with(case, inputs, inputs.models.folded)
+    assert case.check("ours fp32", got, expected)["images"] == 8
+    got[2][1, 3] = False
+    with pytest.raises(GateError, match="NaN"):
+        case.check("ours fp32", got, expected)
+
+
+def test_near_ties_alone_may_be_decided_otherwise() -> None:
+    bounds = slot_module.Bounds(error=1.0, shortfall=1.0, different=0.01, few=1)
+    assert slot_module.require_share("x", torch.tensor([True] + 63 * [False]), bounds) == 63 / 64
+    with pytest.raises(GateError, match="x: 2 of 64 differ"):
+        slot_module.require_share("x", torch.tensor(2 * [True] + 62 * [False]), bounds)
+    assert slot_module.bounds_of("ours fp16") == slot_module.BOUNDS["fp16"]
+    assert slot_module.bounds_of("compiled tf32") == slot_module.BOUNDS["tf32"]
+    assert slot_module.bounds_of("official") == slot_module.BOUNDS["fp32"]
+    assert slot_module.bounds_of("eager fp16").error > slot_module.BOUNDS["fp16"].error
+
+
+def test_float16_baselines_are_float16_throughout() -> None:
+    half = random_models(SLOTS.widths, 4, CPU).half()
+    assert {tensor.dtype for part in half for tensor in part} == {torch.float16}
+    inputs = SLOTS.draw(0, CPU)
+    expected = SLOTS.expect(inputs)
+    for which in SLOTS.candidates():
+        if which.name in ("folded fp16", "eager fp16"):  # not timed on a CPU, but they run
+            gate = SLOTS.check(which.name, which.make(SLOTS)(inputs), expected)
+            assert gate["error"] > 1e-4
+            assert "everything in float16" in which.note
+
+
+def test_tf32_is_allowed_for_its_candidate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+        assert mode == "max-autotune-no-cudagraphs"
+        return lambda *arguments: (seen.append(torch.get_float32_matmul_precision()), function(*arguments))[1]
+
+    monkeypatch.setattr(slot_module, "compiled", compiled)
+    for case in (SLOTS, PRUNER):
+        inputs = case.draw(0, CPU)
+        expected = case.expect(inputs)
+        for name in ("compiled fp32", "compiled tf32", "compiled fp16"):
+            case.check(name, candidate(case, name).make(case)(inputs), expected)
+    assert seen == 2 * ["highest", "high", "highest"]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_wrong_reference_does_not_widen_ours_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = DENSE.draw(0, CPU)
     monkeypatch.setattr(
@@ -327,6 +579,9 @@ def test_gates_see_what_nothing_wrote() -> None:
     poison(outputs)
     assert outputs[0][0].isnan().all()
     assert outputs[0][1].tolist() == [-1, -1]
+    flags = torch.ones(2, dtype=torch.bool)
+    poison([(flags,)])
+    assert not flags.any()
     with pytest.raises(GateError):
         require_equal("x", torch.tensor([torch.nan]), torch.tensor([torch.nan]))
     with pytest.raises(GateError, match="float32"):
@@ -553,7 +808,7 @@ def test_the_suite_on_a_cpu(tmp_path: Path) -> None:
     assert "no GPU: interpreted kernels tell nothing about speed" in result.stdout
     assert "small sizes" in result.stdout
     assert "Median" in result.stdout  # pytest-benchmark's table
-    for family, least in (("selection", 6), ("received-attention", 6)):
+    for family, least in (("selection", 6), ("received-attention", 6), ("slot-attention", 4)):
         record = written(tmp_path, family)
         assert record["commit"] == "abc"
         assert len(record["rows"]) == least
@@ -570,6 +825,7 @@ def test_a_deadline_starts_no_row() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_gpu_targets_refuse_without_a_gpu() -> None:
     targets = ("gpu-tests", "gpu-micro-selection", "gpu-micro-received")
+    targets += tuple(f"gpu-micro-slots-{part}" for part in ("kernels", "pruner", "compiled"))
     result = run("make", "--keep-going", *targets, f"GPU_PYTHON={sys.executable}")
     assert result.returncode != 0
     assert "needs a CUDA GPU" in result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 import ocvtp_kernels
 from bench import tune
 from bench.aot import TARGETS
+from bench.micro.slot_inputs import Widths, random_features, random_models
 from ocvtp_kernels import _tiles
+from ocvtp_kernels._launch import recording
 from ocvtp_kernels.received_attention import received_attention
 
 ROW = ("received_attention.head_mean", "sm90", "any")
@@ -39,6 +42,7 @@ def test_every_kernel_has_candidates_that_differ_from_the_present_tile() -> None
         tried = list(tune.candidates(kernel, present))
         assert tried[0] == present
         assert len(tried) > 5
+        assert len(tried) <= 40 or not kernel.startswith("slot_attention")  # each compiles for seconds
         assert all(tile.keys() == present.keys() for tile in tried)
         assert len({tuple(tile.values()) for tile in tried}) == len(tried)
 
@@ -84,16 +88,98 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys: pytest.CaptureFixture[st
 @INTERPRETED
 @pytest.mark.parametrize("kernel", sorted({kernel for kernel, _, _ in _tiles.table()}))
 def test_workloads_use_the_row_they_are_for(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ocvtp_kernels._launch import recording
-
     for name, arch, shape in _tiles.table():
         if (name, arch) != (kernel, "sm90"):
             continue
         monkeypatch.setattr(tune, "_BATCHES", (1,))
-        with recording() as launches:
+        # No other row of the table has so many warps.
+        tile = {**_tiles.tile(kernel, arch, shape), "num_warps": 64}
+        with tune.replaced(kernel, arch, shape, tile), recording() as launches:
             for call in tune.workloads(kernel, shape, torch.device("cpu")):
                 call()
-        tile = _tiles.tile(kernel, arch, shape)
         own = [launch.tile for launch in launches if launch.kernel.fn.__name__ == kernel.split(".")[1]]
         assert own
-        assert all(tile.items() <= launched.items() for launched in own)
+        for launched in own:
+            size = tile.get("SIZE")  # rows of any width, which its launcher turns into a number of them
+            assert size is None or launched["BR"] * launched["CP"] == size
+            assert {name: value for name, value in tile.items() if name != "SIZE"}.items() <= launched.items()
+        if kernel.startswith("slot_attention"):
+            assert own == [launch.tile for launch in launches]  # it alone is timed
+
+
+def slot_kernel(kernel: str, shape: str, *, tf32: bool = False) -> tune.SlotKernel:
+    """At a size that the interpreter runs in half a second."""
+    widths = Widths(48, 40, 32, 24)
+    features = random_features(1, 33, 48, torch.float16, torch.Generator().manual_seed(0))
+    models = random_models(widths, 16, torch.device("cpu"))
+    return tune.SlotKernel(
+        kernel, shape, features, models.mixed if shape.endswith("16bit") else models.folded, tf32
+    )
+
+
+def few(kernel: str) -> dict[str, tuple[int, ...]]:
+    """The least and the most that it tries of each option."""
+    return {name: (min(values), max(values)) for name, values in tune._CANDIDATES[kernel].items()}
+
+
+SLOT_ROWS = [
+    ("slot_attention.normalise", "any"),
+    ("slot_attention.linear", "encode-2-16bit"),
+    ("slot_attention.linear", "queries-32bit"),
+    ("slot_attention.attend", "K<=64-16bit"),
+    ("slot_attention.update", "K<=64-32bit"),
+    ("slot_attention.gru", "any-16bit"),
+]
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("kernel", "shape"), SLOT_ROWS)
+def test_a_row_of_slot_attention_is_tuned(kernel: str, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tile that is tried gives the same result, and what is timed runs this kernel with it."""
+    grid = {name: values for name, values in few(kernel).items() if not name.startswith("num_")}
+    monkeypatch.setitem(tune._CANDIDATES, kernel, {**grid, "num_stages": (9,)})
+    own = slot_kernel(kernel, shape)
+    timed = []
+
+    def timer(call: tune.Call) -> float:
+        with recording() as launches:
+            call()
+        assert {launch.kernel.fn.__name__ for launch in launches} == {kernel.split(".")[1]}
+        assert len({launch.tile["num_stages"] for launch in launches}) == 1
+        timed.append(launches[-1].tile["num_stages"])
+        return 0.5 if timed[-1] == 9 else 1.0
+
+    tile, gain = tune.tune_row(kernel, "sm90", shape, [own], timer)
+    assert (tile["num_stages"], gain) == (9, pytest.approx(2.0))
+    assert timed == [_tiles.tile(kernel, "sm90", shape)["num_stages"]] + [9] * (len(timed) - 1)
+    assert len(timed) > 2
+
+
+@INTERPRETED
+def test_a_kernel_alone_repeats_what_the_whole_call_gave_it() -> None:
+    own = slot_kernel("slot_attention.gru", "any-32bit")
+    own.result()
+    slots = own._own[-1].arguments[9]
+    before = slots.clone()
+    assert before.isfinite().all()
+    slots.fill_(torch.nan)
+    own()
+    assert torch.equal(slots, before)
+    assert len(own._own) == 2  # both iterations that update slots
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    ("shape", "tf32", "allowed"),
+    [("any-32bit", False, 1e-4), ("any-32bit", True, 5e-2), ("any-16bit", False, 5e-2)],
+)
+def test_results_of_slot_attention_may_differ_by_rounding_alone(
+    shape: str, tf32: bool, allowed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = ("slot_attention.gru", "sm90", shape)
+    own = slot_kernel(row[0], shape, tf32=tf32)
+    for factor, wrong in ((1 + allowed / 2, False), (1 + 2 * allowed, True)):
+        results = iter([1.0, 1.0, factor])
+        monkeypatch.setattr(own, "result", lambda results=results: torch.tensor([next(results, 1.0)]))
+        with pytest.raises(SystemExit, match="something else") if wrong else contextlib.nullcontext():
+            tune.tune_row(*row, [own], lambda _: 1.0)

@@ -120,10 +120,10 @@ class Candidate:
         return self.name.startswith("ours")
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Callable[..., Outputs], mode: str | None = None) -> Callable[..., Outputs]:
     """``torch.compile`` of a baseline, specialised on its shapes; a graph break is an error."""
     torch._dynamo.reset()  # else a ninth shape would be refused
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
 def rows(cases: Sequence[Case[Any, Any]]) -> list[Any]:

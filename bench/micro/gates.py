@@ -48,10 +48,13 @@ def require_error(what: str, error: float, bound: float) -> None:
 
 
 def poison(outputs: Sequence[Outputs]) -> None:
-    """Overwrite results with what no correct call leaves."""
+    """Overwrite results with what no correct call leaves; of flags, all are true after one."""
     for output in outputs:
         for tensor in output:
-            tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
+            if tensor.dtype == torch.bool:
+                tensor.fill_(False)
+            else:
+                tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
 
 
 @contextlib.contextmanager
