@@ -19,6 +19,10 @@ from ocvtp.vlm.tower import root
 from tests.rehearsal import Rehearsal
 from tests.vlm.tiny_llava import GREEDY, KEEP, LAYERS, ONE, llava, pixels, prompt, pruner
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="rehearsed in Triton's interpreter; test_vlm_gpu.py has the real thing"
+)
+
 OPTIONS: dict[str, Any] = {"keep": KEEP, "backend": "triton", "precision": "fp32"}
 
 

@@ -50,3 +50,16 @@ def test_stage_times_on_a_gpu() -> None:
     with ocvtp.vlm.stage_times(model) as times:
         model.generate(**batch, **GREEDY)
     assert all(value > 0 for value in times.values())
+
+
+def test_captured_and_overlapped_calls_keep_the_same_tokens() -> None:
+    model, batch = llava().half().cuda(), to_gpu(mixed()[0])
+    ocvtp.apply(model, pruner(), keep=KEEP, backend="torch")
+    want = ocvtp.vlm.select(model, batch["pixel_values"]).indices
+    report = ocvtp.apply(model, pruner(), keep=KEEP, backend="triton", precision="fp32")
+    assert report.captured
+    for _ in range(4):  # as it is, captured, replayed twice
+        assert torch.equal(ocvtp.vlm.select(model, batch["pixel_values"]).indices, want)
+    out = [model.generate(**batch, **GREEDY) for _ in range(2)]
+    assert torch.equal(*out)
+    ocvtp.remove(model)
