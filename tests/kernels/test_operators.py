@@ -612,12 +612,14 @@ def _refusals() -> dict[str, tuple[Callable[[], Any], str]]:
             "slot_attention can't run its Triton kernel: .* the weights are torch.float64",
         ),
         "bfloat16 weights": (
-            lambda: top_tokens(FEATURES, START, brain, backend="triton"),
+            lambda: top_tokens(
+                FEATURES, START._replace(queries=START.queries.bfloat16()), brain, backend="triton"
+            ),
             "the weights are torch.bfloat16",
         ),
         "float64 features": (
             lambda: top_tokens(FEATURES.double(), START, WEIGHTS, backend="triton"),
-            "features of up to 32 bits, not float64",
+            "features in float32, float16 and bfloat16, not torch.float64",
         ),
         "16385 channels": (
             lambda: top_tokens(broad.encoder_fc1_weight[None], START, broad, backend="triton"),

@@ -779,3 +779,15 @@ def test_no_slots_or_tokens(backend: str, slots: int, tokens: int) -> None:
     arguments = problem(2, slots, tokens, TINY).arguments(torch.float32)
     with pytest.raises(ValueError, match="a slot and a token"):
         top_tokens(*arguments, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_start_of_other_weights(backend: str) -> None:
+    """Else it would fail deep inside a kernel."""
+    p = problem(1, 5, 9)
+    features, start, weights = p.arguments(torch.float32)
+    with pytest.raises(TypeError, match="make it with start_from_slots"):
+        top_tokens(features, p.folded(torch.float16)[0], weights, backend=backend)
+    elsewhere = weights._replace(gru_input_bias=weights.gru_input_bias.to("meta"))
+    with pytest.raises(ValueError, match="start or weights on meta"):
+        top_tokens(features, start, elsewhere, backend=backend)
