@@ -16,6 +16,7 @@ if not torch.cuda.is_available():  # kernels then run in Triton's interpreter; r
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ocvtp import OCPruner, PrunerConfig
+from tests.rehearsal import Rehearsal
 
 DATA = Path(__file__).parent / "data"
 SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -91,3 +92,16 @@ def pruner() -> OCPruner:
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm())
+
+
+@pytest.fixture
+def lanes(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsal]:
+    """Lanes made during the test, all of them rehearsals."""
+    made: list[Rehearsal] = []
+
+    def lane_for(device: torch.device) -> Rehearsal:
+        made.append(Rehearsal(device))
+        return made[-1]
+
+    monkeypatch.setattr("ocvtp.capture.lane_for", lane_for)
+    return made

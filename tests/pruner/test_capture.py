@@ -24,18 +24,6 @@ from tests.rehearsal import Rehearsal
 KEEP = 4
 
 
-@pytest.fixture
-def lanes(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsal]:
-    made: list[Rehearsal] = []
-
-    def lane_for(device: torch.device) -> Rehearsal:
-        made.append(Rehearsal(device))
-        return made[-1]
-
-    monkeypatch.setattr(capture, "lane_for", lane_for)
-    return made
-
-
 def features(
     images: int = 1, tokens: int = 20, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 pytest.importorskip("triton")
 
 import ocvtp
-from ocvtp import capture
 from ocvtp.capture import SlotRunner
 from ocvtp.vlm.patch import controller_of
 from ocvtp.vlm.tower import root
@@ -24,18 +22,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 OPTIONS: dict[str, Any] = {"keep": KEEP, "backend": "triton", "precision": "fp32"}
-
-
-@pytest.fixture
-def lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Rehearsal]]:
-    made: list[Rehearsal] = []
-
-    def lane_for(device: torch.device) -> Rehearsal:
-        made.append(Rehearsal(device))
-        return made[-1]
-
-    monkeypatch.setattr(capture, "lane_for", lane_for)
-    return made
 
 
 def runner_of(model: Any) -> SlotRunner:
