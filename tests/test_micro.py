@@ -61,7 +61,7 @@ SCATTER = ScatterCase("tiny", 2, torch.float32, 4, 24, 8)
 DENSE = ReceivedCase("tiny", 2, torch.float32, 2, 20, 16)
 PACKED = ReceivedCase("tiny", 2, torch.float32, 2, 8, 16, segments=3)
 SLOTS = SlotCase("tiny", 2, torch.float32, 4, 24, Widths(24, 40, 16, 32))
-PRUNER = PrunerCase("tiny", 2, torch.float32, 4, 24, Widths(24, 40, 16, 32))
+PRUNER = PrunerCase("tiny", 2, torch.float32, 10, 24, Widths(24, 40, 16, 32))
 TINY = (SELECT, GATHER, SCATTER, DENSE, PACKED, SLOTS, PRUNER)
 
 
@@ -177,10 +177,11 @@ def test_slot_attention_floor_by_hand() -> None:
 
 
 def test_pruner_work_by_hand() -> None:
-    inner, whole = SLOTS.work("ours fp32"), PRUNER.work("ours fp32")
-    rows = 2 * 4 * 24 * 4
+    inner = dataclasses.replace(SLOTS, slots=10).work("ours fp32")
+    whole = PRUNER.work("ours fp32")
+    rows = 2 * 10 * 24 * 4
     assert whole.read == inner.read + 2 * 24 * 4 + rows
-    assert whole.written == rows + 2 * (4 + 1) * 8
+    assert whole.written == rows + 2 * (10 + 1) * 8
     assert (whole.flops, whole.exponentials, whole.arithmetic) == (inner.flops, inner.exponentials, "fp32")
     assert PRUNER.work("official").arithmetic == PRUNER.work("compiled fp32").arithmetic == "fp32"
     assert PRUNER.work("compiled tf32").arithmetic == "tf32"
@@ -441,7 +442,8 @@ def others_kept(case: Any, i: Any) -> Any:
         (PRUNER, rows_of_others, "rows: "),
         (PRUNER, rows_of_the_slots_layer, "rows: "),
         (PRUNER, unsorted, "ascend"),
-        (PRUNER, others_kept, "kept tokens: 8 of 8 differ"),
+        (PRUNER, others_kept, "kept tokens: 20 of 20 differ"),
+        (PRUNER, lambda case, i: folded_with(case, i._replace(fill=-i.fill), i.models.folded), "kept tokens"),
     ],
 )
 def test_no_figure_for_a_wrong_pruner(
