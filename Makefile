@@ -44,7 +44,7 @@ demo: $(VENV)/.demo
 	$(BIN)/ocvtp demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -336,6 +336,8 @@ class OCPruner(
         seed: int = 0,
         mask: torch.Tensor | None = None,
         backend: str = "auto",
+        *,
+        truncate: bool = True,
     ) -> Reconstruction:
         """Slots, their attention and the decoder's reconstruction, all differentiable (the training path).
 
@@ -346,6 +348,7 @@ class OCPruner(
             seed: of the noise; the same for every image.
             mask: ``[B or 1, N]`` bool, True where the decoder must not see the token; ``None`` hides none.
             backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+            truncate: gradients skip all iterations but the last, as published; ``False``: they take them all.
 
         Raises:
             TypeError, ValueError: a wrong type or shape, or a pruner without a decoder.
@@ -366,6 +369,7 @@ class OCPruner(
             self.weights(),
             num_iters=self.config.num_iters,
             eps=self.config.eps,
+            truncate=truncate,
             dropout=self.config.dropout if self.training else 0.0,
             backend=backend,
         )

@@ -15,6 +15,9 @@ from safetensors import safe_open
 if not torch.cuda.is_available():  # kernels then run in Triton's interpreter; read when they are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: more threads only get in each other's way
+    torch.set_num_threads(1)
+
 from ocvtp import OCPruner, PrunerConfig
 from tests.rehearsal import Rehearsal
 

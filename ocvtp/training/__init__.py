@@ -1,0 +1,1 @@
+"""Training of pruners: images, features, recipe, trainer. Import what you need from the modules."""
