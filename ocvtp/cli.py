@@ -29,6 +29,10 @@ def _at_home(given: Any) -> Any:
     return type(given)(os.path.expanduser(given))
 
 
+def _at_home_if_given(given: Any) -> Any:
+    return None if given is None else _at_home(given)
+
+
 ModelOption = Annotated[
     str, typer.Option(help="Model folder, or Hub id such as llava-hf/llava-1.5-7b-hf.", callback=_at_home)
 ]
@@ -52,6 +56,20 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the pruner's slots.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+EncoderOption = Annotated[
+    str,
+    typer.Option(help="Folder or Hub id of a vision encoder, or of a LLaVA that has one.", callback=_at_home),
+]
+ReadLayerOption = Annotated[
+    int, typer.Option(min=0, help="Encoder layer, counted from 0, whose output the pruner reads.")
+]
+CropsOption = Annotated[
+    int, typer.Option(min=1, help="Records of each image: the whole, then random squares of it.")
+]
+ImagesArgument = Annotated[
+    Path,
+    typer.Argument(help="Folder of images, read with its subfolders.", show_default=False, callback=_at_home),
+]
 ImageArgument = Annotated[Path, typer.Argument(help="The photograph.", show_default=False, callback=_at_home)]
 
 
@@ -146,6 +164,113 @@ def visualize(
             console=Console(stderr=True),
         )
         typer.echo(f"wrote {out}")
+
+
+@app.command()
+def features(
+    images: ImagesArgument,
+    encoder: EncoderOption,
+    out: Annotated[Path, typer.Option(help="Folder to store them in; resumed if begun.", callback=_at_home)],
+    layer: ReadLayerOption = 8,
+    crops: CropsOption = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images the encoder sees at once.")] = 8,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes of one file.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="First so many images only.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Store what a vision encoder makes of a folder of images, to train a pruner on."""
+    from ocvtp.commands import features as command
+
+    with told_plainly():
+        command.run(
+            images,
+            encoder=encoder,
+            layer=layer,
+            out=out,
+            crops=crops,
+            batch=batch,
+            shard_mb=shard_mb,
+            limit=limit,
+            device=device,
+            dtype=dtype,
+            console=Console(stderr=True),
+        )
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run; resumed if begun.", callback=_at_home)],
+    features: Annotated[
+        Path | None, typer.Option(help="What `ocvtp features` stored.", callback=_at_home_if_given)
+    ] = None,
+    validation_features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Held-out features; default: a share of the photographs.", callback=_at_home_if_given
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of images to train on without storing features.", callback=_at_home_if_given
+        ),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="With --images: folder or Hub id of the encoder.", callback=_at_home_if_given),
+    ] = None,
+    layer: ReadLayerOption = 8,
+    crops: CropsOption = 1,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON file {"recipe": {...}, "pruner": {...}}; options here win.', callback=_at_home_if_given
+        ),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images [30].")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images of a step, of all processes [12].")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="AdamW's highest [0.001].")] = None,
+    slots: Annotated[str | None, typer.Option(help="Numbers of slots to draw from [16,32,64,128].")] = None,
+    autocast: Annotated[str | None, typer.Option(help="none, bf16 or fp16 [none].")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of everything random [0].")] = None,
+    device: Annotated[str, typer.Option(help="auto (all that accelerate finds) or cpu.")] = "auto",
+    dtype: DtypeOption = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read features ahead.")] = 0,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between rows of metrics.")] = 10,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 200,
+) -> None:
+    """Train a pruner. Several GPUs: accelerate launch -m ocvtp.cli train ..."""
+    from ocvtp.commands import train as command
+
+    with told_plainly():
+        flags = {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "slots": command.read_slots(slots),
+            "autocast": autocast,
+            "seed": seed,
+        }
+        command.run(
+            out,
+            features=features,
+            validation_features=validation_features,
+            images=images,
+            encoder=encoder,
+            layer=layer,
+            crops=crops,
+            config=config,
+            recipe_flags={name: value for name, value in flags.items() if value is not None},
+            device=device,
+            dtype=dtype,
+            workers=workers,
+            log_every=log_every,
+            save_every=save_every,
+            console=Console(stderr=True),
+        )
 
 
 @app.command()

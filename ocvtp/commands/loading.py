@@ -28,7 +28,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has one slash
 
 def load_image(path: Path) -> Image:
     """The picture at ``path``, decoded, upright and in RGB."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from ocvtp.images import BadImageError, decode
 
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder; give one image file")
@@ -36,32 +36,29 @@ def load_image(path: Path) -> Image:
         if _URL.match(str(path)):
             raise UserError("URLs are not read: download the image first, then give the file")
         raise UserError(f"no image at {path}")
-    try:
-        with Image.open(path) as image:
-            return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} can't be decoded as an image: {error}") from error
-
-
-def _eight_bit(image: Image) -> Image:
-    """16-bit greyscale scaled down; pillow's own conversion would clip nearly all of it to white."""
-    if not image.mode.startswith("I"):
-        return image
-    import numpy as np
-    from PIL import Image as images
-
-    return images.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
+    with blamed_on_input(BadImageError):
+        return decode(path)
 
 
 def model_source(given: str) -> str:
     """A model's folder or Hub id, as far as can be told without loading anything."""
+    return _model_source(given, "--model")
+
+
+def encoder_source(given: str) -> str:
+    """The same of a vision encoder, or of a model that has one."""
+    return _model_source(given, "--encoder")
+
+
+def _model_source(given: str, option: str) -> str:
     if not given.strip():
-        raise UserError("--model is empty; give a model's folder or Hub id")
+        raise UserError(f"{option} is empty; give a model's folder or Hub id")
     if os.path.isfile(given):
-        raise UserError(f"{given} is a file; --model takes the folder that holds config.json")
+        raise UserError(f"{given} is a file; {option} takes the folder that holds config.json")
     if os.path.isdir(given):
         if _is_pruner_folder(Path(given)):
-            raise UserError(f"{given} holds a pruner, not a model: are --model and --pruner swapped?")
+            swapped = ": are --model and --pruner swapped?" if option == "--model" else ""
+            raise UserError(f"{given} holds a pruner, not a model{swapped}")
     elif given.startswith((".", "/", "~")) or given.count("/") > 1:
         raise UserError(f"no model folder at {given}")
     return given

@@ -6,6 +6,7 @@ import hashlib
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from ocvtp.pruner import OCPruner
 from ocvtp.training.recipe import Recipe
@@ -64,6 +65,48 @@ def hidden_tokens(recipe: Recipe, batch: int, tokens: int, source: torch.Generat
     return rank >= visible[:, None]
 
 
+class StepLoss(NamedTuple):
+    """What a step computes.
+
+    Attributes:
+        loss: ``[B]``, area-weighted reconstruction error of each image.
+        slot_attention: ``[B, K, N]`` of the last iteration, detached.
+    """
+
+    loss: torch.Tensor
+    slot_attention: torch.Tensor
+
+
+class Objective(nn.Module):
+    """The loss as a module, because that is what data-parallel wrappers wrap.
+
+    Args:
+        pruner: with a decoder.
+        recipe: says how tokens weigh, and how far gradients go.
+    """
+
+    def __init__(self, pruner: OCPruner, recipe: Recipe) -> None:
+        super().__init__()
+        self.pruner = pruner
+        self.recipe = recipe
+
+    def forward(self, features: torch.Tensor, noise: torch.Tensor, hidden: torch.Tensor) -> StepLoss:
+        """Loss of ``features`` ``[B, N, C]`` under a :class:`Draw`, all on the pruner's device."""
+        out = self.pruner.reconstruct(
+            features, num_slots=noise.shape[1], noise=noise, mask=hidden, truncate=self.recipe.truncate
+        )
+        loss = area_weighted_mse(
+            out.reconstruction,
+            features,
+            out.slot_attention,
+            empty_slots=self.recipe.empty_slots,
+            reduction="none",
+            power=self.recipe.power,
+            cap=self.recipe.cap,
+        )
+        return StepLoss(loss, out.slot_attention.detach())
+
+
 def step_loss(pruner: OCPruner, features: torch.Tensor, draw: Draw, recipe: Recipe) -> torch.Tensor:
     """Area-weighted reconstruction error of each image ``[B]``; differentiable in the pruner's parameters.
 
@@ -73,20 +116,19 @@ def step_loss(pruner: OCPruner, features: torch.Tensor, draw: Draw, recipe: Reci
         draw: of these images.
         recipe: says how tokens weigh, and how far gradients go.
     """
-    device = features.device
-    out = pruner.reconstruct(
-        features,
-        num_slots=draw.noise.shape[1],
-        noise=draw.noise.to(device, non_blocking=True),
-        mask=draw.hidden.to(device, non_blocking=True),
-        truncate=recipe.truncate,
-    )
-    return area_weighted_mse(
-        out.reconstruction,
-        features,
-        out.slot_attention,
-        empty_slots=recipe.empty_slots,
-        reduction="none",
-        power=recipe.power,
-        cap=recipe.cap,
-    )
+    noise, hidden = draw.noise.to(features.device), draw.hidden.to(features.device)
+    return Objective(pruner, recipe)(features, noise, hidden).loss
+
+
+def live_slots(slot_attention: torch.Tensor) -> torch.Tensor:
+    """``[B, K, N] -> [B]``: share of the slots that own a token, one that attends to no other slot more."""
+    owner = slot_attention.argmax(dim=1)
+    owned = torch.zeros_like(slot_attention[:, :, 0]).scatter_(1, owner, 1.0)
+    return owned.mean(dim=1)
+
+
+def distinct_picks(slot_attention: torch.Tensor) -> torch.Tensor:
+    """``[B, K, N] -> [B]``: distinct top tokens of the slots, as a share of the slots."""
+    top = slot_attention.argmax(dim=2)
+    picked = torch.zeros_like(slot_attention[:, 0]).scatter_(1, top, 1.0)
+    return picked.sum(dim=1) / slot_attention.shape[1]

@@ -1,0 +1,84 @@
+"""``ocvtp features``: what a pruner is trained on, from a folder of images."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ocvtp.commands.errors import UserError, blamed_on_input
+from ocvtp.commands.loading import encoder_source, resolve_device, resolve_dtype
+from ocvtp.commands.progress import busy, steps
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ocvtp.training.encoder import FeatureEncoder
+
+_SHOWN = 10  # bad images named one by one
+
+
+def run(
+    folder: Path,
+    *,
+    encoder: str,
+    layer: int,
+    out: Path,
+    crops: int,
+    batch: int,
+    shard_mb: int,
+    limit: int | None,
+    device: str,
+    dtype: str,
+    console: Console,
+) -> None:
+    """Extract, and say what was made and what was skipped."""
+    from ocvtp.images import find_images
+    from ocvtp.training.features import extract
+
+    with blamed_on_input(ValueError):
+        files = find_images(folder)[:limit]
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; --out takes a folder")
+    made = load_encoder(encoder, layer, device, dtype, console)
+    start = time.perf_counter()
+    with blamed_on_input(ValueError), steps(console, "features", len(files) + 1) as step:
+        result = extract(
+            folder,
+            made,
+            out,
+            crops=crops,
+            batch=batch,
+            shard_mb=shard_mb,
+            limit=limit,
+            progress=lambda done, total: step(f"image {min(done + 1, total)} of {total}"),
+        )
+    rate = result.new / (time.perf_counter() - start)
+    if result.new:
+        console.print(f"{result.new} new records at {rate:.1f} a second, {result.total} in {out}")
+    else:
+        console.print(f"nothing to do: {out} holds all {result.total} records")
+    if result.duplicates:
+        console.print(f"{result.duplicates} files have the content of another and were left out")
+    if result.bad:
+        console.print(f"{len(result.bad)} files were skipped (all of them in {out / 'index.json'}):")
+        for reason in list(result.bad.values())[:_SHOWN]:
+            console.print(f"  {reason}", markup=False, highlight=False)
+
+
+def load_encoder(source: str, layer: int, device: str, dtype: str, console: Console) -> FeatureEncoder:
+    """The encoder, from what a person typed."""
+    from ocvtp.training.encoder import FeatureEncoder, vision_config
+
+    encoder_source(source)
+    on = resolve_device(device)
+    as_dtype = resolve_dtype(dtype, on)
+    with blamed_on_input(ValueError):
+        depth = vision_config(source).num_hidden_layers
+        if not 0 <= layer < depth:
+            raise UserError(f"--layer must be between 0 and {depth - 1}: {source} has {depth}; got {layer}")
+        with busy(console, f"loading {source}"):
+            made = FeatureEncoder(source, layer, on, as_dtype)
+    if made.note:
+        console.print(made.note, markup=False, highlight=False)
+    return made
