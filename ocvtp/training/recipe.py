@@ -37,7 +37,7 @@ class Recipe:
         visible: share of tokens that stays visible in all other images; 0.1 is the published code's.
         official_visible: take its hard-wired 24 visible tokens instead, which is 0.1 of 256 but not of 576.
         truncate: gradients through the last iteration only (``bi-level``); ``False``: through all of them.
-        power: exponent of the area in the loss; 0 weighs all tokens alike.
+        power: exponent of the area in the loss; 0 weighs all slots that own a token alike.
         cap: largest weight of a slot in the loss, in units of the mean.
         empty_slots: what slots that own no token weigh: ``"exclude"`` or ``"official"``.
         autocast: ``"none"``, ``"bf16"`` or ``"fp16"`` (with a scaled loss).

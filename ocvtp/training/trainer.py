@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 #: Folder of the best pruner so far, inside a run's.
 PRUNER = "pruner"
-_AUTOCAST = {"none": "no", "bf16": "bf16", "fp16": "fp16"}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Steps in a row that float16 may overflow in: the scale of the loss halves every time.
 _MOST_SKIPPED = 30
 
@@ -119,7 +120,13 @@ def train(
     _check(source, held_source, recipe, config, len(records), log_every, save_every)
     from accelerate import Accelerator
 
-    accelerator = Accelerator(mixed_precision=_AUTOCAST[recipe.autocast], cpu=cpu)
+    accelerator = Accelerator(cpu=cpu)
+    # Accelerate's own mixed precision is one for the life of a process, and would not be the recipe's.
+    if accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"accelerate is set to mixed precision {accelerator.mixed_precision}: set it to no, and the "
+            "recipe's autocast to what you want"
+        )
     part = Part(accelerator.process_index, accelerator.num_processes)
     if recipe.batch_size % part.count:
         raise ValueError(f"batch_size={recipe.batch_size} can't be split over {part.count} processes evenly")
@@ -181,9 +188,11 @@ class _Run:
         self._steps, self._objective = steps, objective
         self._log_every = log_every
         self._save_every = -(-save_every // log_every) * log_every
-        self._wrapped, self._optimizer = accelerator.prepare(objective, optimizer)
-        if state.scaler and accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state.scaler)
+        self._optimizer = optimizer
+        self._wrapped = accelerator.prepare_model(objective)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.autocast == "fp16")
+        if state.scaler:
+            self._scaler.load_state_dict(state.scaler)
         self._log: MetricsLog | None = None
         self._window = _Window(device)
 
@@ -244,18 +253,34 @@ class _Run:
         # Dropout is the one draw that is made on the device: of every step and process its own.
         torch.manual_seed(_number(recipe.seed, "dropout", step, accelerator.process_index))
         self._wrapped.train()
-        loss = self._wrapped(*batch.to(accelerator.device)).loss.mean()
+        with self._autocast():
+            loss = self._wrapped(*batch.to(accelerator.device)).loss.mean()
         self._optimizer.zero_grad()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(self._objective.parameters(), recipe.clip)
-        self._optimizer.step()
-        skipped = bool(accelerator.optimizer_step_was_skipped)
+        accelerator.backward(self._scaler.scale(loss))
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._objective.parameters(), recipe.clip)
+        skipped = self._apply_gradients()
         self._window.add(step, loss.detach(), norm, rate, batch.noise.shape[1], recipe.batch_size, skipped)
+
+    def _apply_gradients(self) -> bool:
+        """Step the optimizer; true where a float16 gradient overflowed and the step was left out."""
+        self._scaler.step(self._optimizer)
+        if not self._scaler.is_enabled():
+            return False
+        scale = self._scaler.get_scale()
+        self._scaler.update()
+        return self._scaler.get_scale() < scale
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        dtype = _AUTOCAST.get(self._recipe.autocast)
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._accelerator.device.type, dtype)
 
     def _write_window(self) -> None:
         """A row of metrics; the one moment at which the host looks at the device."""
         row = self._window.row(self._accelerator)
-        self._window.stop_if_diverged(self._accelerator.scaler is not None)
+        self._window.stop_if_diverged()
         if self._log is not None:
             self._log.write("train", self._state.step, row)
 
@@ -286,7 +311,7 @@ class _Run:
         device = self._accelerator.device
         sums = torch.zeros(4, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
         for batch in batches:
-            with self._accelerator.autocast():
+            with self._autocast():
                 made: StepLoss = self._objective(*batch.to(device))
             shares = (made.loss, live_slots(made.slot_attention), distinct_picks(made.slot_attention))
             sums += torch.stack(
@@ -296,12 +321,9 @@ class _Run:
         return {"loss": loss / images, "live_slots": live / images, "distinct_picks": distinct / images}
 
     def _save(self) -> None:
-        self._state.scaler = {}
-        if self._accelerator.scaler is not None:
-            self._state.scaler = self._accelerator.scaler.state_dict()
+        self._state.scaler = self._scaler.state_dict()  # empty unless it is float16's
         if self._accelerator.is_main_process:
-            optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
-            checkpoint.save(self._out, self._state, self._objective, optimizer)
+            checkpoint.save(self._out, self._state, self._objective, self._optimizer)
         self._accelerator.wait_for_everyone()
 
 
@@ -359,12 +381,12 @@ class _Window:
         self._clear()
         return row
 
-    def stop_if_diverged(self, scaled: bool) -> None:
+    def stop_if_diverged(self) -> None:
         """Raise :class:`DivergedError` if any step so far was not finite."""
         first_bad = int(self._first_bad)
         if first_bad >= 0:
             raise DivergedError(_diverged(first_bad))
-        if scaled and self._skipped >= _MOST_SKIPPED:
+        if self._skipped >= _MOST_SKIPPED:
             raise DivergedError(
                 f"float16 overflowed in {self._skipped} steps in a row, whatever the scale of the loss: "
                 "train with autocast bf16 or none. What was saved before is kept"
