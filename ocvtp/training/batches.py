@@ -32,11 +32,11 @@ class Part(NamedTuple):
     """Which of several processes this is."""
 
     rank: int = 0
-    count: int = 1
+    processes: int = 1
 
     def of(self, size: int) -> tuple[int, int]:
         """Its share of ``size`` things in a row, the last one excluded."""
-        return size * self.rank // self.count, size * (self.rank + 1) // self.count
+        return size * self.rank // self.processes, size * (self.rank + 1) // self.processes
 
 
 class TrainingSteps(Dataset[Batch]):

@@ -52,7 +52,7 @@ class MetricsLog:
             return
         kept = [row for row in read_metrics(self._path.parent) if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        write_atomic(self._path, lambda partial: partial.write_text(text) and None)
+        write_atomic(self._path, lambda partial: partial.write_text(text))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,10 @@ class FeatureSource(Protocol):
     width: int
     layer: int
     fingerprint: str
-    images: Sequence[str]
+
+    @property
+    def images(self) -> Sequence[str]:
+        """One of every record."""
 
     def __len__(self) -> int:
         """Records."""

@@ -128,8 +128,8 @@ def train(
             "recipe's autocast to what you want"
         )
     part = Part(accelerator.process_index, accelerator.num_processes)
-    if recipe.batch_size % part.count:
-        raise ValueError(f"batch_size={recipe.batch_size} can't be split over {part.count} processes evenly")
+    if recipe.batch_size % part.processes:
+        raise ValueError(f"batch_size={recipe.batch_size} can't be split over {part.processes} processes evenly")
     identity = {
         "recipe": recipe.to_dict(),
         "pruner": config.to_dict(),
