@@ -30,6 +30,8 @@ class PrunerConfig:
         decoder_heads: its attention heads. State dicts do not tell this number.
         decoder_ffn_dim: its MLP width.
         decoder_tokens: tokens per image its position embedding is made for.
+        feature_scale: unit of the decoder's output, which reconstructs features divided by it. The official
+            pruner has 1; our trainer takes the features' standard deviation.
 
     Raises:
         ValueError: a size that no network can have.
@@ -47,18 +49,20 @@ class PrunerConfig:
     decoder_heads: int = 4
     decoder_ffn_dim: int = 4096
     decoder_tokens: int = 576
+    feature_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name, least in [*((n, 1) for n in _POSITIVE), *((n, 0) for n in _NOT_NEGATIVE)]:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"PrunerConfig.{name} must be an int >= {least}; got {value!r}")
-        for name in ("eps", "dropout"):
+        for name in ("eps", "dropout", "feature_scale"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"PrunerConfig.{name} must be a finite number; got {value!r}")
-        if not self.eps > 0:
-            raise ValueError(f"PrunerConfig.eps must be positive; got {self.eps!r}")
+        for name in ("eps", "feature_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"PrunerConfig.{name} must be positive; got {getattr(self, name)!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"PrunerConfig.dropout must be in [0, 1); got {self.dropout!r}")
         if self.decoder_layers and self.in_dim % self.decoder_heads:

@@ -373,7 +373,8 @@ class OCPruner(
             dropout=self.config.dropout if self.training else 0.0,
             backend=backend,
         )
-        return Reconstruction(slots, attention, self.decoder(features, slots, mask))
+        reconstruction = self.decoder(features, slots, mask) * self.config.feature_scale
+        return Reconstruction(slots, attention, reconstruction)
 
     # ---------------------------------------------------------------------------------- checkpoints
 
@@ -407,7 +408,11 @@ class OCPruner(
             return cls._from_state(config, state, official_names=True)
 
     def to_official(self) -> dict[str, torch.Tensor]:
-        """The state dict in the official layout (copies); :meth:`from_official` reads it back exactly."""
+        """The state dict in the official layout (copies); :meth:`from_official` reads it back exactly.
+
+        That layout has no place for ``config.feature_scale``: a decoder that has one reconstructs features
+        divided by it for whoever reads the state dict.
+        """
         state = {key: tensor.detach().clone() for key, tensor in self.state_dict().items()}
         return checkpoint.to_official_keys(state)
 

@@ -20,7 +20,8 @@ class Recipe:
     """The published recipe (arXiv 2511.20439 and its official code), with its bugs mended.
 
     Mended: the learning rate follows its schedule step by step, validation sees held-out images behind a
-    mask under a fixed seed, the mask's size follows the number of tokens, slots without tokens weigh nothing.
+    mask under a fixed seed, the mask's size follows the number of tokens, slots without tokens weigh nothing,
+    and errors are relative to the features' variance, so that one recipe fits all encoders.
 
     Attributes:
         epochs: passes over the training images.
@@ -39,6 +40,8 @@ class Recipe:
         truncate: gradients through the last iteration only (``bi-level``); ``False``: through all of them.
         power: exponent of the area in the loss; 0 weighs all slots that own a token alike.
         cap: largest weight of a slot in the loss, in units of the mean.
+        unit_variance: measure errors in units of the features' variance. The published recipe does not
+            (``False``), and fits features of unit variance: with much smaller ones hardly a slot comes alive.
         empty_slots: what slots that own no token weigh: ``"exclude"`` or ``"official"``.
         autocast: ``"none"``, ``"bf16"`` or ``"fp16"`` (with a scaled loss).
         seed: of initial parameters, the held-out part, the order of images, and every step's draws.
@@ -63,6 +66,7 @@ class Recipe:
     truncate: bool = True
     power: float = 0.5
     cap: float = 10.0
+    unit_variance: bool = True
     empty_slots: Literal["exclude", "official"] = "exclude"
     autocast: Autocast = "none"
     seed: int = 0
@@ -78,7 +82,7 @@ class Recipe:
             self._require(name, (int, float), lambda value: value >= 0, "a number >= 0")
         for name in _SHARES:
             self._require(name, (int, float), lambda value: 0 <= value <= 1, "a share between 0 and 1")
-        for name in ("official_visible", "truncate"):
+        for name in ("official_visible", "truncate", "unit_variance"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"Recipe.{name} must be true or false; got {getattr(self, name)!r}")
         if not self.slots or not all(type(count) is int and count >= 1 for count in self.slots):

@@ -9,25 +9,30 @@ import torch
 
 
 class FeatureSource(Protocol):
-    """Patch tokens of one encoder layer, image by image.
+    """Patch tokens of one encoder layer, image by image."""
 
-    Attributes:
-        tokens: N of every image.
-        width: C.
-        layer: 0-based encoder layer whose output they are.
-        fingerprint: hex digest of encoder, preprocessing and layer: equal means comparable features.
-        images: for every record, the digest of the photograph it was cut from. Records of one photograph
-            belong on the same side of a split.
-    """
+    @property
+    def tokens(self) -> int:
+        """N of every image."""
 
-    tokens: int
-    width: int
-    layer: int
-    fingerprint: str
+    @property
+    def width(self) -> int:
+        """C."""
+
+    @property
+    def layer(self) -> int:
+        """0-based encoder layer whose output they are."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of encoder, preprocessing and layer: equal means comparable features."""
 
     @property
     def images(self) -> Sequence[str]:
-        """One of every record."""
+        """For every record, the digest of the photograph it was cut from.
+
+        Records of one photograph belong on the same side of a split.
+        """
 
     def __len__(self) -> int:
         """Records."""

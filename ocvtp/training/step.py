@@ -69,7 +69,7 @@ class StepLoss(NamedTuple):
     """What a step computes.
 
     Attributes:
-        loss: ``[B]``, area-weighted reconstruction error of each image.
+        loss: ``[B]``, area-weighted reconstruction error of each image, in units of ``feature_scale ** 2``.
         slot_attention: ``[B, K, N]`` of the last iteration, detached.
     """
 
@@ -104,11 +104,11 @@ class Objective(nn.Module):
             power=self.recipe.power,
             cap=self.recipe.cap,
         )
-        return StepLoss(loss, out.slot_attention.detach())
+        return StepLoss(loss / self.pruner.config.feature_scale**2, out.slot_attention.detach())
 
 
 def step_loss(pruner: OCPruner, features: torch.Tensor, draw: Draw, recipe: Recipe) -> torch.Tensor:
-    """Area-weighted reconstruction error of each image ``[B]``; differentiable in the pruner's parameters.
+    """Loss of each image ``[B]``, see :class:`StepLoss`; differentiable in the pruner's parameters.
 
     Args:
         pruner: with a decoder, in training mode or not.
@@ -118,6 +118,11 @@ def step_loss(pruner: OCPruner, features: torch.Tensor, draw: Draw, recipe: Reci
     """
     noise, hidden = draw.noise.to(features.device), draw.hidden.to(features.device)
     return Objective(pruner, recipe)(features, noise, hidden).loss
+
+
+def standard_deviation(features: torch.Tensor) -> float:
+    """Of ``[B, N, C]`` about the mean of every channel, over images and tokens."""
+    return float(features.double().var(dim=(0, 1), unbiased=False).mean().sqrt())
 
 
 def live_slots(slot_attention: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from ocvtp.training.recipe import Recipe
 from ocvtp.training.schedule import warm_cosine
 from ocvtp.training.source import FeatureSource
 from ocvtp.training.split import split
-from ocvtp.training.step import Objective, StepLoss, distinct_picks, live_slots
+from ocvtp.training.step import Objective, StepLoss, distinct_picks, live_slots, standard_deviation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,6 +34,8 @@ PRUNER = "pruner"
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Steps in a row that float16 may overflow in: the scale of the loss halves every time.
 _MOST_SKIPPED = 30
+# Records that the features' standard deviation is measured on.
+_SAMPLE = 64
 
 
 class DivergedError(RuntimeError):
@@ -99,7 +102,8 @@ def train(
         source: features to train on.
         out: folder of the run; made if it is not there.
         recipe: how; the published one by default.
-        config: of the pruner, with a decoder; by default :func:`default_config`.
+        config: of the pruner, with a decoder; by default :func:`default_config`. Its ``feature_scale`` is
+            measured where the recipe says so.
         validation: held-out features; by default a share of the photographs of ``source``.
         cpu: compute on the CPU even where there is a GPU.
         workers: processes that read features ahead; 0 reads in between. Results don't depend on it.
@@ -118,6 +122,8 @@ def train(
     records, held_out = _records(source, validation, recipe)
     held_source = source if validation is None else validation
     _check(source, held_source, recipe, config, len(records), log_every, save_every)
+    if recipe.unit_variance:
+        config = dataclasses.replace(config, feature_scale=_scale(source, records))
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=cpu)
@@ -129,7 +135,9 @@ def train(
         )
     part = Part(accelerator.process_index, accelerator.num_processes)
     if recipe.batch_size % part.processes:
-        raise ValueError(f"batch_size={recipe.batch_size} can't be split over {part.processes} processes evenly")
+        raise ValueError(
+            f"batch_size={recipe.batch_size} can't be split over {part.processes} processes evenly"
+        )
     identity = {
         "recipe": recipe.to_dict(),
         "pruner": config.to_dict(),
@@ -480,6 +488,19 @@ def _save_pruner(pruner: OCPruner, folder: Path) -> None:
     sync_folder(folder)
 
 
+def _scale(source: FeatureSource, records: Sequence[int]) -> float:
+    """Standard deviation of the features, as a sample spread over the records has it.
+
+    Raises:
+        ValueError: features that are all the same, or not finite.
+    """
+    step = max(1, len(records) // _SAMPLE)
+    scale = standard_deviation(source.batch([records[i] for i in range(0, len(records), step)][:_SAMPLE]))
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"the features' standard deviation is {scale}: there is nothing to learn from them")
+    return scale
+
+
 def _digest(source: FeatureSource, records: Sequence[int]) -> str:
     """Which photographs, in which order."""
     total = hashlib.sha256(source.fingerprint.encode())
@@ -490,8 +511,3 @@ def _digest(source: FeatureSource, records: Sequence[int]) -> str:
 
 def _number(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
-def summary(trained: Trained) -> dict[str, Any]:
-    """JSON-ready."""
-    return {**asdict(trained), "pruner": str(trained.pruner)}

@@ -52,7 +52,9 @@ def test_rows_of_metrics(trained: tuple[Path, Trained]) -> None:
 
 def test_the_best_pruner_is_kept(trained: tuple[Path, Trained]) -> None:
     pruner = OCPruner.from_pretrained(trained[1].pruner)
-    assert pruner.config == small_config(Fake())
+    scale = Fake().x.double().var(dim=(0, 1), unbiased=False).mean().sqrt()
+    assert pruner.config.feature_scale == pytest.approx(float(scale), rel=0.1)
+    assert dataclasses.replace(pruner.config, feature_scale=1.0) == small_config(Fake())
     assert pruner(Fake().batch([0]), keep=4).indices.shape == (1, 4)
     assert not pruner.training
 
@@ -178,8 +180,11 @@ class TestDivergence:
     def test_infinite_features(self, tmp_path: Path) -> None:
         source = Fake()
         source.x[:] = torch.inf
-        with pytest.raises(DivergedError, match="NaN or infinite since step 0"):
+        with pytest.raises(ValueError, match="standard deviation is nan"):
             run(tmp_path / "run", source)
+        raw = dataclasses.replace(RECIPE, unit_variance=False)
+        with pytest.raises(DivergedError, match="NaN or infinite since step 0"):
+            run(tmp_path / "run", source, raw)
 
     def test_validation_too(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         TestEarlyStopping().losses(monkeypatch, [3.0, math.nan])
@@ -277,6 +282,28 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert done.best_loss == pytest.approx(full.best_loss, rel=0.02)
     assert done.best_loss != full.best_loss
     assert all(v.dtype == torch.float32 for v in load_file(tmp_path / "run" / STATE).values())
+
+
+def test_features_of_any_scale_train_alike(tmp_path: Path) -> None:
+    recipe, small = dataclasses.replace(RECIPE, epochs=2), Fake()
+    small.x = (small.x.float() / 64).half()
+    results = {
+        name: run(tmp_path / name, source, chosen).best_loss
+        for name, source, chosen in (
+            ("usual", Fake(), recipe),
+            ("small", small, recipe),
+            ("raw", small, dataclasses.replace(recipe, unit_variance=False)),
+        )
+    }
+    assert results["small"] == pytest.approx(
+        results["usual"], rel=0.03
+    )  # LayerNorm's epsilon tells them apart
+    assert results["raw"] > 100 * results["small"] * float(small.x.float().var())
+    pruner = OCPruner.from_pretrained(tmp_path / "small" / "pruner")
+    error = (
+        pruner.reconstruct(small.batch(range(4)).float(), 4).reconstruction - small.batch(range(4)).float()
+    )
+    assert error.square().mean() < 3 * small.x.float().var()  # in the features' own unit
 
 
 def test_float16_with_a_scaled_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
