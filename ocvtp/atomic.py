@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_PARTIAL = ".partial"
+#: What the folder is called, after the file, in which a file is being written.
+PARTIAL = ".partial"
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in its place, flushed to the disk.
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file in a folder beside ``path``, then put it in its place, flushed to the disk.
 
-    Whenever the process dies, ``path`` holds either what it held before or all of the new content.
+    Whenever the process dies, ``path`` holds either what it held before or all of the new content. What was
+    begun stays in a folder ``<name>.partial``, which the next call for the same path clears: writers that
+    work on temporary files of their own, as safetensors does, leave those there, too.
     """
-    partial = path.with_name(path.name + _PARTIAL)
+    staging = path.with_name(path.name + PARTIAL)
+    _remove(staging)
+    staging.mkdir()
+    partial = staging / path.name
     write(partial)
+    # safetensors makes files that only their owner can read; a new folder has the rights the user wants.
+    partial.chmod(staging.stat().st_mode & 0o666)
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_folder(path.parent)
+    _remove(staging)
 
 
 def write_json(path: Path, values: Any) -> None:
     """``values`` as JSON, atomically."""
-    write_atomic(path, lambda partial: partial.write_text(json.dumps(values, indent=1) + "\n") and None)
+    write_atomic(path, lambda partial: partial.write_text(json.dumps(values, indent=1) + "\n"))
 
 
 def sync_folder(folder: Path) -> None:
@@ -38,3 +48,10 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _remove(staging: Path) -> None:
+    if staging.is_dir() and not staging.is_symlink():
+        shutil.rmtree(staging)
+    else:
+        staging.unlink(missing_ok=True)

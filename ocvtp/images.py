@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,20 +16,24 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class BadImageError(ValueError):
-    """A file that can't be decoded as an image."""
+    """A file that can't be read, or not decoded as an image."""
+
+
+class NoImagesError(ValueError):
+    """A folder without an image that can be used."""
 
 
 def find_images(folder: Path) -> list[Path]:
     """Every picture below ``folder``, by name; the file system's own order does not matter.
 
     Raises:
-        ValueError: not a folder, or no picture in it.
+        NoImagesError: not a folder, or no picture in it.
     """
     if not folder.is_dir():
-        raise ValueError(f"no folder at {folder}; give the folder that holds the images")
+        raise NoImagesError(f"no folder at {folder}; give the folder that holds the images")
     found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not found:
-        raise ValueError(f"no images in {folder}; looked for {', '.join(SUFFIXES)}")
+        raise NoImagesError(f"no images in {folder}; looked for {', '.join(SUFFIXES)}")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
@@ -38,18 +43,29 @@ def decode(path: Path) -> Image:
     Raises:
         BadImageError: says what is wrong with it.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
-            return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata; they would tear a progress bar apart
+            with Image.open(path) as image:
+                return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file pillow's decoders raise all kinds: struct.error, KeyError
         raise BadImageError(f"{path} can't be decoded as an image: {error}") from error
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of the file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of the file's content.
+
+    Raises:
+        BadImageError: a file that can't be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise BadImageError(f"{path} can't be read: {error.strerror}") from error
 
 
 def square(image: Image, content: str, crop: int) -> Image:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,29 +35,34 @@ def run(
     console: Console,
 ) -> None:
     """Extract, and say what was made and what was skipped."""
-    from ocvtp.images import find_images
+    from ocvtp.images import BadImageError, NoImagesError, find_images
+    from ocvtp.training.encoder import EncoderError
     from ocvtp.training.features import extract
+    from ocvtp.training.store import Index, StoreError
 
-    with blamed_on_input(ValueError):
+    mistakes = (BadImageError, NoImagesError, EncoderError, StoreError, OSError)
+    with blamed_on_input(*mistakes):
         files = find_images(folder)[:limit]
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out takes a folder")
+        Index.begun(out)
     made = load_encoder(encoder, layer, device, dtype, console)
     start = time.perf_counter()
-    with blamed_on_input(ValueError), steps(console, "features", len(files) + 1) as step:
+
+    def rate(records: int) -> str:
+        return f"{records / (time.perf_counter() - start):.1f} a second"
+
+    with blamed_on_input(*mistakes), steps(console, "features", len(files)) as step:
         result = extract(
             folder,
             made,
             out,
             crops=crops,
             batch=batch,
-            shard_mb=shard_mb,
+            shard_bytes=shard_mb * 10**6,
             limit=limit,
-            progress=lambda done, total: step(f"image {min(done + 1, total)} of {total}"),
+            progress=lambda done, total, new: step(f"{total} images, {rate(new)}"),
         )
-    rate = result.new / (time.perf_counter() - start)
     if result.new:
-        console.print(f"{result.new} new records at {rate:.1f} a second, {result.total} in {out}")
+        console.print(f"{result.new} new records at {rate(result.new)}, {result.total} in {out}")
     else:
         console.print(f"nothing to do: {out} holds all {result.total} records")
     if result.duplicates:
@@ -63,22 +70,26 @@ def run(
     if result.bad:
         console.print(f"{len(result.bad)} files were skipped (all of them in {out / 'index.json'}):")
         for reason in list(result.bad.values())[:_SHOWN]:
-            console.print(f"  {reason}", markup=False, highlight=False)
+            console.print(f"  {reason}", markup=False, highlight=False, soft_wrap=True)
+        if len(result.bad) > _SHOWN:
+            console.print(f"  and {len(result.bad) - _SHOWN} more")
 
 
 def load_encoder(source: str, layer: int, device: str, dtype: str, console: Console) -> FeatureEncoder:
     """The encoder, from what a person typed."""
-    from ocvtp.training.encoder import FeatureEncoder, vision_config
+    from ocvtp.training.encoder import EncoderError, FeatureEncoder, vision_config
 
     encoder_source(source)
     on = resolve_device(device)
     as_dtype = resolve_dtype(dtype, on)
-    with blamed_on_input(ValueError):
+    with blamed_on_input(EncoderError):
         depth = vision_config(source).num_hidden_layers
         if not 0 <= layer < depth:
             raise UserError(f"--layer must be between 0 and {depth - 1}: {source} has {depth}; got {layer}")
-        with busy(console, f"loading {source}"):
+        # transformers draws bars of its own while it downloads
+        waiting = busy(console, f"loading {source}") if os.path.isdir(source) else contextlib.nullcontext()
+        with waiting:
             made = FeatureEncoder(source, layer, on, as_dtype)
     if made.note:
-        console.print(made.note, markup=False, highlight=False)
+        console.print(made.note, markup=False, highlight=False, soft_wrap=True)
     return made

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.features import load_encoder
+from ocvtp.commands.loading import resolve_device
 from ocvtp.commands.progress import busy, steps
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ def run(
     crops: int,
     config: Path | None,
     recipe_flags: Mapping[str, Any],
+    fresh: bool,
     device: str,
     dtype: str,
     workers: int,
@@ -47,35 +50,35 @@ def run(
     with blamed_on_input(ValueError):
         recipe = Recipe.from_dict({**settings["recipe"], **recipe_flags})
         PrunerConfig.from_dict(settings["pruner"])  # before anything is loaded
-    _require_accelerate()
-    from accelerate import PartialState
+    on = None if device == "auto" else resolve_device(device)
+    with blamed_on_input(ValueError):
+        from ocvtp.training.team import Team
+
+        team = Team(on)
+    console.quiet = console.quiet or not team.main
 
     from ocvtp.training.store import FeatureStore
-    from ocvtp.training.trainer import DivergedError, default_config, train
+    from ocvtp.training.trainer import TrainingError, default_config, train
 
-    console.quiet = console.quiet or not PartialState(cpu=device == "cpu").is_main_process
     source: FeatureSource
     with blamed_on_input(ValueError):
-        if device not in ("auto", "cpu"):
-            raise UserError(f"--device is auto or cpu here; accelerate launch chooses GPUs. Got {device}")
         if features is not None:
             source = FeatureStore(features)
         else:
             assert images is not None
             assert encoder is not None
-            source = _fresh(images, encoder, layer, crops, device, dtype, console)
+            source = _fresh(images, encoder, layer, crops, str(team.device), dtype, console)
             workers = 0  # the encoder lives in this process
         validation = None if validation_features is None else FeatureStore(validation_features)
         sizes = default_config(source, **settings["pruner"])
-    with blamed_on_input(ValueError, DivergedError), steps(console, "training", recipe.epochs) as step:
-        shown = -1
+    with blamed_on_input(ValueError, TrainingError), contextlib.ExitStack() as stack:
+        step: Callable[[str], None] | None = None
 
         def progress(done: int, total: int, said: str) -> None:
-            nonlocal shown
-            epoch = done * recipe.epochs // total
-            if epoch != shown:
-                shown = epoch
-                step(f"epoch {epoch + 1}, {said or 'starting'}")
+            nonlocal step
+            if step is None:
+                step = stack.enter_context(steps(console, "training", total - done))
+            step(f"step {done + 1} of {total}, {said or 'starting'}")
 
         trained = train(
             source,
@@ -83,11 +86,13 @@ def run(
             recipe,
             sizes,
             validation=validation,
-            cpu=device == "cpu",
+            device=on,
+            fresh=fresh,
             workers=workers,
             log_every=log_every,
             save_every=save_every,
             progress=progress,
+            say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
     _say(trained, out, console)
     return trained
@@ -147,13 +152,6 @@ def _fresh(
     made = load_encoder(encoder, layer, device, dtype, console)
     with busy(console, f"looking at {images}"):
         return ImageFeatures(images, made, crops)
-
-
-def _require_accelerate() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("accelerate") is None:
-        raise UserError("training needs accelerate: pip install 'ocvtp[train]'")
 
 
 def _say(trained: Trained, out: Path, console: Console) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,36 +10,32 @@ from torch.utils.data import DataLoader, Dataset
 
 from ocvtp.training.recipe import Recipe
 from ocvtp.training.source import FeatureSource
-from ocvtp.training.step import draw, generator
+from ocvtp.training.step import Draw, draw, generator, slot_counts
+
+#: Which part of so many images is this process's: first, and last excluded.
+Part = Callable[[int], tuple[int, int]]
+
+
+def everything(size: int) -> tuple[int, int]:
+    """The part of a process that is alone."""
+    return 0, size
 
 
 class Batch(NamedTuple):
-    """One process's part of a step's batch, on the CPU."""
+    """One process's part of a step's batch."""
 
-    features: torch.Tensor  # [b, N, C] float16
+    features: torch.Tensor  # [b, N, C] float16; zeros after an error
     noise: torch.Tensor  # [b, K, D]
     hidden: torch.Tensor  # [b, N]
+    error: str = ""  # why the features could not be read
 
-    def to(self, device: torch.device) -> Batch:
-        """On a device; the features in float32."""
-        features = self.features.to(device, non_blocking=True).float()
-        return Batch(
-            features, self.noise.to(device, non_blocking=True), self.hidden.to(device, non_blocking=True)
-        )
-
-
-class Part(NamedTuple):
-    """Which of several processes this is."""
-
-    rank: int = 0
-    processes: int = 1
-
-    def of(self, size: int) -> tuple[int, int]:
-        """Its share of ``size`` things in a row, the last one excluded."""
-        return size * self.rank // self.processes, size * (self.rank + 1) // self.processes
+    def inputs(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All but the error on a device; the features in float32."""
+        features, noise, hidden = (tensor.to(device, non_blocking=True) for tensor in self[:3])
+        return features.float(), noise, hidden
 
 
-class TrainingSteps(Dataset[Batch]):
+class TrainingBatches(Dataset[Batch]):
     """Item ``i`` is the batch of step ``i``. Of every epoch, what fills no batch is left out.
 
     Args:
@@ -51,7 +47,12 @@ class TrainingSteps(Dataset[Batch]):
     """
 
     def __init__(
-        self, source: FeatureSource, records: Sequence[int], recipe: Recipe, slot_dim: int, part: Part
+        self,
+        source: FeatureSource,
+        records: Sequence[int],
+        recipe: Recipe,
+        slot_dim: int,
+        part: Part = everything,
     ) -> None:
         self._source, self._records, self._recipe = source, records, recipe
         self._slot_dim, self._part = slot_dim, part
@@ -64,11 +65,9 @@ class TrainingSteps(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         size = self._recipe.batch_size
         epoch, place = divmod(step, self.per_epoch)
-        order = self._epoch(epoch)[place * size : (place + 1) * size]
-        first, last = self._part.of(size)
+        records = [self._records[i] for i in self._epoch(epoch)[place * size : (place + 1) * size]]
         drawn = draw(self._recipe, size, self._source.tokens, self._slot_dim, "train", step)
-        features = self._source.batch([self._records[i] for i in order[first:last]])
-        return Batch(features, *drawn.part(first, last))
+        return _read(self._source, records, drawn, self._part)
 
     def _epoch(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:
@@ -76,26 +75,57 @@ class TrainingSteps(Dataset[Batch]):
             self._order = epoch, torch.randperm(len(self._records), generator=source).tolist()
         return self._order[1]
 
-    def loader(self, first: int, workers: int, pinned: bool) -> Iterator[Batch]:
-        """Batches from step ``first`` on."""
-        return iter(
-            DataLoader(
-                self,
-                batch_size=None,
-                sampler=range(first, len(self)),
-                num_workers=workers,
-                pin_memory=pinned,
-            )
+
+class HeldOutBatches(Dataset[Batch]):
+    """All of ``records``, masked alike every time; the parts of all processes make them up exactly once.
+
+    Numbers of slots take turns, in batches small enough that each has its turn.
+    """
+
+    def __init__(
+        self,
+        source: FeatureSource,
+        records: Sequence[int],
+        recipe: Recipe,
+        slot_dim: int,
+        part: Part = everything,
+    ) -> None:
+        self._source, self._records, self._recipe = source, records, recipe
+        self._slot_dim, self._part = slot_dim, part
+        self._counts = slot_counts(recipe, source.tokens)
+        self._size = max(1, min(recipe.batch_size, len(records) // len(self._counts)))
+
+    def __len__(self) -> int:
+        return -(-len(self._records) // self._size)
+
+    def __getitem__(self, number: int) -> Batch:
+        records = self._records[number * self._size : (number + 1) * self._size]
+        drawn = draw(
+            self._recipe,
+            len(records),
+            self._source.tokens,
+            self._slot_dim,
+            "validation",
+            number,
+            slots=self._counts[number % len(self._counts)],
         )
+        return _read(self._source, records, drawn, self._part)
 
 
-def validation_batches(
-    source: FeatureSource, records: Sequence[int], recipe: Recipe, slot_dim: int, part: Part
-) -> Iterator[Batch]:
-    """All of ``records``, masked alike every time; parts of processes add up to them exactly once."""
-    for number, first in enumerate(range(0, len(records), recipe.batch_size)):
-        batch = records[first : first + recipe.batch_size]
-        drawn = draw(recipe, len(batch), source.tokens, slot_dim, "validation", number)
-        begin, end = part.of(len(batch))
-        if begin < end:
-            yield Batch(source.batch(batch[begin:end]), *drawn.part(begin, end))
+def load(batches: Dataset[Batch], numbers: range, workers: int, pinned: bool) -> Iterator[Batch]:
+    """The batches of these numbers, in this order, read ahead by so many processes."""
+    return iter(DataLoader(batches, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pinned))
+
+
+def _read(source: FeatureSource, records: Sequence[int], drawn: Draw, part: Part) -> Batch:
+    # An error is handed on, not raised: other processes must hear of it before this one leaves.
+    first, last = part(len(records))
+    nothing = torch.zeros(last - first, source.tokens, source.width, dtype=torch.float16)
+    error = ""
+    try:
+        features = source.batch(records[first:last]) if first < last else nothing
+        if not bool(features.isfinite().all()):
+            error = f"features of records {list(records[first:last])} hold NaN or Inf; make them again"
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    return Batch(nothing if error else features, *drawn.part(first, last), error)

@@ -36,7 +36,9 @@ class Progress:
         best_epoch: when that was, counted from 1.
         stale: validations since then.
         finished: ``""``, ``"all epochs"`` or ``"early"``.
+        skipped: steps in a row that float16 overflowed in.
         scaler: of the loss, under float16.
+        versions: of what wrote it.
     """
 
     identity: dict[str, Any]
@@ -45,7 +47,9 @@ class Progress:
     best_epoch: int = 0
     stale: int = 0
     finished: str = ""
+    skipped: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def save(folder: Path, progress: Progress, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -82,9 +86,7 @@ def read_progress(folder: Path) -> Progress | None:
         ) from error
 
 
-def restore(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> None:
+def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put parameters and moments of ``folder``'s state into ``model`` and ``optimizer``.
 
     Raises:
@@ -92,7 +94,7 @@ def restore(
     """
     from safetensors.torch import load_file
 
-    tensors = load_file(folder / STATE, device=str(device))
+    tensors = load_file(folder / STATE)
     parameters = dict(model.named_parameters())
     stored = {name[len(_PARAMETER) :]: t for name, t in tensors.items() if name.startswith(_PARAMETER)}
     if {n: t.shape for n, t in stored.items()} != {n: p.shape for n, p in parameters.items()}:

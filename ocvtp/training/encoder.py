@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # How a vision-language model names its tower in a checkpoint.
 _TOWER_KEYS = r"^(model\.)?vision_tower\."
+_NEEDED = ("hidden_size", "num_hidden_layers", "patch_size")
+# Of encoders that take video, or any number of patches: Qwen-VL, VideoMAE and their like.
+_FOREIGN = ("temporal_patch_size", "spatial_merge_size", "tubelet_size", "num_frames")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -40,13 +43,15 @@ class FeatureEncoder:
     Attributes:
         name: last part of the source.
         width: C.
+        tokens: N of every image.
         identity: what features depend on, JSON-ready: configuration and weights of the encoder (digests),
             preprocessing, layer, dtype.
         fingerprint: digest of the identity; equal fingerprints mean comparable features.
         note: what had to be assumed, or ``None``.
 
     Raises:
-        EncoderError: nothing there that can be loaded, weights missing from it, no such layer.
+        EncoderError: nothing there that can be loaded, weights missing from it, no such layer, or images
+            seen in another way than as equal patches (video, tiles, merged patches, many sizes).
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class FeatureEncoder:
         self._patch = config.patch_size
         self._block = _blocks(self._model, depth)[layer]
         self._device, self._dtype = device, dtype
+        self.tokens = self._try()
         identity = {
             "model_type": config.model_type,
             "config": _digest_json(_plain(config)),
@@ -80,28 +86,65 @@ class FeatureEncoder:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))  # as it is read back
         self.fingerprint = _digest_json(self.identity)
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[Image]) -> torch.Tensor:
         """Patch tokens ``[b, N, C]`` float16 on the CPU; what comes before them in a row is left out.
 
         Raises:
-            EncoderError: images that the processor makes patches of in a way this can't follow.
+            EncoderError: images of which another number of tokens comes out than of others.
         """
-        pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
-        if pixels.ndim != 4:
+        features = self._features(images)
+        if features.shape[1] != self.tokens:
             raise EncoderError(
-                f"the processor of {self.name} makes {list(pixels.shape)} of {len(images)} images; images "
-                "cut into tiles can't be trained on: give the folder of the vision encoder itself"
+                f"{self.name} makes {features.shape[1]} tokens of these images and {self.tokens} of others: "
+                "its image processor has to make one size of them"
             )
+        return features
+
+    @torch.no_grad()
+    def _features(self, images: Sequence[Image]) -> torch.Tensor:
+        pixels = self._pixels(images)
         hidden = self._run(pixels.to(self._device, self._dtype))
         patches = (pixels.shape[-2] // self._patch) * (pixels.shape[-1] // self._patch)
-        prefix = hidden.shape[1] - patches  # class token, registers
-        if prefix < 0:
+        merged = hidden.ndim != 3 or hidden.shape[1] < patches
+        if merged or hidden.shape[0] != len(images) or hidden.shape[2] != self.width:
             raise EncoderError(
-                f"layer {self.layer} of {self.name} has {hidden.shape[1]} tokens for {patches} patches: "
-                "encoders that merge patches on the way are not supported"
+                f"layer {self.layer} of {self.name} makes {list(hidden.shape)} of {len(images)} images with "
+                f"{patches} patches each: encoders that merge or regroup patches are not supported"
             )
-        return hidden[:, prefix:].to("cpu", torch.float16)
+        # Class token and registers come first.
+        return hidden[:, hidden.shape[1] - patches :].to("cpu", torch.float16).contiguous()
+
+    def _pixels(self, images: Sequence[Image]) -> torch.Tensor:
+        """``[b, 3, H, W]``, as the encoder takes them."""
+        try:
+            pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
+        except (ValueError, KeyError) as error:
+            raise EncoderError(
+                f"the image processor of {self.name} can't make one batch of images of different sizes "
+                f"({error}); it has to make one size of them"
+            ) from error
+        if pixels.ndim != 4 or len(pixels) != len(images):
+            raise EncoderError(
+                f"the image processor of {self.name} makes {list(pixels.shape)} of {len(images)} images, not "
+                f"[{len(images)}, 3, H, W]: video, tiles and loose patches can't be trained on. Give the "
+                "folder of an image encoder, with a processor that makes one picture of one image"
+            )
+        return pixels
+
+    def _try(self) -> int:
+        """Tokens of an image, from a wide and a tall one; what can't work fails here, before hours of it."""
+        from PIL import Image
+
+        grey = [Image.new("RGB", size, (127, 127, 127)) for size in ((96, 64), (64, 96))]
+        try:
+            return int(self._features(grey).shape[1])
+        except (EncoderError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise EncoderError(
+                f"{self.name} can't take what its image processor makes ({error}); give an encoder that "
+                "takes nothing but pixel_values, and the processor that belongs to it"
+            ) from error
 
     def _run(self, pixels: torch.Tensor) -> torch.Tensor:
         found: list[torch.Tensor] = []
@@ -125,21 +168,24 @@ def vision_config(source: str) -> Any:
     Raises:
         EncoderError: nothing there, or no encoder that makes one token for every patch.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         where = "" if os.path.isdir(source) else "no such folder here, and not readable from the Hub. "
         raise EncoderError(f"can't load the encoder {source!r}: {where}{error}") from error
     inner = getattr(config, "vision_config", None)
     vision = config if inner is None else inner
-    for name in ("hidden_size", "num_hidden_layers", "patch_size"):
-        if not isinstance(getattr(vision, name, None), int):
-            raise EncoderError(
-                f"{source} is a {vision.model_type!r} model without a {name}: features can be made with "
-                "transformers that see an image as equal patches (CLIP, SigLIP, DINOv2, ViT, ...)"
-            )
+    lacking = [name for name in _NEEDED if not isinstance(getattr(vision, name, None), int)]
+    odd = [name for name in _FOREIGN if hasattr(vision, name)]
+    if lacking or odd:
+        why = f"without a {lacking[0]}" if lacking else f"with a {odd[0]}"
+        raise EncoderError(
+            f"{source} is a {vision.model_type!r} model {why}: features can be made with "
+            "transformers that see an image as equal patches (CLIP, SigLIP, DINOv2, ViT, ...)"
+        )
     return vision
 
 
@@ -148,7 +194,7 @@ def _load(source: str, config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModel
 
     try:
-        with _no_load_report():
+        with _quiet(os.path.isdir(source)):
             model, info = AutoModel.from_pretrained(
                 source, config=config, dtype=dtype, key_mapping={_TOWER_KEYS: ""}, output_loading_info=True
             )
@@ -164,16 +210,23 @@ def _load(source: str, config: Any, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _no_load_report() -> Iterator[None]:
-    """Of a vision-language model, transformers would list all the rest as unexpected."""
+def _quiet(local: bool) -> Iterator[None]:
+    """Of a vision-language model, transformers would list all the rest as unexpected.
+
+    Its bars would draw over ours; from the Hub (not ``local``) they show the download, and stay.
+    """
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if local:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if local and bars:
+            logging.enable_progress_bar()
 
 
 def _blocks(model: torch.nn.Module, depth: int) -> torch.nn.ModuleList:
@@ -198,21 +251,83 @@ class _Squash:
 
         square = (self.size, self.size)
         pixels = np.stack([np.asarray(image.resize(square, Image.Resampling.BICUBIC)) for image in images])
-        scaled = (pixels.astype(np.float32) / 255 - np.float32(_MEAN)) / np.float32(_STD)
+        mean, std = np.asarray(_MEAN, np.float32), np.asarray(_STD, np.float32)
+        scaled = (pixels.astype(np.float32) / 255 - mean) / std
         return {"pixel_values": torch.from_numpy(scaled).permute(0, 3, 1, 2).contiguous()}
 
 
 def _processor(source: str, config: Any) -> tuple[Any, dict[str, Any], str | None]:
-    """The encoder's own preprocessing, or what most encoders were trained with; its settings; a note."""
+    """The encoder's own preprocessing, or what most encoders were trained with; its settings; a note.
+
+    Raises:
+        EncoderError: a processor that can't be loaded; only where there is none is another one assumed.
+    """
     from transformers import AutoImageProcessor
 
-    try:
-        processor = AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError):
-        size = config.image_size
+    settings = _processor_settings(source)
+    if settings is None:
+        size = getattr(config, "image_size", None)
+        if not isinstance(size, int):
+            raise EncoderError(
+                f"{source} has no preprocessor_config.json, and its configuration no image_size of one "
+                "number: put its image processor there (image_processor.save_pretrained)"
+            )
         note = f"{source} has no image processor: images are squashed to {size} x {size}, ImageNet statistics"
         return _Squash(size), {"class": "squash", **_Squash(size).to_dict()}, note
+    try:
+        with _quiet(os.path.isdir(source)):
+            try:
+                processor = AutoImageProcessor.from_pretrained(source)
+            except ImportError:  # transformers < 5.20 or so, without torchvision
+                processor = _on_pillow(source, str(settings.get("image_processor_type", "")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EncoderError(f"can't load the image processor of {source}: {error}") from error
     return processor, _settings(processor), None
+
+
+def _on_pillow(source: str, kind: str) -> Any:
+    """The image processor without torchvision, where there is one.
+
+    Raises:
+        EncoderError: there is none.
+    """
+    import transformers
+
+    base = kind.removesuffix("Fast").removesuffix("Pil")
+    for name in (f"{base}Pil", base):
+        with contextlib.suppress(ImportError, AttributeError):
+            return getattr(transformers, name).from_pretrained(source)
+    raise EncoderError(
+        f"the image processor of {source} needs torchvision with this transformers: pip install torchvision"
+    )
+
+
+def _processor_settings(source: str) -> dict[str, Any] | None:
+    """How a folder or Hub repository says that images are to be prepared; ``None`` if it does not.
+
+    Raises:
+        EncoderError: that can't be told, as the Hub can't be reached or the file is damaged.
+    """
+    from transformers.utils import cached_file
+
+    def find(name: str) -> str | None:
+        try:
+            found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            raise EncoderError(f"can't look for the image processor of {source}: {error}") from error
+        return found
+
+    own = find("preprocessor_config.json")
+    path = own or find("processor_config.json")
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+            settings: dict[str, Any] | None = values if own else values.get("image_processor")
+            return settings
+    except (ValueError, AttributeError) as error:
+        raise EncoderError(f"{path} can't be read as JSON: {error}") from error
 
 
 def _settings(processor: Any) -> dict[str, Any]:

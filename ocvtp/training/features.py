@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ocvtp import images
 from ocvtp.training.encoder import FeatureEncoder
-from ocvtp.training.store import INDEX, Bad, Index, Record, Shard, StoreError, write_shard
+from ocvtp.training.store import Bad, Index, Record, StoreError, sole_writer, write_shard
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DEFAULT_SHARD_MB = 512
 DEFAULT_BATCH = 8
@@ -48,9 +51,9 @@ def extract(
     *,
     crops: int = 1,
     batch: int = DEFAULT_BATCH,
-    shard_mb: int = DEFAULT_SHARD_MB,
+    shard_bytes: int = DEFAULT_SHARD_MB * 10**6,
     limit: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
 ) -> Extracted:
     """Store features of every image below ``folder``.
 
@@ -65,51 +68,80 @@ def extract(
         crops: records of each image: the whole, then random squares of at least half its shorter side, always
             the same ones for the same content.
         batch: images that the encoder sees at once.
-        shard_mb: size of a file, in 10**6 bytes.
+        shard_bytes: of features in a file, at most, but for one record. A shard is in memory while it grows,
+            and once more while it is written.
         limit: take the first so many images only.
-        progress: called with images done and images in all.
+        progress: called with images done, images in all, and records made so far by this call.
 
     Raises:
-        StoreError: ``out`` holds something else, or features of another encoder, layer or preprocessing.
-        ValueError: no images, none that can be used, or a number that makes no sense.
+        StoreError: ``out`` holds something else, features of another encoder, layer or preprocessing, or
+            another run writes to it.
+        EncoderError: an image of which the encoder can't make as many tokens as of others.
+        NoImagesError: no images, or none that can be used.
+        ValueError: a number that makes no sense.
     """
-    for name, value in (("crops", crops), ("batch", batch), ("shard_mb", shard_mb), ("limit", limit)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be an int >= 1; got {value!r}")
+    for name, value in (("batch", batch), ("shard_bytes", shard_bytes), ("limit", limit)):
+        if value is not None:
+            _check_count(name, value)
+    _check_count("crops", crops)
     files = images.find_images(folder)[:limit]
-    index = _open(out, encoder)
-    writer = _Writer(out, encoder, index, batch, shard_mb * 10**6)
+    Index.begun(out)  # its errors, before the folder is made
+    out.mkdir(parents=True, exist_ok=True)
+    with sole_writer(out):
+        index = _index(out, encoder)
+        before = sum(len(shard.records) for shard in index.shards)
+        writer = _Writer(out, encoder, index, batch, shard_bytes, len(files) * crops)
+        duplicates = _add_all(files, folder, index, writer, crops, progress)
+    total = sum(len(shard.records) for shard in index.shards)
+    if total == 0:
+        reasons = "; ".join(list(index.skipped.values())[:3])
+        raise images.NoImagesError(f"none of the {len(files)} images in {folder} can be used: {reasons}")
+    return Extracted(total - before, total, index.skipped, duplicates)
+
+
+def _add_all(
+    files: Sequence[Path],
+    folder: Path,
+    index: Index,
+    writer: _Writer,
+    crops: int,
+    progress: Callable[[int, int, int], None] | None,
+) -> int:
+    """Make what is not there yet; returns the number of duplicates."""
     done = {(record.image, record.crop) for shard in index.shards for record in shard.records}
+    done |= {(bad.image, bad.crop) for bad in index.bad if bad.crop is not None}
+    broken = {bad.image for bad in index.bad if bad.crop is None}
     seen: set[str] = set()
-    before, duplicates = len(done), 0
+    duplicates = 0
     for number, file in enumerate(files):
         name = file.relative_to(folder).as_posix()
         if progress is not None:
-            progress(number, len(files))
-        content = images.digest(file)
+            progress(number, len(files), writer.made)
+        try:
+            content = images.digest(file)
+        except images.BadImageError as error:
+            writer.skip(Bad(name, "", None, _short(error, file, name)))
+            continue
         if content in seen:
             duplicates += 1
             continue
         seen.add(content)
+        for bad in writer.forget(name, content):  # of what the file was before
+            broken.discard(bad.image)
         wanted = [crop for crop in range(crops) if (content, crop) not in done]
-        known = index.bad.get(name)
-        if wanted and (known is None or known.image != content):
-            try:
-                image = images.decode(file)
-            except images.BadImageError as error:
-                writer.skip(name, content, str(error).replace(str(file), name))
-                continue
-            index.bad.pop(name, None)  # another file of that name was bad
-            for crop in wanted:
-                writer.add(Record(content, name, crop), images.square(image, content, crop))
+        if not wanted or content in broken:
+            continue
+        try:
+            image = images.decode(file)
+        except images.BadImageError as error:
+            writer.skip(Bad(name, content, None, _short(error, file, name)))
+            continue
+        for crop in wanted:
+            writer.add(Record(content, name, crop), images.square(image, content, crop))
     writer.finish()
     if progress is not None:
-        progress(len(files), len(files))
-    total = sum(len(shard.records) for shard in index.shards)
-    if total == 0:
-        reasons = "; ".join([bad.reason for bad in index.bad.values()][:3])
-        raise ValueError(f"none of the {len(files)} images in {folder} can be used: {reasons}")
-    return Extracted(total - before, total, {name: bad.reason for name, bad in index.bad.items()}, duplicates)
+        progress(len(files), len(files), writer.made)
+    return duplicates
 
 
 class ImageFeatures:
@@ -126,18 +158,22 @@ class ImageFeatures:
         bad: file -> why it was skipped.
 
     Raises:
-        ValueError: no images, or none that can be decoded.
+        NoImagesError: no images, or none that can be decoded.
+        ValueError: ``crops`` below 1.
     """
 
     def __init__(self, folder: Path, encoder: FeatureEncoder, crops: int = 1) -> None:
+        _check_count("crops", crops)
         self.bad: dict[str, str] = {}
         self._encoder = encoder
         self._jobs = list(_jobs(folder, crops, self.bad))
         if not self._jobs:
-            raise ValueError(f"no image in {folder} can be decoded: {next(iter(self.bad.values()))}")
+            raise images.NoImagesError(
+                f"no image in {folder} can be decoded: {next(iter(self.bad.values()))}"
+            )
         self.images = [job.record.image for job in self._jobs]
         self.layer, self.fingerprint = encoder.layer, encoder.fingerprint
-        _, self.tokens, self.width = self.batch([0]).shape
+        self.tokens, self.width = encoder.tokens, encoder.width
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -146,7 +182,9 @@ class ImageFeatures:
         """``[b, N, C]`` float16 of these records, in this order.
 
         Raises:
-            ValueError: a file that can't be decoded any more, or features beyond float16.
+            BadImageError: a file that can't be decoded any more.
+            EncoderError: an image that makes another number of tokens.
+            ValueError: features beyond float16.
         """
         pictures = []
         for index in indices:
@@ -155,46 +193,51 @@ class ImageFeatures:
         features = self._encoder(pictures)
         for index, finite in zip(indices, features.isfinite().flatten(1).all(1).tolist(), strict=True):
             if not finite:
-                raise ValueError(f"{self._jobs[index].file}: its features are NaN or beyond float16")
+                raise ValueError(_beyond(str(self._jobs[index].file)))
         return features
 
 
 def _jobs(folder: Path, crops: int, bad: dict[str, str]) -> Iterator[_Job]:
     seen: set[str] = set()
     for file in images.find_images(folder):
-        content = images.digest(file)
-        if content in seen:
-            continue
-        seen.add(content)
         name = file.relative_to(folder).as_posix()
         try:
+            content = images.digest(file)
+            if content in seen:
+                continue
+            seen.add(content)
             images.decode(file)
         except images.BadImageError as error:
-            bad[name] = str(error).replace(str(file), name)
+            bad[name] = _short(error, file, name)
             continue
         for crop in range(crops):
             yield _Job(Record(content, name, crop), file)
 
 
-def _open(out: Path, encoder: FeatureEncoder) -> Index:
+def _short(error: images.BadImageError, file: Path, name: str) -> str:
+    """What is wrong with a file, by its name in the folder."""
+    return str(error).replace(str(file), name)
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1; got {value!r}")
+
+
+def _index(out: Path, encoder: FeatureEncoder) -> Index:
     """The index to go on with, or that of a new store.
 
     Raises:
         StoreError: see :func:`extract`.
     """
-    if out.exists() and not out.is_dir():
-        raise StoreError(f"{out} is a file; give a folder")
-    if not (out / INDEX).exists():
-        # What a run leaves that died before its first index may be overwritten; anything else may not.
-        foreign = [path for path in out.glob("*") if not path.name.startswith("features-00000.safetensors")]
-        if foreign and not all(path.name.startswith(INDEX) for path in foreign):
-            raise StoreError(f"{out} holds other things ({foreign[0].name}, ...); give an empty folder")
-        out.mkdir(parents=True, exist_ok=True)
-        return Index(encoder.fingerprint, encoder.identity, encoder.layer, tokens=0, width=encoder.width)
-    index = Index.read(out)
+    index = Index.begun(out)
+    if index is None:
+        return Index(encoder.fingerprint, encoder.identity, encoder.layer, encoder.tokens, encoder.width)
     if index.fingerprint != encoder.fingerprint:
         names = sorted(set(index.encoder) | set(encoder.identity))
         differ = [name for name in names if index.encoder.get(name) != encoder.identity.get(name)]
+        if "dtype" in differ:  # weights are digested in the dtype that they are computed in
+            differ = [name for name in differ if name != "weights"]
         raise StoreError(
             f"{out} holds features of another encoder (different {', '.join(differ)}); features of "
             "different encoders can't be mixed: give another folder"
@@ -203,29 +246,42 @@ def _open(out: Path, encoder: FeatureEncoder) -> Index:
 
 
 class _Writer:
-    """Pictures into batches, batches into shards: cut at the same records however often a run dies."""
+    """Pictures into batches, batches into shards: cut at the same records however often a run dies.
+
+    Attributes:
+        made: records computed so far.
+    """
 
     def __init__(
-        self, out: Path, encoder: FeatureEncoder, index: Index, batch: int, shard_bytes: int
+        self, out: Path, encoder: FeatureEncoder, index: Index, batch: int, shard_bytes: int, most: int
     ) -> None:
+        self.made = 0
         self._out, self._encoder, self._index, self._batch = out, encoder, index, batch
-        self._shard_bytes = shard_bytes
-        self._waiting: list[tuple[Record, images.Image]] = []
+        records = max(1, shard_bytes // (index.tokens * index.width * 2))
+        self._rows = torch.empty(min(records, most), index.tokens, index.width, dtype=torch.float16)
         self._records: list[Record] = []
-        self._rows: list[torch.Tensor] = []
+        self._waiting: list[tuple[Record, Image]] = []
 
-    def add(self, record: Record, picture: images.Image) -> None:
+    def add(self, record: Record, picture: Image) -> None:
         """One more."""
         self._waiting.append((record, picture))
         # A batch never straddles two shards: after a restart the same images are computed together.
-        if len(self._waiting) == min(self._batch, self._room()):
+        room = len(self._rows) - len(self._records)
+        if len(self._waiting) == min(self._batch, room):
             self._compute()
-        if self._records and self._room() <= 0:
+        if len(self._records) == len(self._rows):
             self._flush()
 
-    def skip(self, name: str, content: str, reason: str) -> None:
-        """Note a file that can't be used."""
-        self._index.bad[name] = Bad(content, reason)
+    def skip(self, bad: Bad) -> None:
+        """Note what can't be used."""
+        if bad not in self._index.bad:
+            self._index.bad.append(bad)
+
+    def forget(self, name: str, content: str) -> list[Bad]:
+        """Drop what is noted of a file whose content was another; returns it."""
+        gone = [bad for bad in self._index.bad if bad.path == name and bad.image != content]
+        self._index.bad = [bad for bad in self._index.bad if bad not in gone]
+        return gone
 
     def finish(self) -> None:
         """Write what is left."""
@@ -236,33 +292,24 @@ class _Writer:
         else:
             self._index.write(self._out)
 
-    def _room(self) -> int:
-        """Records that the shard can still take; before the size of one is known, as many as a batch."""
-        if not self._index.tokens:
-            return self._batch
-        most = max(1, self._shard_bytes // (self._index.tokens * self._index.width * 2))
-        return most - len(self._records)
-
     def _compute(self) -> None:
         features = self._encoder([picture for _, picture in self._waiting])
-        tokens = features.shape[1]
-        if not self._index.tokens:
-            self._index.tokens = tokens
-        if tokens != self._index.tokens:
-            raise ValueError(
-                f"{self._waiting[0][0].path} has {tokens} tokens, images before it {self._index.tokens}: all "
-                "must have as many, so the processor has to make one size of them"
-            )
         for (record, _), row in zip(self._waiting, features, strict=True):
             if bool(row.isfinite().all()):
+                self._rows[len(self._records)] = row
                 self._records.append(record)
-                self._rows.append(row)
             else:
-                self.skip(record.path, record.image, f"{record.path}: its features are NaN or beyond float16")
+                self.skip(Bad(record.path, record.image, record.crop, _beyond(record.path)))
+        self.made += len(self._waiting)
         self._waiting.clear()
 
     def _flush(self) -> None:
-        shard: Shard = write_shard(self._out, len(self._index.shards), torch.stack(self._rows), self._records)
+        count = len(self._index.shards)
+        shard = write_shard(self._out, count, self._rows[: len(self._records)], self._records)
         self._index.shards.append(shard)
         self._index.write(self._out)
-        self._records, self._rows = [], []
+        self._records = []
+
+
+def _beyond(name: str) -> str:
+    return f"{name}: its features are NaN or beyond float16"

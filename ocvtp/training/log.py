@@ -1,8 +1,9 @@
-"""What a run measured, as it goes: JSON lines, TensorBoard where it is installed, a plot of the loss."""
+"""What a run measures, as it goes: JSON lines, and TensorBoard where it is installed."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,11 @@ from typing import Any
 from ocvtp.atomic import write_atomic
 
 METRICS = "metrics.jsonl"
-PLOT = "loss.png"
-_TENSORBOARD = "tensorboard"
+TENSORBOARD = "tensorboard"
 
 
 class MetricsLog:
-    """Rows of numbers, each of a step, in ``metrics.jsonl`` and TensorBoard's event files.
+    """Rows of numbers in ``metrics.jsonl`` and TensorBoard's event files.
 
     Args:
         folder: of the run.
@@ -23,36 +23,35 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._path = folder / METRICS
-        self._keep_until(step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = _summary_writer(folder / _TENSORBOARD, step)
+        path = folder / METRICS
+        if path.exists():
+            text = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step)
+            write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _summary_writer(folder / TENSORBOARD, step)
 
-    @property
-    def has_board(self) -> bool:
-        """Whether TensorBoard is installed."""
-        return self._board is not None
+    def write(self, kind: str, row: Mapping[str, float | None]) -> None:
+        """One row with its ``step``; ``kind`` is ``"train"`` or ``"validation"``. ``None`` was not finite."""
+        self._file.write(json.dumps({"kind": kind, **row}) + "\n")
+        if self._board is None:
+            return
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(f"{kind}/{name}", value, row["step"])
 
-    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """One row; ``kind`` is ``"train"`` or ``"validation"``."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+    def sync(self) -> None:
+        """Everything so far to the disk."""
         self._file.flush()
+        os.fsync(self._file.fileno())
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.flush()
 
     def close(self) -> None:
-        """Everything to the disk."""
+        """Everything to the disk, and no more."""
+        self.sync()
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-    def _keep_until(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = [row for row in read_metrics(self._path.parent) if row["step"] <= step]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        write_atomic(self._path, lambda partial: partial.write_text(text))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -64,24 +63,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
-
-
-def plot_loss(folder: Path) -> None:
-    """Draw training and validation loss against steps, where matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    rows = read_metrics(folder)
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for kind, style in (("train", "-"), ("validation", "o-")):
-        points = [(row["step"], row["loss"]) for row in rows if row["kind"] == kind]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=kind, markersize=3, linewidth=1)
-    axes.set(xlabel="step", ylabel="area-weighted reconstruction error", yscale="log")
-    axes.legend()
-    write_atomic(folder / PLOT, lambda partial: figure.savefig(partial, dpi=120, format="png"))
 
 
 def _summary_writer(folder: Path, step: int) -> Any:

@@ -33,22 +33,40 @@ class Draw(NamedTuple):
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
     """A generator that depends on its arguments alone: no state to save, and every process has the same."""
+    return torch.Generator().manual_seed(derived_seed(seed, *purpose))
+
+
+def derived_seed(seed: int, *purpose: object) -> int:
+    """A seed in ``[0, 2**63)`` that depends on its arguments alone."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
-def draw(recipe: Recipe, batch: int, tokens: int, width: int, *purpose: object) -> Draw:
+def draw(
+    recipe: Recipe, batch: int, tokens: int, width: int, *purpose: object, slots: int | None = None
+) -> Draw:
     """What a step of ``batch`` images of ``tokens`` tokens draws; ``purpose`` tells steps apart.
 
-    A number of slots above ``tokens`` is never drawn.
+    A number of slots above ``tokens`` is never drawn; ``slots`` gives it instead.
     """
     source = generator(recipe.seed, *purpose)
+    if slots is None:
+        choices = slot_counts(recipe, tokens)
+        slots = choices[int(torch.randint(len(choices), (), generator=source))]
+    noise = torch.randn(batch, slots, width, generator=source)
+    return Draw(noise, hidden_tokens(recipe, batch, tokens, source))
+
+
+def slot_counts(recipe: Recipe, tokens: int) -> list[int]:
+    """The recipe's numbers of slots that images of ``tokens`` tokens can have.
+
+    Raises:
+        ValueError: there is none.
+    """
     choices = [count for count in recipe.slots if count <= tokens]
     if not choices:
         raise ValueError(f"images have {tokens} tokens, fewer than any of the recipe's slots {recipe.slots}")
-    slots = choices[int(torch.randint(len(choices), (), generator=source))]
-    noise = torch.randn(batch, slots, width, generator=source)
-    return Draw(noise, hidden_tokens(recipe, batch, tokens, source))
+    return choices
 
 
 def hidden_tokens(recipe: Recipe, batch: int, tokens: int, source: torch.Generator) -> torch.Tensor:

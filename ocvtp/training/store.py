@@ -7,16 +7,18 @@ atomically, so that whenever a run dies the store holds whole shards and their i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ocvtp.atomic import write_atomic, write_json
+from ocvtp.atomic import PARTIAL, write_atomic, write_json
 
 INDEX = "index.json"
 _SCHEMA = 1
@@ -39,9 +41,18 @@ class Record:
 
 @dataclass(frozen=True)
 class Bad:
-    """A file that can't be used: digest of its content, and why."""
+    """What can't be used, and why.
 
+    Attributes:
+        path: the file when it was read.
+        image: digest of its content; empty if the file can't be read at all, which is tried again.
+        crop: the crop whose features are not finite; ``None`` if the file can't be decoded.
+        reason: for people.
+    """
+
+    path: str
     image: str
+    crop: int | None
     reason: str
 
 
@@ -65,7 +76,7 @@ class Index:
         tokens: N.
         width: C.
         shards: in the order they were written.
-        bad: file -> why it was skipped.
+        bad: what was skipped, as it was met.
     """
 
     fingerprint: str
@@ -74,7 +85,12 @@ class Index:
     tokens: int
     width: int
     shards: list[Shard] = field(default_factory=list)
-    bad: dict[str, Bad] = field(default_factory=dict)
+    bad: list[Bad] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """File -> why it, or a crop of it, was skipped."""
+        return {bad.path: bad.reason for bad in self.bad}
 
     def write(self, folder: Path) -> None:
         """Atomically into ``folder``."""
@@ -104,19 +120,104 @@ class Index:
                 Shard(shard["file"], shard["sha256"], tuple(Record(**record) for record in shard["records"]))
                 for shard in values.pop("shards")
             ]
-            bad = {name: Bad(**entry) for name, entry in values.pop("bad").items()}
-            return cls(shards=shards, bad=bad, **values)
+            bad = [Bad(**entry) for entry in values.pop("bad")]
+            index = cls(shards=shards, bad=bad, **values)
         except (AttributeError, KeyError, TypeError) as error:
             raise StoreError(f"{path} is not an index of features ({error}); make them again") from error
+        sizes = (index.layer, index.tokens, index.width)
+        named = all(shard.file == _shard_name(i) for i, shard in enumerate(shards))
+        if not named or not all(type(size) is int for size in sizes) or not isinstance(index.encoder, dict):
+            raise StoreError(f"{path} is not an index of features; make them again")
+        return index
+
+    @classmethod
+    def begun(cls, folder: Path) -> Index | None:
+        """What a run that is to write into ``folder`` goes on with; ``None`` if it is to be made anew.
+
+        Raises:
+            StoreError: the folder holds something else, or features that are damaged.
+        """
+        if folder.exists() and not folder.is_dir():
+            raise StoreError(f"{folder} is a file; give a folder")
+        if (folder / INDEX).exists():
+            index = cls.read(folder)
+            for shard in index.shards:
+                open_shard(folder, shard, index.tokens, index.width)
+            return index
+        # What a run leaves that died before its first index may be overwritten; anything else may not.
+        ours = {_shard_name(0), _shard_name(0) + PARTIAL, INDEX + PARTIAL}
+        if foreign := sorted(path.name for path in folder.glob("*") if path.name not in ours):
+            raise StoreError(f"{folder} holds other things ({foreign[0]}, ...); give an empty folder")
+        return None
 
 
 def write_shard(folder: Path, number: int, features: torch.Tensor, records: Sequence[Record]) -> Shard:
-    """Write ``[n, N, C]`` float16, atomically. The index does not know of it yet."""
+    """Write ``[n, N, C]`` float16, atomically. The index does not know of it yet.
+
+    Raises:
+        OSError: as when the disk is full.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    name = f"features-{number:05d}.safetensors"
-    write_atomic(folder / name, lambda partial: save_file({_TENSOR: features.contiguous()}, partial))
+    name = _shard_name(number)
+    try:
+        write_atomic(folder / name, lambda partial: save_file({_TENSOR: features.contiguous()}, partial))
+    except SafetensorError as error:
+        raise OSError(f"can't write {folder / name}: {error}") from error
     return Shard(name, _sha256(folder / name), tuple(records))
+
+
+def open_shard(folder: Path, shard: Shard, tokens: int, width: int) -> Any:
+    """The shard's file, as ``safe_open`` gives it. Its checksum is not compared.
+
+    Raises:
+        StoreError: a file that is missing, cut off, or of another shape than the index says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / shard.file
+    if not path.is_file():
+        raise StoreError(f"{path} is missing; copy it back, or delete the folder and make the features again")
+    try:
+        file = safe_open(path, "pt")
+        found = file.get_slice(_TENSOR)
+        shape, dtype = list(found.get_shape()), found.get_dtype()
+    except (SafetensorError, OSError) as error:
+        raise StoreError(
+            f"{path} is damaged ({error}); delete the folder and make the features again"
+        ) from error
+    if (shape, dtype) != ([len(shard.records), tokens, width], "F16"):
+        raise StoreError(
+            f"{path} holds {dtype} {shape}, the index says F16 {[len(shard.records), tokens, width]}; "
+            "delete the folder and make the features again"
+        )
+    return file
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep a second run out of ``folder``, where the system can; a run that dies lets go of it.
+
+    Raises:
+        StoreError: another process is writing there.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(f"another process is writing to {folder}; wait for it to end") from error
+        except OSError:  # a file system without locks: go without
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class FeatureStore:
@@ -138,7 +239,7 @@ class FeatureStore:
         self.tokens, self.width, self.layer = index.tokens, index.width, index.layer
         self.fingerprint = index.fingerprint
         self.encoder: Mapping[str, Any] = index.encoder
-        self.bad: Mapping[str, str] = {name: bad.reason for name, bad in index.bad.items()}
+        self.bad: Mapping[str, str] = index.skipped
         self._shards = index.shards
         self.records = [record for shard in index.shards for record in shard.records]
         self.images = [record.image for record in self.records]
@@ -148,12 +249,9 @@ class FeatureStore:
         if not self.records:
             raise StoreError(f"{self.folder} holds no features yet; run ocvtp features to its end")
         for shard in self._shards:
-            if not (self.folder / shard.file).is_file():
-                raise StoreError(f"{self.folder / shard.file} is missing; copy it back or make them again")
+            open_shard(self.folder, shard, self.tokens, self.width)
         if verify:
             self.verify()
-        for i, shard in enumerate(self._shards):
-            self._check_shape(i, shard)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -183,34 +281,17 @@ class FeatureStore:
                     "Delete the folder and make the features again"
                 )
 
-    def _slice(self, shard: int) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        if shard not in self._open:
-            path = self.folder / self._shards[shard].file
-            try:
-                self._open[shard] = safe_open(path, "pt")
-            except (SafetensorError, OSError) as error:
-                raise StoreError(f"{path} can't be read ({error}); make the features again") from error
-        return self._open[shard].get_slice(_TENSOR)
-
-    def _check_shape(self, number: int, shard: Shard) -> None:
-        from safetensors import SafetensorError
-
-        want = [len(shard.records), self.tokens, self.width]
-        try:
-            found = self._slice(number)
-            shape, dtype = list(found.get_shape()), found.get_dtype()
-        except SafetensorError as error:
-            raise StoreError(f"{self.folder / shard.file} holds no features ({error})") from error
-        if shape != want or dtype != "F16":
-            raise StoreError(
-                f"{self.folder / shard.file} holds {dtype} {shape}, the index says F16 {want}; "
-                "make the features again"
-            )
+    def _slice(self, number: int) -> Any:
+        if number not in self._open:
+            self._open[number] = open_shard(self.folder, self._shards[number], self.tokens, self.width)
+        return self._open[number].get_slice(_TENSOR)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # open files belong to this process
+
+
+def _shard_name(number: int) -> str:
+    return f"features-{number:05d}.safetensors"
 
 
 def _sha256(path: Path) -> str:

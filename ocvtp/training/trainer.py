@@ -1,45 +1,57 @@
-"""The training loop: published recipe, any number of processes, exact resume."""
+"""The training loop: published recipe, any number of processes, exact resume.
+
+When what is looked at: losses and norms stay on the device until ``log_every`` steps have passed, an epoch
+ends, or a state is about to be saved. Then, and only then, the host waits for the device, processes agree
+whether all is well, and rows are written; so a step costs no synchronisation, and a state that holds a NaN
+is never saved.
+
+What is written when: rows of metrics, the best pruner, then the state, each flushed before the next. A run
+that dies in between finds rows beyond its state, which it drops, or a pruner that it will write again with
+the same content.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import math
-import time
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ocvtp.atomic import sync_folder, write_json
 from ocvtp.config import PrunerConfig
 from ocvtp.pruner import OCPruner
 from ocvtp.training import checkpoint
-from ocvtp.training.batches import Batch, Part, TrainingSteps, validation_batches
-from ocvtp.training.checkpoint import Progress
-from ocvtp.training.log import MetricsLog, plot_loss
+from ocvtp.training.batches import Batch, HeldOutBatches, TrainingBatches, load
+from ocvtp.training.checkpoint import Progress, ResumeError
+from ocvtp.training.log import METRICS, TENSORBOARD, MetricsLog
+from ocvtp.training.metrics import Recent, StepFacts
+from ocvtp.training.plan import Plan, default_config, make_plan
+from ocvtp.training.plot import PLOT, plot_loss
 from ocvtp.training.recipe import Recipe
 from ocvtp.training.schedule import warm_cosine
 from ocvtp.training.source import FeatureSource
-from ocvtp.training.split import split
-from ocvtp.training.step import Objective, StepLoss, distinct_picks, live_slots, standard_deviation
+from ocvtp.training.step import Objective, StepLoss, derived_seed, distinct_picks, live_slots
+from ocvtp.training.team import Team, TrainingError
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+__all__ = ["DivergedError", "ResumeError", "Trained", "TrainingError", "default_config", "train"]
 
 #: Folder of the best pruner so far, inside a run's.
 PRUNER = "pruner"
+_TRAINING = "training.json"
+_PARTIAL = ".partial"
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Steps in a row that float16 may overflow in: the scale of the loss halves every time.
-_MOST_SKIPPED = 30
-# Records that the features' standard deviation is measured on.
-_SAMPLE = 64
+# Steps in a row that float16 may overflow in: the scale of the loss halves every time, 65536 to below 1.
+_MOST_SKIPPED = 20
 
 
-class DivergedError(RuntimeError):
-    """The loss became NaN or infinite; the message says since when and what to try."""
+class DivergedError(TrainingError):
+    """The loss became NaN or infinite; the message says when and what to try."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +75,6 @@ class Trained:
     resumed: int
 
 
-def default_config(source: FeatureSource, **changes: Any) -> PrunerConfig:
-    """The official proportions at the width of ``source``, with a decoder; ``changes`` win."""
-    width = source.width
-    sizes: dict[str, Any] = {
-        "in_dim": width,
-        "hidden_dim": 2 * width,
-        "slot_dim": max(16, width // 2 // 16 * 16),
-        "ffn_dim": 2 * width,
-        "layer": source.layer,
-        "decoder_layers": 4,
-        "decoder_ffn_dim": 4 * width,
-        "decoder_tokens": source.tokens,
-    }
-    return PrunerConfig(**{**sizes, **changes})
-
-
 def train(
     source: FeatureSource,
     out: str | Path,
@@ -86,17 +82,20 @@ def train(
     config: PrunerConfig | None = None,
     *,
     validation: FeatureSource | None = None,
-    cpu: bool = False,
+    device: torch.device | None = None,
+    fresh: bool = False,
     workers: int = 0,
     log_every: int = 10,
     save_every: int = 200,
     progress: Callable[[int, int, str], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Trained:
     """Train a pruner on ``source`` and leave the best in ``out/pruner``.
 
     Run again with the same arguments, a run that died goes on where its last state was saved, and ends as it
-    would have: on the same machine to the bit. Started by ``accelerate launch`` on several processes, each
-    takes its part of every batch; the result differs from one process's by rounding, and by dropout.
+    would have: on a CPU to the bit. Started by ``accelerate launch`` on several processes, each takes its
+    part of every batch; draws are the same, so the result differs from one process's by rounding, and by
+    dropout, which every process draws for itself. All processes must see ``out``.
 
     Args:
         source: features to train on.
@@ -105,66 +104,55 @@ def train(
         config: of the pruner, with a decoder; by default :func:`default_config`. Its ``feature_scale`` is
             measured where the recipe says so.
         validation: held-out features; by default a share of the photographs of ``source``.
-        cpu: compute on the CPU even where there is a GPU.
+        device: to compute on; by default what accelerate chooses, a GPU if there is one.
+        fresh: forget the run that ``out`` holds.
         workers: processes that read features ahead; 0 reads in between. Results don't depend on it.
-        log_every: steps between rows of metrics.
-        save_every: steps between saved states, rounded up to a multiple of ``log_every``.
-        progress: called with steps done, steps in all, and what was measured last.
+        log_every: steps between looks at what was measured, and between rows on the disk.
+        save_every: steps between saved states; one is saved after every epoch, too.
+        progress: called before every step with steps done, steps in all, and what was measured last.
+        say: called with a line for every epoch, and what else a person should know. Like ``progress``, in
+            the main process alone.
 
     Raises:
         ValueError: settings that don't fit the features, each other, or the number of processes.
         ResumeError: ``out`` holds a run with other settings, or something else.
         DivergedError: the loss became NaN or infinite. The last state from before is kept.
+        TrainingError: features that can't be read, or another process that failed.
     """
+    for name, value in (("log_every", log_every), ("save_every", save_every)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
     recipe = Recipe() if recipe is None else recipe
     config = default_config(source) if config is None else config
+    plan = make_plan(source, validation, recipe, config)
+    team = Team(device)
+    if recipe.batch_size % team.size:
+        raise ValueError(f"batch_size={recipe.batch_size} can't be split evenly over {team.size} processes")
     out = Path(out)
-    records, held_out = _records(source, validation, recipe)
-    held_source = source if validation is None else validation
-    _check(source, held_source, recipe, config, len(records), log_every, save_every)
-    if recipe.unit_variance:
-        config = dataclasses.replace(config, feature_scale=_scale(source, records))
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=cpu)
-    # Accelerate's own mixed precision is one for the life of a process, and would not be the recipe's.
-    if accelerator.mixed_precision != "no":
-        raise ValueError(
-            f"accelerate is set to mixed precision {accelerator.mixed_precision}: set it to no, and the "
-            "recipe's autocast to what you want"
-        )
-    part = Part(accelerator.process_index, accelerator.num_processes)
-    if recipe.batch_size % part.processes:
-        raise ValueError(
-            f"batch_size={recipe.batch_size} can't be split over {part.processes} processes evenly"
-        )
-    identity = {
-        "recipe": recipe.to_dict(),
-        "pruner": config.to_dict(),
-        "features": {
-            "fingerprint": source.fingerprint,
-            "training": _digest(source, records),
-            "validation": _digest(held_source, held_out),
-        },
-    }
-    state = checkpoint.read_progress(out)
-    if state is None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not _only_logs(out):
-            raise checkpoint.ResumeError(f"{out} is not empty and holds no run; give another folder")
-        state = Progress(identity)
-    checkpoint.check_same(out, state.identity, identity)
-    accelerator.wait_for_everyone()
-    gpus = [accelerator.device] if accelerator.device.type == "cuda" else []
+    state, plan = team.together(lambda: _take_up(plan, out, fresh))
+    if state.finished:
+        if team.main:  # it may have died just after it finished
+            _clear_partial(out)
+            if not (out / PLOT).exists():
+                plot_loss(out)
+        return _trained(out, state, state.step)
+    gpus = [team.device] if team.device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(recipe.seed)
-        pruner = OCPruner(config)
-        steps = TrainingSteps(source, records, recipe, config.slot_dim, part)
-        run = _Run(accelerator, pruner, recipe, out, state, steps, log_every, save_every)
-        return run.to_the_end(
-            lambda: validation_batches(held_source, held_out, recipe, config.slot_dim, part),
-            workers,
-            progress,
-        )
+        pruner = OCPruner(plan.config).to(team.device)
+        run = _Run(team, plan, pruner, out, state, log_every, save_every)
+        team.together(run.begin)
+        return run.to_the_end(workers, progress if team.main else None, say if team.main else None)
+
+
+def without_decoder(pruner: OCPruner) -> OCPruner:
+    """A copy of ``pruner`` that can prune but not be trained: the decoder, most of its size, is left out."""
+    config = PrunerConfig.from_dict({**pruner.config.to_dict(), "decoder_layers": 0})
+    with torch.device("meta"):
+        small = OCPruner(config)
+    kept = {key: value for key, value in pruner.state_dict().items() if not key.startswith("decoder.")}
+    small.load_state_dict({key: value.clone() for key, value in kept.items()}, assign=True)
+    return small.eval()
 
 
 class _Run:
@@ -172,342 +160,327 @@ class _Run:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        team: Team,
+        plan: Plan,
         pruner: OCPruner,
-        recipe: Recipe,
         out: Path,
         state: Progress,
-        steps: TrainingSteps,
         log_every: int,
         save_every: int,
     ) -> None:
-        device = accelerator.device
-        objective = Objective(pruner, recipe).to(device)
-        optimizer = torch.optim.AdamW(
-            objective.parameters(),
+        self._team, self._plan, self._pruner, self._out, self._state = team, plan, pruner, out, state
+        self._log_every, self._save_every = log_every, save_every
+        recipe, device = plan.recipe, team.device
+        self._objective = Objective(pruner, recipe)
+        self._optimizer = torch.optim.AdamW(
+            pruner.parameters(),
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
             fused=device.type == "cuda",
         )
-        self._resumed = state.step
-        if state.step:
-            checkpoint.restore(out, objective, optimizer, device)
-        self._accelerator, self._recipe, self._out, self._state = accelerator, recipe, out, state
-        self._steps, self._objective = steps, objective
-        self._log_every = log_every
-        self._save_every = -(-save_every // log_every) * log_every
-        self._optimizer = optimizer
-        self._wrapped = accelerator.prepare_model(objective)
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.autocast == "fp16")
-        if state.scaler:
-            self._scaler.load_state_dict(state.scaler)
+        self._batches = TrainingBatches(plan.source, plan.records, recipe, pruner.config.slot_dim, team.part)
+        self._held_out = HeldOutBatches(
+            plan.held_source, plan.held_out, recipe, pruner.config.slot_dim, team.part
+        )
+        self._recent = Recent(team, recipe.batch_size)
+        self._resumed = state.step
         self._log: MetricsLog | None = None
-        self._window = _Window(device)
+        self._said = ""
+
+    def begin(self) -> None:
+        """Put parameters and moments where they were."""
+        state = self._state
+        if state.step:
+            checkpoint.restore(self._out, self._objective, self._optimizer)
+            if state.scaler:
+                self._scaler.load_state_dict(state.scaler)
 
     def to_the_end(
         self,
-        held_out: Callable[[], Any],
         workers: int,
         progress: Callable[[int, int, str], None] | None,
+        say: Callable[[str], None] | None,
     ) -> Trained:
         """Train what is left."""
-        state, main = self._state, self._accelerator.is_main_process
-        if not state.finished:
-            if main:
-                self._out.mkdir(parents=True, exist_ok=True)
-                self._log = MetricsLog(self._out, state.step)
-            try:
-                self._train(held_out, workers, progress)
-            finally:
-                if self._log is not None:
-                    self._log.close()
-        assert state.best_loss is not None
-        return Trained(
-            self._out / PRUNER, state.step, state.best_loss, state.best_epoch, state.finished, self._resumed
-        )
+        state = self._state
+        self._team.together(self._open)
+        wrapped = self._team.wrap(self._objective)
+        total = len(self._batches)
+        loader = self._load(self._batches, range(state.step, total), workers)
+        self._objective.train()
+        try:
+            while not state.finished:
+                if progress is not None:
+                    progress(state.step, total, self._said)
+                self._step(wrapped, next(loader))
+                state.step += 1
+                epoch, rest = divmod(state.step, self._batches.per_epoch)
+                save = rest == 0 or state.step % self._save_every == 0
+                if save or state.step % self._log_every == 0:
+                    self._look()
+                if rest == 0:
+                    line = self._finish_epoch(epoch, workers)
+                    if say is not None:
+                        say(line)
+                elif save:
+                    self._team.together(self._save)
+        finally:
+            if self._log is not None:
+                self._log.close()
+        return _trained(self._out, state, self._resumed)
 
-    def _train(
-        self, held_out: Callable[[], Any], workers: int, progress: Callable[[int, int, str], None] | None
-    ) -> None:
-        state, total = self._state, len(self._steps)
-        pinned = self._accelerator.device.type == "cuda"
-        loader = self._steps.loader(state.step, workers, pinned)
-        for step in range(state.step, total):
-            if progress is not None:
-                progress(step, total, self._window.said)
-            self._step(step, next(loader))
-            state.step = step + 1
-            epoch, rest = divmod(state.step, self._steps.per_epoch)
-            if rest == 0 or state.step % self._log_every == 0:
-                self._write_window()
-            if rest == 0:
-                self._validate(epoch, held_out)
-                if state.finished:
-                    return
-            elif state.step % self._save_every == 0:
-                self._save()
+    def _open(self) -> None:
+        if not self._team.main:
+            return
+        if self._state.step == 0:
+            self._out.mkdir(parents=True, exist_ok=True)
+            self._write_state()  # before anything else: from now on the folder is this run's
+            _clear(self._out)
+        _clear_partial(self._out)
+        self._log = MetricsLog(self._out, self._state.step)
 
-    def _step(self, step: int, batch: Batch) -> None:
-        recipe, accelerator = self._recipe, self._accelerator
+    def _load(self, batches: Any, numbers: range, workers: int) -> Iterator[Batch]:
+        return load(batches, numbers, workers, pinned=self._team.device.type == "cuda")
+
+    # --------------------------------------------------------------------------------------- training
+
+    def _step(self, wrapped: torch.nn.Module, batch: Batch) -> None:
+        """One step, counted from 0 by the state; leaves what it measured on the device."""
+        recipe, team, step = self._plan.recipe, self._team, self._state.step
+        if batch.error and team.size == 1:  # with others, all stop at the next look
+            raise TrainingError(f"step {step + 1}: {batch.error}")
         rate = warm_cosine(
             step,
-            len(self._steps),
-            round(recipe.warmup_epochs * self._steps.per_epoch),
+            len(self._batches),
+            round(recipe.warmup_epochs * self._batches.per_epoch),
             recipe.learning_rate,
             recipe.final_learning_rate,
         )
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        # Dropout is the one draw that is made on the device: of every step and process its own.
-        torch.manual_seed(_number(recipe.seed, "dropout", step, accelerator.process_index))
-        self._wrapped.train()
+        # Dropout alone is drawn on the device. Nothing that came before must matter, or resuming would.
+        torch.manual_seed(derived_seed(recipe.seed, "dropout", step, team.rank))
         with self._autocast():
-            loss = self._wrapped(*batch.to(accelerator.device)).loss.mean()
+            made: StepLoss = wrapped(*batch.inputs(team.device))
+        loss = made.loss.mean()
         self._optimizer.zero_grad()
-        accelerator.backward(self._scaler.scale(loss))
+        self._scaler.scale(loss).backward()
         self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._objective.parameters(), recipe.clip)
-        skipped = self._apply_gradients()
-        self._window.add(step, loss.detach(), norm, rate, batch.noise.shape[1], recipe.batch_size, skipped)
-
-    def _apply_gradients(self) -> bool:
-        """Step the optimizer; true where a float16 gradient overflowed and the step was left out."""
+        norm = torch.nn.utils.clip_grad_norm_(self._pruner.parameters(), recipe.clip)
         self._scaler.step(self._optimizer)
-        if not self._scaler.is_enabled():
-            return False
-        scale = self._scaler.get_scale()
         self._scaler.update()
-        return self._scaler.get_scale() < scale
+        facts = StepFacts(step + 1, step // self._batches.per_epoch + 1, rate, batch.noise.shape[1])
+        self._recent.add(facts, loss, live_slots(made.slot_attention).mean(), norm, batch.error)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        dtype = _AUTOCAST.get(self._recipe.autocast)
+        dtype = _AUTOCAST.get(self._plan.recipe.autocast)
         if dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self._accelerator.device.type, dtype)
+        return torch.autocast(self._team.device.type, dtype)
 
-    def _write_window(self) -> None:
-        """A row of metrics; the one moment at which the host looks at the device."""
-        row = self._window.row(self._accelerator)
-        self._window.stop_if_diverged()
+    def _look(self) -> None:
+        """Write what was measured, and stop if it is not well.
+
+        Raises:
+            DivergedError, TrainingError: the same in all processes.
+        """
+        rows, error, failed = self._recent.look()
+        if failed:
+            raise TrainingError(
+                f"step {rows[-1]['step']} or shortly before: {error}"
+                if error
+                else "another process could not read its features and says why; all have stopped"
+            )
+        self._team.together(lambda: self._write_rows("train", rows))
+        for row in rows:
+            self._judge(row)
+        self._said = f"loss {rows[-1]['loss']:.4f}" if rows[-1]["loss"] is not None else self._said
+
+    def _write_rows(self, kind: str, rows: list[dict[str, Any]]) -> None:
         if self._log is not None:
-            self._log.write("train", self._state.step, row)
+            for row in rows:
+                self._log.write(kind, row)
 
-    def _validate(self, epoch: int, held_out: Callable[[], Any]) -> None:
-        state, recipe = self._state, self._recipe
-        row = self._held_out_loss(held_out())
+    def _judge(self, row: dict[str, Any]) -> None:
+        state = self._state
+        if row["loss"] is not None and row["gradient_norm"] is not None:
+            state.skipped = 0
+            return
+        if not self._scaler.is_enabled():
+            what = "loss" if row["loss"] is None else "norm of the gradient"
+            raise DivergedError(
+                f"the {what} is NaN or infinite in step {row['step']}. {self._kept()} In another folder, try "
+                "a lower learning_rate, a longer warmup_epochs, or autocast none"
+            )
+        # The scaler has left that step's update out, and halved the scale.
+        state.skipped += 1
+        if state.skipped >= _MOST_SKIPPED:
+            raise DivergedError(
+                f"float16 overflowed in {state.skipped} steps in a row, the last is step {row['step']}. "
+                f"{self._kept()} In another folder, try autocast bf16 or none"
+            )
+
+    def _kept(self) -> str:
+        saved = checkpoint.read_progress(self._out)
+        step = 0 if saved is None else saved.step
+        best = f", the best pruner so far in {self._out / PRUNER}" if self._state.best_epoch else ""
+        return f"Kept are the state after step {step}{best}."
+
+    # ------------------------------------------------------------------------------------- validation
+
+    def _finish_epoch(self, epoch: int, workers: int) -> str:
+        """Validate, save; returns what to say."""
+        state, recipe = self._state, self._plan.recipe
+        row = self._held_out_loss(workers)
         if not math.isfinite(row["loss"]):
-            raise DivergedError(_diverged(state.step))
-        if self._log is not None:
-            self._log.write("validation", state.step, {"epoch": epoch, **row})
-        if state.best_loss is None or row["loss"] < state.best_loss:
+            raise DivergedError(
+                f"the loss of held-out images is NaN or infinite after step {state.step}. {self._kept()} "
+                "In another folder, try a lower learning_rate, or autocast bf16 or none"
+            )
+        better = state.best_loss is None or row["loss"] < state.best_loss
+        if better:
             state.best_loss, state.best_epoch, state.stale = row["loss"], epoch, 0
-            if self._accelerator.is_main_process:
-                _save_pruner(self._objective.pruner, self._out / PRUNER)
         else:
             state.stale += 1
         if epoch == recipe.epochs:
             state.finished = "all epochs"
         elif state.stale >= recipe.patience:
             state.finished = "early"
-        self._save()
-        if self._accelerator.is_main_process:
-            plot_loss(self._out)
+
+        def write() -> None:
+            self._write_rows("validation", [{"step": state.step, "epoch": epoch, **row}])
+            if better and self._team.main:
+                self._write_pruner()
+            self._save()
+            if self._team.main:
+                plot_loss(self._out)
+
+        self._team.together(write)
+        return (
+            f"epoch {epoch} of {recipe.epochs}: {self._said or 'no finite loss'}, held out {row['loss']:.4f}"
+            f"{' (best)' if better else ''}, live slots {row['live_slots']:.0%}"
+        )
 
     @torch.no_grad()
-    def _held_out_loss(self, batches: Any) -> dict[str, float]:
+    def _held_out_loss(self, workers: int) -> dict[str, float]:
+        """Means over all held-out images, each counted once.
+
+        Raises:
+            TrainingError: features that can't be read, here or in another process.
+        """
         self._objective.eval()
-        device = self._accelerator.device
-        sums = torch.zeros(4, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-        for batch in batches:
-            with self._autocast():
-                made: StepLoss = self._objective(*batch.to(device))
-            shares = (made.loss, live_slots(made.slot_attention), distinct_picks(made.slot_attention))
-            sums += torch.stack(
-                [*(share.double().sum() for share in shares), sums.new_tensor(len(made.loss))]
+        measured, error = [], ""
+        for batch in self._load(self._held_out, range(len(self._held_out)), workers):
+            error = error or batch.error
+            if len(batch.features):
+                with self._autocast():
+                    made: StepLoss = self._objective(*batch.inputs(self._team.device))
+                attention = made.slot_attention
+                measured.append(
+                    torch.stack([made.loss.float(), live_slots(attention), distinct_picks(attention)], dim=1)
+                )
+        self._objective.train()
+        sums = torch.zeros(5, dtype=torch.float64)
+        if measured:
+            found = torch.cat(measured).cpu().double()
+            sums[:3], sums[3] = found.sum(dim=0), len(found)
+        sums[4] = float(bool(error))
+        loss, live, distinct, images, failed = self._team.sum(sums).tolist()
+        if failed:
+            raise TrainingError(
+                f"held-out images: {error}"
+                if error
+                else "another process could not read its features and says why; all have stopped"
             )
-        loss, live, distinct, images = self._accelerator.reduce(sums, reduction="sum").tolist()
         return {"loss": loss / images, "live_slots": live / images, "distinct_picks": distinct / images}
 
+    # ----------------------------------------------------------------------------------------- saving
+
     def _save(self) -> None:
-        self._state.scaler = self._scaler.state_dict()  # empty unless it is float16's
-        if self._accelerator.is_main_process:
-            checkpoint.save(self._out, self._state, self._objective, self._optimizer)
-        self._accelerator.wait_for_everyone()
-
-
-class _Window:
-    """Steps since the last row of metrics. Nothing is read from the device before :meth:`row`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.said = ""
-        self._loss = torch.zeros((), device=device)
-        self._norm = torch.zeros((), device=device)
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self._skipped = 0
-        self._clear()
-
-    def _clear(self) -> None:
-        self._loss.zero_()
-        self._norm.zero_()
-        self._steps, self._images, self._start = 0, 0, time.perf_counter()
-
-    def add(
-        self,
-        step: int,
-        loss: torch.Tensor,
-        norm: torch.Tensor,
-        rate: float,
-        slots: int,
-        images: int,
-        skipped: bool,
-    ) -> None:
-        """One step."""
-        self._steps += 1
-        self._images += images
-        self._rate, self._slots = rate, slots
-        self._skipped = self._skipped + 1 if skipped else 0
-        self._loss += loss
-        self._norm = torch.where(norm.isfinite(), torch.maximum(self._norm, norm), self._norm)
-        if skipped:  # the scaled gradient overflowed and was thrown away
+        if not self._team.main:
             return
-        bad = ~(loss.isfinite() & norm.isfinite())
-        self._first_bad = torch.where(bad & (self._first_bad < 0), step, self._first_bad)
+        assert self._log is not None
+        self._log.sync()
+        self._write_state()
 
-    def row(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means of the window, of all processes; starts the next one."""
-        loss = float(accelerator.reduce(self._loss / self._steps, reduction="mean"))
-        self._first_bad = accelerator.gather(self._first_bad.reshape(1)).max()
-        seconds = time.perf_counter() - self._start
-        row = {
-            "loss": loss,
-            "gradient_norm": float(self._norm),
-            "learning_rate": self._rate,
-            "slots": self._slots,
-            "images_per_second": self._images / seconds,
+    def _write_state(self) -> None:
+        state = self._state
+        state.scaler = self._scaler.state_dict()
+        state.versions = _versions()
+        checkpoint.save(self._out, state, self._objective, self._optimizer)
+
+    def _write_pruner(self) -> None:
+        """The pruner as it is now, every file put in place atomically; in a run, its config never changes."""
+        state, folder = self._state, self._out / PRUNER
+        made = folder.with_name(PRUNER + _PARTIAL)
+        shutil.rmtree(made, ignore_errors=True)
+        self._pruner.save_pretrained(made)
+        training = {
+            "recipe": self._plan.recipe.to_dict(),
+            "features": self._plan.identity["features"],
+            "step": state.step,
+            "epoch": state.best_epoch,
+            "held_out_loss": state.best_loss,
+            "held_out_images": len(self._plan.held_out),
+            "training_images": len(self._plan.records),
+            "versions": _versions(),
         }
-        self.said = f"loss {loss:.4f}"
-        self._clear()
-        return row
-
-    def stop_if_diverged(self) -> None:
-        """Raise :class:`DivergedError` if any step so far was not finite."""
-        first_bad = int(self._first_bad)
-        if first_bad >= 0:
-            raise DivergedError(_diverged(first_bad))
-        if self._skipped >= _MOST_SKIPPED:
-            raise DivergedError(
-                f"float16 overflowed in {self._skipped} steps in a row, whatever the scale of the loss: "
-                "train with autocast bf16 or none. What was saved before is kept"
-            )
+        write_json(made / _TRAINING, training)
+        folder.mkdir(exist_ok=True)
+        for file in sorted(made.iterdir()):
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+            os.replace(file, folder / file.name)
+        made.rmdir()
+        sync_folder(folder)
 
 
-def _diverged(step: int) -> str:
-    return (
-        f"the loss or its gradient is NaN or infinite since step {step}. What was saved before is kept; try "
-        "a lower learning_rate, a longer warmup_epochs, or autocast none"
-    )
-
-
-def _records(
-    source: FeatureSource, validation: FeatureSource | None, recipe: Recipe
-) -> tuple[Sequence[int], Sequence[int]]:
-    if validation is None:
-        return split(source.images, recipe.validation_share, recipe.seed)
-    if validation.fingerprint != source.fingerprint:
-        raise ValueError(
-            "training and validation features are of different encoders, layers or preprocessing"
-        )
-    if shared := set(source.images) & set(validation.images):
-        raise ValueError(f"{len(shared)} photographs are in both training and validation features")
-    return range(len(source)), range(len(validation))
-
-
-def _check(
-    source: FeatureSource,
-    held_source: FeatureSource,
-    recipe: Recipe,
-    config: PrunerConfig,
-    records: int,
-    log_every: int,
-    save_every: int,
-) -> None:
-    """Everything that would fail later.
+def _take_up(plan: Plan, out: Path, fresh: bool) -> tuple[Progress, Plan]:
+    """Where the run in ``out`` stands, or a new one's start; the plan, its features measured.
 
     Raises:
-        ValueError: see :func:`train`.
+        ResumeError: see :func:`train`.
     """
-    if records < recipe.batch_size:
-        raise ValueError(
-            f"{records} records to train on are fewer than a batch of {recipe.batch_size}: give more images "
-            "or crops, or a smaller batch_size"
-        )
-    if log_every < 1 or save_every < 1:
-        raise ValueError(f"log_every and save_every must be at least 1; got {log_every} and {save_every}")
-    if not config.decoder_layers:
-        raise ValueError(
-            "the pruner's config has no decoder (decoder_layers=0), so there is nothing to train"
-        )
-    for name, mine, theirs in (
-        ("in_dim", config.in_dim, source.width),
-        ("layer", config.layer, source.layer),
-        ("decoder_tokens", config.decoder_tokens, source.tokens),
-        ("decoder_tokens", config.decoder_tokens, held_source.tokens),
-    ):
-        if mine != theirs:
-            raise ValueError(f"the pruner's {name} is {mine}, the features' is {theirs}")
-    if too_many := [count for count in recipe.slots if count > source.tokens]:
-        raise ValueError(
-            f"slots {too_many} are more than the {source.tokens} tokens of an image; leave them out"
-        )
+    held = (out / checkpoint.STATE).exists()
+    if not held and out.exists():
+        left = checkpoint.STATE + _PARTIAL  # of a run that died before its first state
+        if not out.is_dir():
+            raise ResumeError(f"{out} is a file; give a folder")
+        if foreign := sorted(path.name for path in out.iterdir() if path.name != left):
+            raise ResumeError(f"{out} is not empty and holds no run ({foreign[0]}, ...); give another folder")
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise ResumeError(f"no permission to write to {parent}; give another folder")
+    state = None if fresh else checkpoint.read_progress(out)
+    if state is None:
+        plan = plan.scaled(None)
+        return Progress(plan.identity), plan
+    plan = plan.scaled(state.identity.get("pruner", {}).get("feature_scale"))  # measured once
+    checkpoint.check_same(out, state.identity, plan.identity)
+    return state, plan
 
 
-def _only_logs(out: Path) -> bool:
-    """Whether a folder holds nothing but what a run leaves that died before its first state."""
-    from ocvtp.training.log import METRICS
-
-    known = {METRICS, "tensorboard", PRUNER, checkpoint.STATE + ".partial"}
-    return out.is_dir() and all(path.name in known for path in out.iterdir())
-
-
-def _save_pruner(pruner: OCPruner, folder: Path) -> None:
-    """``save_pretrained``, every file of it put in place atomically; a run's config never changes."""
-    import os
-    import shutil
-
-    from ocvtp.atomic import sync_folder
-
-    fresh = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    pruner.save_pretrained(fresh)
-    folder.mkdir(exist_ok=True)
-    for file in sorted(fresh.iterdir()):
-        with file.open("rb+") as opened:
-            os.fsync(opened.fileno())
-        os.replace(file, folder / file.name)
-    fresh.rmdir()
-    sync_folder(folder)
+def _clear(out: Path) -> None:
+    """Take away what an earlier run left beside its state."""
+    for name in (TENSORBOARD, PRUNER):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in (METRICS, PLOT):
+        (out / name).unlink(missing_ok=True)
 
 
-def _scale(source: FeatureSource, records: Sequence[int]) -> float:
-    """Standard deviation of the features, as a sample spread over the records has it.
-
-    Raises:
-        ValueError: features that are all the same, or not finite.
-    """
-    step = max(1, len(records) // _SAMPLE)
-    scale = standard_deviation(source.batch([records[i] for i in range(0, len(records), step)][:_SAMPLE]))
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"the features' standard deviation is {scale}: there is nothing to learn from them")
-    return scale
+def _clear_partial(out: Path) -> None:
+    """Take away what was being written when an earlier run died."""
+    for path in out.glob("*" + _PARTIAL):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _digest(source: FeatureSource, records: Sequence[int]) -> str:
-    """Which photographs, in which order."""
-    total = hashlib.sha256(source.fingerprint.encode())
-    for record in records:
-        total.update(source.images[record].encode())
-    return total.hexdigest()[:16]
+def _trained(out: Path, state: Progress, resumed: int) -> Trained:
+    assert state.best_loss is not None  # an epoch has ended
+    return Trained(out / PRUNER, state.step, state.best_loss, state.best_epoch, state.finished, resumed)
 
 
-def _number(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+def _versions() -> dict[str, str]:
+    from ocvtp import __version__
+
+    return {"ocvtp": __version__, "torch": torch.__version__}

@@ -85,7 +85,26 @@ def test_options_win_over_the_file(features: Path, config: Path, tmp_path: Path)
     rows = read_metrics(tmp_path / "run")
     assert rows[-1]["step"] == 4
     assert rows[0]["slots"] == 3
-    assert rows[0]["learning_rate"] == 0.5
+    assert max(row["learning_rate"] for row in rows if row["kind"] == "train") == 0.5
+
+
+def test_every_epoch_is_told_and_a_run_can_be_forgotten(features: Path, config: Path, tmp_path: Path) -> None:
+    arguments = ("--features", features, "--config", config, "--out", tmp_path / "run")
+    shares = ("--validation-share", 0.5, "--patience", 1)
+    said = ocvtp(*arguments, "--epochs", 2, *shares).stderr
+    assert "epoch 1 of 2: loss " in said
+    assert "(best), live slots " in said
+    assert read_metrics(tmp_path / "run")[-1]["step"] <= 2 * 5  # half of 40 records, in batches of 4
+    assert "recipe.patience was 1, is 5" in error_of(ocvtp(*arguments, "--epochs", 2))
+    again = ocvtp(*arguments, "--epochs", 1, "--fresh")
+    assert again.exit_code == 0, again.output
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 8
+
+
+def test_validation_features(features: Path, config: Path, tmp_path: Path) -> None:
+    arguments = ("--features", features, "--config", config, "--out", tmp_path / "run", "--epochs", 1)
+    said = error_of(ocvtp(*arguments, "--validation-features", features))
+    assert "20 photographs are in both" in said
 
 
 class TestRefused:
@@ -129,6 +148,7 @@ class TestRefused:
             (("--slots", "64"), "slots [64] are more than the 12 tokens"),
             (("--autocast", "int8"), "autocast"),
             (("--batch-size", "1000"), "fewer than a batch of 1000"),
+            (("--patience", "0"), "patience"),
         ],
     )
     def test_options(self, features: Path, tmp_path: Path, options: tuple[str, ...], match: str) -> None:
@@ -142,4 +162,4 @@ class TestRefused:
     def test_divergence_is_told_plainly(self, features: Path, config: Path, tmp_path: Path) -> None:
         arguments = ("--features", features, "--config", config, "--out", tmp_path / "run")
         said = error_of(ocvtp(*arguments, "--epochs", 3, "--learning-rate", 1e30))
-        assert "NaN or infinite since step" in said
+        assert "NaN or infinite in step" in said

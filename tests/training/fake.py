@@ -44,4 +44,5 @@ def run(out: Path, source: Fake | None = None, recipe: Recipe = RECIPE, **option
     """A complete run on the CPU: 8 steps an epoch."""
     source = Fake() if source is None else source
     config = options.pop("config", small_config(source))
-    return train(source, out, recipe, config, cpu=True, log_every=3, save_every=3, **options)
+    options = {"device": torch.device("cpu"), "log_every": 3, "save_every": 3, **options}
+    return train(source, out, recipe, config, **options)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from ocvtp import OCPruner, PrunerConfig
 from ocvtp.training import trainer as trainer_module
-from ocvtp.training.checkpoint import STATE, ResumeError
+from ocvtp.training.checkpoint import STATE, ResumeError, read_progress
 from ocvtp.training.log import METRICS, read_metrics
 from ocvtp.training.step import Objective
-from ocvtp.training.trainer import DivergedError, Trained, default_config, train
+from ocvtp.training.trainer import DivergedError, Trained, TrainingError, default_config, without_decoder
 from tests.training.fake import RECIPE, Fake, run, small_config
 
 LONGER = dataclasses.replace(RECIPE, epochs=12, warmup_epochs=1)
@@ -26,6 +28,12 @@ LONGER = dataclasses.replace(RECIPE, epochs=12, warmup_epochs=1)
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
     out = tmp_path_factory.mktemp("trained") / "run"
     return out, run(out, recipe=LONGER)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the time of such short runs; ``trained`` is made before and has one."""
+    monkeypatch.setattr(trainer_module, "plot_loss", lambda folder: True)
 
 
 def test_it_learns(trained: tuple[Path, Trained]) -> None:
@@ -39,11 +47,13 @@ def test_it_learns(trained: tuple[Path, Trained]) -> None:
 def test_rows_of_metrics(trained: tuple[Path, Trained]) -> None:
     rows = read_metrics(trained[0])
     training = [row for row in rows if row["kind"] == "train"]
-    assert [row["step"] for row in training[:5]] == [3, 6, 8, 9, 12]  # every third, and each epoch's last
+    assert [row["step"] for row in training] == list(range(1, 8 * 12 + 1))
+    assert all(row["epoch"] == (row["step"] - 1) // 8 + 1 for row in training)
     assert all(row["slots"] in LONGER.slots and row["gradient_norm"] > 0 for row in training)
+    assert all(0 < row["live_slots"] <= 1 for row in training)
     assert all(row["images_per_second"] > 0 for row in training)
     rates = [row["learning_rate"] for row in training]
-    assert max(rates) == rates[2] == pytest.approx(1e-3)
+    assert max(rates) == rates[7] == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-8)
     validation = [row for row in rows if row["kind"] == "validation"]
     assert [(row["epoch"], row["step"]) for row in validation] == [(i, 8 * i) for i in range(1, 13)]
@@ -96,6 +106,26 @@ def test_same_seed_same_bits_other_seed_others(tmp_path: Path) -> None:
     assert results[0] == results[1] != results[2]
 
 
+def test_what_the_optimizer_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=1, clip=0.1, weight_decay=0.02)
+    norms, settings = [], set()
+    step = torch.optim.AdamW.step
+
+    def noting(self: torch.optim.AdamW, *arguments: object) -> object:
+        (group,) = self.param_groups
+        settings.add((len(group["params"]), group["weight_decay"], group["betas"], group["eps"]))
+        norms.append(torch.stack([p.grad.norm() for p in group["params"]]).norm().item())
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    run(tmp_path / "run", recipe=recipe)
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert norms == pytest.approx([0.1] * 8, rel=1e-3)
+    assert all(row["gradient_norm"] > 0.2 for row in rows)  # before clipping
+    every = len(list(OCPruner(small_config(Fake())).parameters()))
+    assert settings == {(every, 0.02, (0.9, 0.999), 1e-8)}
+
+
 def test_validation_is_on_held_out_records_behind_a_mask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +165,7 @@ class TestEarlyStopping:
         monkeypatch.setattr(
             trainer_module._Run,
             "_held_out_loss",
-            lambda self, batches: {"loss": next(given), "live_slots": 1.0, "distinct_picks": 1.0},
+            lambda self, workers: {"loss": next(given), "live_slots": 1.0, "distinct_picks": 1.0},
         )
 
     def test_after_patience_epochs_without_improvement(
@@ -169,11 +199,11 @@ class TestDivergence:
             return made._replace(loss=made.loss * math.nan) if calls == 5 and self.training else made
 
         monkeypatch.setattr(Objective, "forward", forward)
-        with pytest.raises(DivergedError, match=r"NaN or infinite since step 4.*lower learning_rate"):
+        with pytest.raises(DivergedError, match=r"NaN or infinite in step 5\. Kept are.* step 3.*lower"):
             run(tmp_path / "run")
         kept = load_file(tmp_path / "run" / STATE)
         assert all(value.isfinite().all() for value in kept.values())
-        assert read_metrics(tmp_path / "run")[-1]["step"] == 3
+        assert [row["loss"] is None for row in read_metrics(tmp_path / "run")] == [False] * 4 + [True] * 2
         monkeypatch.setattr(Objective, "forward", whole)  # say, other settings were not at fault
         assert run(tmp_path / "run").resumed == 3
 
@@ -183,7 +213,7 @@ class TestDivergence:
         with pytest.raises(ValueError, match="standard deviation is nan"):
             run(tmp_path / "run", source)
         raw = dataclasses.replace(RECIPE, unit_variance=False)
-        with pytest.raises(DivergedError, match="NaN or infinite since step 0"):
+        with pytest.raises(TrainingError, match=r"step 1: features of records \[.*hold NaN or Inf"):
             run(tmp_path / "run", source, raw)
 
     def test_validation_too(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +289,118 @@ class TestRefused:
     @pytest.mark.parametrize("option", ["log_every", "save_every"])
     def test_intervals(self, tmp_path: Path, option: str) -> None:
         with pytest.raises(ValueError, match="at least 1"):
-            train(Fake(), tmp_path / "run", RECIPE, small_config(Fake()), cpu=True, **{option: 0})
+            run(tmp_path / "run", **{option: 0})
+
+
+class TestFresh:
+    def test_begins_anew_with_other_settings(self, tmp_path: Path) -> None:
+        one = dataclasses.replace(RECIPE, epochs=1)
+        run(tmp_path / "run", recipe=dataclasses.replace(one, seed=1))
+        again = run(tmp_path / "run", recipe=one, fresh=True)
+        assert (again.resumed, again.steps) == (0, 8)
+        assert again.best_loss == run(tmp_path / "other", recipe=one).best_loss
+        rows, others = (read_metrics(tmp_path / name) for name in ("run", "other"))
+        assert [row["loss"] for row in rows] == [row["loss"] for row in others]
+
+    def test_even_of_a_damaged_state(self, tmp_path: Path) -> None:
+        (tmp_path / STATE).write_bytes(b"not safetensors at all")
+        assert run(tmp_path, recipe=dataclasses.replace(RECIPE, epochs=1), fresh=True).steps == 8
+
+    def test_takes_nothing_away_that_is_not_a_runs(self, tmp_path: Path) -> None:
+        (tmp_path / "pruner").mkdir()
+        (tmp_path / "pruner" / "model.safetensors").write_text("mine")
+        with pytest.raises(ResumeError, match="not empty and holds no run"):
+            run(tmp_path, fresh=True)
+        assert (tmp_path / "pruner" / "model.safetensors").read_text() == "mine"
+
+
+class TestUnreadableFeatures:
+    class Broken(Fake):
+        """Record 7 can't be read from some moment on."""
+
+        reads = 0
+
+        def batch(self, indices: Sequence[int]) -> torch.Tensor:
+            self.reads += 1
+            if self.reads > 8 and 7 in indices:
+                raise OSError("record 7 is gone")
+            return super().batch(indices)
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_stop_training_and_it_can_be_taken_up(self, tmp_path: Path, workers: int) -> None:
+        with pytest.raises(TrainingError, match=r"OSError: record 7 is gone"):
+            run(tmp_path / "run", self.Broken(), workers=workers)
+        done = run(tmp_path / "run")
+        assert done.resumed > 0
+        assert done.best_loss == run(tmp_path / "other").best_loss
+
+    def test_of_held_out_images(self, tmp_path: Path) -> None:
+        source = Fake()
+        source.images = ["held out" if i == 0 else f"photo {i}" for i in range(40)]
+        held = Fake(8)
+        held.images = [f"other {i}" for i in range(8)]
+        held.x[5] = torch.nan
+        with pytest.raises(TrainingError, match=r"held-out images: features of records \[.*5.*NaN"):
+            run(tmp_path / "run", source, validation=held)
+
+
+def test_a_run_is_its_folders_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that dies before its first epoch is begun again, and another one is refused."""
+    monkeypatch.setattr(trainer_module._Run, "_step", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        run(tmp_path / "run")
+    monkeypatch.undo()
+    state = read_progress(tmp_path / "run")
+    assert state is not None
+    assert (state.step, state.best_loss, state.versions["torch"]) == (0, None, torch.__version__)
+    with pytest.raises(ResumeError, match=r"recipe.seed was 0, is 1"):
+        run(tmp_path / "run", recipe=dataclasses.replace(RECIPE, seed=1))
+    assert run(tmp_path / "run", recipe=RECIPE).resumed == 0
+
+
+def test_states_are_saved_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    whole = trainer_module._Run._write_state
+
+    def write(self: trainer_module._Run) -> None:
+        whole(self)
+        saved.append(read_progress(tmp_path / "run").step)
+        assert (
+            [row["step"] for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+            == list(range(1, saved[-1] + 1))
+            if saved[-1]
+            else True
+        )
+
+    monkeypatch.setattr(trainer_module._Run, "_write_state", write)
+    run(tmp_path / "run", recipe=dataclasses.replace(RECIPE, epochs=2), log_every=4, save_every=5)
+    assert saved == [0, 5, 8, 10, 15, 16]
+
+
+def test_what_lies_beside_the_pruner(trained: tuple[Path, Trained]) -> None:
+    facts = json.loads((trained[1].pruner / "training.json").read_text())
+    assert facts["recipe"] == LONGER.to_dict()
+    assert facts["held_out_loss"] == trained[1].best_loss
+    assert (facts["training_images"], facts["held_out_images"]) == (32, 8)
+    assert facts["step"] == 8 * facts["epoch"] == 8 * trained[1].best_epoch
+
+
+def test_without_its_decoder_a_pruner_keeps_the_same_tokens(trained: tuple[Path, Trained]) -> None:
+    whole = OCPruner.from_pretrained(trained[1].pruner)
+    torch.manual_seed(0)
+    small = without_decoder(whole)
+    assert torch.initial_seed() == 0
+    assert small.decoder is None
+    assert not small.training
+    x = Fake().batch(range(4)).float()
+    assert torch.equal(small(x, keep=4).indices, whole(x, keep=4).indices)
+    assert small.slot_mean.data_ptr() != whole.slot_mean.data_ptr()
+
+
+def test_workers_change_nothing(tmp_path: Path, trained: tuple[Path, Trained]) -> None:
+    run(tmp_path / "run", recipe=LONGER, workers=2)
+    one, other = (load_file(folder / STATE) for folder in (trained[0], tmp_path / "run"))
+    assert all(value.equal(other[name]) for name, value in one.items())
 
 
 def test_validation_features_of_their_own(tmp_path: Path) -> None:
@@ -309,18 +450,17 @@ def test_features_of_any_scale_train_alike(tmp_path: Path) -> None:
 def test_float16_with_a_scaled_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An overflowing step is left out and the scale halved; too many of them are told."""
     recipe = dataclasses.replace(RECIPE, epochs=1, autocast="fp16")
-    scales = []
-    step = trainer_module._Run._apply_gradients
-
-    def noting(self: trainer_module._Run) -> bool:
-        skipped = step(self)
-        scales.append((self._scaler.get_scale(), skipped))
-        return skipped
-
-    monkeypatch.setattr(trainer_module._Run, "_apply_gradients", noting)
     done = run(tmp_path / "run", recipe=recipe)
     assert math.isfinite(done.best_loss)
-    assert len(scales) == 8
+    run(tmp_path / "full", recipe=dataclasses.replace(recipe, autocast="none"))
+    norms = [
+        [row["gradient_norm"] for row in read_metrics(tmp_path / name) if row["kind"] == "train"]
+        for name in ("run", "full")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)  # the loss's scale is taken out before clipping
+    start = read_progress(tmp_path / "run").scaler
+    assert start["scale"] == 2.0**16
+    assert start["_growth_tracker"] == 8  # no step overflowed
     whole = Objective.forward
 
     def forward(self: Objective, *arguments: torch.Tensor) -> object:
@@ -329,22 +469,12 @@ def test_float16_with_a_scaled_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Objective, "forward", forward)
     monkeypatch.setattr(trainer_module, "_MOST_SKIPPED", 6)
-    scales.clear()
-    with pytest.raises(DivergedError, match="float16 overflowed in 6 steps in a row"):
+    with pytest.raises(DivergedError, match="float16 overflowed in 6 steps in a row, the last is step 6"):
         run(tmp_path / "other", recipe=recipe)
-    assert [skipped for _, skipped in scales] == [True] * 6
-    assert scales[5][0] == scales[0][0] / 32
-
-
-def test_mixed_precision_of_accelerate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import accelerate
-
-    class Set(accelerate.Accelerator):
-        mixed_precision = "bf16"  # type: ignore[assignment]
-
-    monkeypatch.setattr(accelerate, "Accelerator", Set)
-    with pytest.raises(ValueError, match="accelerate is set to mixed precision bf16: set it to no"):
-        run(tmp_path / "run")
+    after = read_progress(tmp_path / "other")
+    assert (after.step, after.skipped, after.scaler["scale"]) == (3, 3, 2.0**13)
+    other = load_file(tmp_path / "other" / STATE)
+    assert not any(name.startswith("optimizer.") for name in other)  # no step was taken
 
 
 def test_full_backpropagation_trains(tmp_path: Path) -> None:
