@@ -8,10 +8,13 @@ import torch
 
 from ocvtp_kernels._arch import pretend
 from ocvtp_kernels._launch import Launch, recording
+from ocvtp_kernels.coverage import triton as coverage
 from ocvtp_kernels.received_attention import triton as received_attention
+from ocvtp_kernels.reconstruction import triton as reconstruction
 from ocvtp_kernels.selection import triton as selection
 from ocvtp_kernels.slot_attention import FoldedWeights, SlotStart
 from ocvtp_kernels.slot_attention import triton as slot_attention
+from ocvtp_kernels.slot_attention.training import triton as slot_training
 
 
 @functools.cache
@@ -20,7 +23,10 @@ def launches(arch: str) -> list[Launch]:
     with pretend(arch), recording() as recorded:
         _selection()
         _received_attention()
+        _reconstruction()
         _slot_attention()
+        _slot_training()
+        _coverage()
     unique: dict[str, Launch] = {}
     for launch in recorded:
         unique.setdefault(f"{launch.kernel.fn.__name__} {_kinds(launch)} {launch.tile}", launch)
@@ -78,6 +84,31 @@ def _received_attention() -> None:
                     received_attention.received_attention(q[:1], q[:1], 0.125, None, bounds)
 
 
+def _reconstruction() -> None:
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    for slots, tokens in ((64, 576), (640, 2880)):  # one program for an image, and many
+        # (reconstruction, features, map): alike, under autocast, and features as they are stored.
+        for y, x, map_ in ((half,) * 3, (single,) * 3, (brain, single, single), (brain, half, single)):
+            _reconstructed(slots, tokens, 1024, y, x, map_)
+            if y == map_:  # sizes that allow no wide loads, too
+                _reconstructed(slots + 1, tokens + 1, 1025, y, x, map_)
+    _reconstructed(1, 1, 1, single, single, single)
+
+
+def _reconstructed(
+    slots: int, tokens: int, width: int, y: torch.dtype, x: torch.dtype, map_: torch.dtype
+) -> None:
+    pair = _empty(2, tokens, width, dtype=y), _empty(2, tokens, width, dtype=x)
+    attention = _empty(2, slots, tokens, dtype=map_)
+    sums = _empty(1).expand(2), *pair, _empty(2, tokens), _empty(2)
+    reconstruction.area_weighted_mse(*pair, attention, True, 0.5, 10.0)
+    reconstruction.area_weighted_mse_backward(*sums, True, False)
+    if y == map_:
+        reconstruction.area_weighted_mse(*pair, attention.mT.contiguous().mT, False, 0.5, 10.0)
+        reconstruction.area_weighted_mse_backward(*sums, True, True)
+        reconstruction.area_weighted_mse_backward(*sums, False, True)
+
+
 def _slot_attention() -> None:
     # Official widths. Slots: each class of attend and update, alone in a tile and in chunks.
     for operands, tf32 in ((torch.float16, False), (torch.float32, False), (torch.float32, True)):
@@ -94,6 +125,16 @@ def _slot_attention() -> None:
                 for return_attention in (False, True):
                     x = _empty(2, 577, 1024, dtype=features)[:, 1:]
                     slot_attention.assign(x, start, weights, 3, 1e-5, tf32, return_attention)
+
+
+def _slot_training() -> None:
+    # Slots: each class of either pass; with and without a gradient of the map.
+    for operands in (torch.float16, torch.bfloat16, torch.float32):
+        for slots in (64, 128, 192, 640):
+            q, z = _empty(2, slots, 512, dtype=operands), _empty(2, 577, 512, dtype=operands)
+            mean, mass, attention = slot_training.slot_update(q, z, z, 1e-5, True)
+            for grad_map in (None, attention):
+                slot_training.map_gradients(mean, grad_map, q, z, z, mean, mass, 1e-5)
 
 
 def _folded_weights(width: int, hidden: int, slot: int, mlp: int, dtype: torch.dtype) -> FoldedWeights:
@@ -114,3 +155,12 @@ def _folded_weights(width: int, hidden: int, slot: int, mlp: int, dtype: torch.d
         mlp_fc2_weight=_empty(slot, mlp, dtype=dtype),
         mlp_fc2_bias=_empty(slot),
     )
+
+
+def _coverage() -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for kept in (64, 160) if dtype == torch.float32 else (64,):
+            x = _empty(2, 577, 1024, dtype=dtype)[:, 1:]
+            coverage.coverage(x, _empty(2, kept, dtype=torch.int64), 1)
+    # Columns that allow no wide loads.
+    coverage.coverage(_empty(2, 577, 1001), _empty(2, 64, dtype=torch.int64), 1)

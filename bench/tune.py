@@ -29,6 +29,7 @@ from ocvtp_kernels._arch import architecture
 from ocvtp_kernels._launch import Launch, launch, recording
 from ocvtp_kernels._tiles import Tile
 from ocvtp_kernels.received_attention import received_attention
+from ocvtp_kernels.reconstruction import area_weighted_mse
 from ocvtp_kernels.selection import gather_tokens, select_rows
 from ocvtp_kernels.slot_attention import TopTokens, top_tokens
 
@@ -57,6 +58,15 @@ _CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
         "num_stages": (2, 3, 4),
     },
     "received_attention.head_mean": {"BH": (8, 16), "BN": (64, 128, 256), "num_warps": (2, 4)},
+    "reconstruction.token_errors": {
+        "BN": (8, 16, 32),
+        "BK": (32, 64),
+        "BC": (128, 256, 512),
+        "num_warps": (4, 8),
+    },
+    "reconstruction.token_weights": {"BN": (32, 64, 128), "BK": (32, 64, 128), "num_warps": (4, 8)},
+    "reconstruction.total_loss": {"BT": (32, 64, 128), "num_warps": (1, 2, 4)},
+    "reconstruction.gradients": {"BN": (4, 8, 16, 32), "BC": (128, 256, 512), "num_warps": (2, 4, 8)},
     "slot_attention.normalise": {"SIZE": (1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)},
     # Below 64 rows there is no wgmma, but at B=1 there are more programs.
     "slot_attention.linear": {
@@ -76,6 +86,13 @@ _CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
         "BD": (32, 64, 128),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
+    },
+    "slot_training.prepare": {"BR": (1, 2, 4, 8), "BC": (256, 512), "num_warps": (2, 4, 8)},
+    "slot_training.attend_backward": {
+        "BM": (32, 64, 128),
+        "BK": (64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
     },
     "slot_attention.gru": {
         "BM": (32, 64, 128),
@@ -153,6 +170,10 @@ def workloads(kernel: str, shape: str, device: torch.device) -> list[Call]:
         return list(_slot_attention(kernel, shape, device))
     if kernel.startswith("selection"):
         return [_selection(kernel, shape, batch, device) for batch in _BATCHES]
+    if kernel.startswith("slot_training"):
+        return [_slot_training(shape, batch, device) for batch in _BATCHES[:2]]
+    if kernel.startswith("reconstruction"):
+        return [_reconstruction(kernel, shape, batch, device) for batch in _BATCHES[:2]]
     return [_received_attention(shape, batch, device) for batch in _BATCHES]
 
 
@@ -183,6 +204,37 @@ def _received_attention(shape: str, batch: int, device: torch.device) -> Call:
     qkv = torch.randn(batch, tokens, 2, 16, int(width), device=device, dtype=dtype)
     q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)
     return lambda: received_attention(q, k, backend="triton")
+
+
+def _reconstruction(kernel: str, shape: str, batch: int, device: torch.device) -> Call:
+    """At the sizes of one training image: cut up, or, where one program weighs it, the smaller."""
+    slots, tokens = (64, 576) if shape == "whole" else (640, 2880)
+    y, x = (torch.randn(batch, tokens, 1024, device=device, dtype=torch.float16) for _ in range(2))
+    attention = (3 * torch.randn(batch, slots, tokens, device=device)).softmax(dim=1)
+    if kernel == "reconstruction.gradients":
+        weights, total = torch.rand(batch, tokens, device=device), torch.rand(batch, device=device) + 1
+        arguments = total, y, x, weights, total, True, False
+        return lambda: torch.ops.ocvtp_kernels.area_weighted_mse_backward(*arguments)[0]
+    return lambda: area_weighted_mse(y, x, attention, reduction="none", backend="triton")
+
+
+def _slot_training(shape: str, batch: int, device: torch.device) -> Call:
+    """One step and its gradients, to bfloat16 or float32; norms, as no tile makes tiny elements alike."""
+    name = shape.rsplit("-", 1)[0]
+    slots, tokens, _ = _SLOT_SIZES.get(name, _SLOT_SIZES["K<=64"])
+    half = shape.endswith("16bit")
+    dtype = torch.float32 if not half else torch.bfloat16 if device.type == "cuda" else torch.float16
+    sizes = ((batch, slots, 512), (batch, tokens, 512), (batch, tokens, 512), (batch, slots, 512))
+    queries, keys, values, grad = (torch.randn(size, device=device) for size in sizes)
+    queries, keys, values = (t.to(dtype) for t in (queries / 8, keys, values))
+    mean, mass = torch.randn(batch, slots, 512, device=device), torch.rand(batch, slots, device=device) + 1
+    arguments = grad, None, queries, keys, values, mean, mass, 1e-5
+
+    def call() -> torch.Tensor:
+        gradients = torch.ops.ocvtp_kernels.slot_update_backward(*arguments)
+        return torch.stack([gradient.float().norm() for gradient in gradients])
+
+    return call
 
 
 class SlotKernel:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ocvtp.checks import NOT_FINITE, check_fill_scores, check_finite, require_finite
+from ocvtp.refinement import Refinement
 from ocvtp.selection import Selection
 from ocvtp_kernels._checks import require, require_shape
 from ocvtp_kernels._device import without_autocast
@@ -29,6 +30,7 @@ class Plan:
         eps: added to a slot's total attention.
         return_attention: whether the map is wanted.
         batch_invariant: image by image in PyTorch.
+        refinement: what is done to the selection afterwards, or ``None``.
     """
 
     keep: int
@@ -41,6 +43,7 @@ class Plan:
     eps: float
     return_attention: bool
     batch_invariant: bool
+    refinement: Refinement | None = None
 
     def key(self) -> tuple[object, ...]:
         """Equal for plans that do the same as long as their weights and start are the same."""
@@ -61,8 +64,22 @@ class Plan:
                 top, attention = self._triton(features)
             else:
                 top, attention = None, self._torch(features)
-        tokens = features.shape[1]
-        return Assignment(self.keep, tokens, self.backend, top, attention, self.return_attention)
+        return self.assignment(features, top, attention)
+
+    def assignment(
+        self, features: torch.Tensor, top: TopTokens | None, attention: torch.Tensor | None = None
+    ) -> Assignment:
+        """What was found for ``features``."""
+        return Assignment(
+            self.keep,
+            features.shape[1],
+            self.backend,
+            top,
+            attention,
+            self.return_attention,
+            self.refinement,
+            None if self.refinement is None else features,
+        )
 
     def _triton(self, features: torch.Tensor) -> tuple[TopTokens | None, torch.Tensor | None]:
         """Top tokens or, if it is wanted, the map: both name the same tokens, bit for bit."""
@@ -121,6 +138,8 @@ class Assignment:
         top: every slot's top token, where kernels found it.
         attention: ``[B, K, N]``, where they did not, or where it is wanted.
         return_attention: whether it is wanted.
+        refinement: what is done to the selection, or ``None``.
+        features: ``[B, N, in_dim]`` that were assigned, if they are refined on.
     """
 
     keep: int
@@ -129,6 +148,8 @@ class Assignment:
     top: TopTokens | None
     attention: torch.Tensor | None
     return_attention: bool = False
+    refinement: Refinement | None = None
+    features: torch.Tensor | None = None
 
     def select(self, fill_scores: torch.Tensor | None = None) -> Selection:
         """Fill the budget and sort.
@@ -155,7 +176,7 @@ class Assignment:
         """
         self._check(fill_scores)
         require_shape("x", x, (self._source().shape[0], self.tokens, None), "[B, N, C] of what was assigned")
-        if x.device != self._source().device:
+        if x.device != self._source().device or self.refinement is not None:
             selection = self.finish(fill_scores)
             return selection, gather_tokens(x, selection.indices.to(x.device))
         if self.top is not None:
@@ -181,7 +202,11 @@ class Assignment:
 
     def _selection(self, indices: torch.Tensor, count: torch.Tensor) -> Selection:
         attention = self.attention if self.return_attention else None
-        return Selection(indices, count, attention, tokens=self.tokens)
+        coverage = None
+        if self.refinement is not None:
+            assert self.features is not None
+            indices, coverage = self.refinement(self.features, indices)
+        return Selection(indices, count, attention, coverage, self.tokens)
 
     def _source(self) -> torch.Tensor:
         source = self.attention if self.top is None else self.top.keys

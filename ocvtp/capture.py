@@ -126,12 +126,11 @@ class _Graph:
     top: TopTokens
     replay: Callable[[], None]
 
-    def run(self, features: torch.Tensor) -> Assignment:
+    def run(self, plan: Plan, features: torch.Tensor) -> Assignment:
         """The assignment of ``features``; results are copies, which the next replay leaves alone."""
         self.x.copy_(features)
         self.replay()
-        top = TopTokens(*(tensor.clone() for tensor in self.top))
-        return Assignment(self.plan.keep, features.shape[1], self.plan.backend, top, None)
+        return plan.assignment(features, TopTokens(*(tensor.clone() for tensor in self.top)))
 
 
 class SlotRunner:
@@ -174,6 +173,7 @@ class SlotRunner:
         backend: str = "auto",
         precision: str = "auto",
         return_attention: bool = False,
+        refine: int = 0,
     ) -> Pending:
         """Start ``pruner.assign(features, keep, ...)``, whose arguments and errors these are."""
         features = features.detach()
@@ -184,6 +184,7 @@ class SlotRunner:
             backend=backend,
             precision=precision,
             return_attention=return_attention,
+            refine=refine,
         )
         if plan.resolved != "triton" or pruner.training or _recorded_by_others():
             return Pending(plan.run(features))
@@ -192,7 +193,8 @@ class SlotRunner:
             if lane is None:
                 return Pending(plan.run(features))
             graph = self._graph(plan, features, lane) if self._capture and not return_attention else None
-            work = functools.partial(plan.run if graph is None else graph.run, features)
+            run = plan.run if graph is None else functools.partial(graph.run, plan)
+            work = functools.partial(run, features)
             assignment = lane.run(work, [features])
             return Pending(assignment, lane, lane.mark())
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -16,16 +16,19 @@ from typing_extensions import Self
 
 from ocvtp import checkpoint
 from ocvtp.assignment import Assignment, Plan
+from ocvtp.budget import check_budgets, smallest_budget
 from ocvtp.checks import check_fill_scores, check_finite
 from ocvtp.config import PrunerConfig
 from ocvtp.decoder import ReconstructionDecoder
 from ocvtp.folding import FoldedState, fingerprint
 from ocvtp.hub import PrunerFiles
 from ocvtp.noise import seeded_normal
+from ocvtp.refinement import Refinement
 from ocvtp.selection import Selection
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
+from ocvtp_kernels.coverage import check_rounds
 from ocvtp_kernels.slot_attention import (
     FoldedWeights,
     SlotAttentionWeights,
@@ -119,7 +122,7 @@ class OCPruner(
     def forward(
         self,
         features: torch.Tensor,
-        keep: int = 64,
+        keep: int | Literal["auto"] = 64,
         fill_scores: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         seed: int = 0,
@@ -129,6 +132,10 @@ class OCPruner(
         return_attention: bool = False,
         *,
         batch_invariant: bool = True,
+        refine: int = 0,
+        coverage: bool = False,
+        max_error: float | None = None,
+        budgets: Sequence[int] | None = None,
     ) -> Selection:
         """Choose which tokens of each image to keep. Computes in at least float32, autocast or not.
 
@@ -138,7 +145,8 @@ class OCPruner(
         Args:
             features: ``[B, N, in_dim]`` floating point, CLS dropped: the output of encoder layer
                 ``config.layer``.
-            keep: tokens to keep, ``1 <= keep <= N``.
+            keep: tokens to keep, ``1 <= keep <= N``; or ``"auto"``: for each image the smallest of
+                ``budgets`` whose coverage error is at most ``max_error``. Every budget costs a selection.
             fill_scores: ``[B, N]`` attention each token receives in the layer the language model reads
                 (:func:`ocvtp_kernels.received_attention.received_attention`); ranks the tokens that top
                 up the budget when slots agree on one. ``None``: a token's largest slot attention.
@@ -155,9 +163,16 @@ class OCPruner(
             batch_invariant: in PyTorch, compute image by image, so that matrix shapes, and with them
                 rounding, do not depend on the batch. ``False`` computes the batch at once: fewer launches,
                 and a graph that does not grow with ``B`` under ``torch.compile``. Triton's bits never do.
+            refine: rounds that move kept tokens to where they cover more of the features, 0 as published; see
+                :func:`ocvtp_kernels.coverage.refine`. An image's coverage error never rises.
+            coverage: also return the coverage error.
+            max_error: for ``keep="auto"``.
+            budgets: for ``keep="auto"``, ascending.
 
         Returns:
-            A :class:`~ocvtp.selection.Selection`.
+            A :class:`~ocvtp.selection.Selection`. With ``keep="auto"`` it has ``budgets[-1]`` columns, a
+            ``mask`` that tells which are kept, and ``met``, false where even the largest budget misses
+            ``max_error``.
 
         Raises:
             TypeError, ValueError: a wrong type, width, shape or budget, or NaN or Inf in an input. On a
@@ -165,10 +180,44 @@ class OCPruner(
                 which costs no synchronisation.
             BackendUnavailableError: an explicit backend that can't run.
         """
+        if check_budgets(keep, max_error, budgets):
+            assert max_error is not None
+            assert budgets is not None
+            if return_attention:
+                raise ValueError('keep="auto" makes a slot attention map for every budget: ask without it')
+            self._check_inputs(features, budgets[-1], fill_scores, None, num_slots)
+
+            def select(budget: int) -> Selection:
+                return self.forward(
+                    features,
+                    budget,
+                    fill_scores,
+                    noise,
+                    seed,
+                    num_slots,
+                    backend,
+                    precision,
+                    batch_invariant=batch_invariant,
+                    refine=refine,
+                    coverage=True,
+                )
+
+            return smallest_budget(select, max_error, budgets)
+        assert not isinstance(keep, str)
         check_options(seed, precision)
         self._check_inputs(features, keep, fill_scores, noise, num_slots)
         plan = self._plan(
-            features, keep, noise, seed, num_slots, backend, precision, return_attention, batch_invariant
+            features,
+            keep,
+            noise,
+            seed,
+            num_slots,
+            backend,
+            precision,
+            return_attention,
+            batch_invariant,
+            refine,
+            coverage,
         )
         return plan.run(features).finish(fill_scores)
 
@@ -185,6 +234,8 @@ class OCPruner(
         return_attention: bool = False,
         *,
         batch_invariant: bool = True,
+        refine: int = 0,
+        coverage: bool = False,
     ) -> Assignment:
         """The first half of :meth:`forward`, which needs no fill scores: they may still be on their way.
 
@@ -201,6 +252,8 @@ class OCPruner(
             precision,
             return_attention,
             batch_invariant=batch_invariant,
+            refine=refine,
+            coverage=coverage,
         ).run(features)
 
     @torch.no_grad()
@@ -216,6 +269,8 @@ class OCPruner(
         return_attention: bool = False,
         *,
         batch_invariant: bool = True,
+        refine: int = 0,
+        coverage: bool = False,
     ) -> Plan:
         """Everything of :meth:`assign` that does not read the features' values: checks, folded weights.
 
@@ -224,7 +279,17 @@ class OCPruner(
         check_options(seed, precision)
         self._check_inputs(features, keep, None, noise, num_slots)
         return self._plan(
-            features, keep, noise, seed, num_slots, backend, precision, return_attention, batch_invariant
+            features,
+            keep,
+            noise,
+            seed,
+            num_slots,
+            backend,
+            precision,
+            return_attention,
+            batch_invariant,
+            refine,
+            coverage,
         )
 
     def _plan(
@@ -238,7 +303,10 @@ class OCPruner(
         precision: str,
         return_attention: bool,
         batch_invariant: bool,
+        refine: int,
+        coverage: bool,
     ) -> Plan:
+        check_rounds(refine)
         resolved, dtype, tf32 = self.arithmetic(features.device, backend, precision, images=features.shape[0])
         with without_autocast(features.device):
             weights, start = self._folded(noise, seed, keep if num_slots is None else num_slots, dtype)
@@ -253,6 +321,7 @@ class OCPruner(
             self.config.eps,
             return_attention,
             batch_invariant,
+            Refinement(refine, coverage, resolved, batch_invariant) if refine or coverage else None,
         )
 
     def arithmetic(
@@ -359,11 +428,30 @@ class OCPruner(
                 "this pruner has no decoder: build it with PrunerConfig(decoder_layers=4), "
                 "or load a checkpoint that has one"
             )
-        check_options(seed)
         self._check_inputs(features, 1, None, noise, num_slots)
         self.decoder.check(features, mask)
+        slots, attention = self.slots(features, num_slots, noise, seed, backend, truncate=truncate)
+        return Reconstruction(slots, attention, self.decode(features, slots, mask))
+
+    def slots(
+        self,
+        features: torch.Tensor,
+        num_slots: int = 64,
+        noise: torch.Tensor | None = None,
+        seed: int = 0,
+        backend: str = "auto",
+        *,
+        truncate: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first half of :meth:`reconstruct`, whose arguments and errors these are.
+
+        Returns:
+            Slots ``[B, K, slot_dim]`` and their attention ``[B, K, N]``.
+        """
+        check_options(seed)
+        self._check_inputs(features, 1, None, noise, num_slots)
         features = features.to(self.slot_mean.dtype)
-        slots, attention = slot_attention(
+        return slot_attention(
             features,
             self.initial_slots(self._noise(noise, seed, num_slots, features.dtype)),
             self.weights(),
@@ -373,8 +461,15 @@ class OCPruner(
             dropout=self.config.dropout if self.training else 0.0,
             backend=backend,
         )
-        reconstruction = self.decoder(features, slots, mask) * self.config.feature_scale
-        return Reconstruction(slots, attention, reconstruction)
+
+    def decode(
+        self, features: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The second half of :meth:`reconstruct`: ``[B, N, in_dim]`` from ``slots`` and unmasked tokens."""
+        if self.decoder is None:
+            raise ValueError("this pruner has no decoder")
+        features = features.to(self.slot_mean.dtype)
+        return self.decoder(features, slots, mask) * self.config.feature_scale
 
     # ---------------------------------------------------------------------------------- checkpoints
 

@@ -16,11 +16,17 @@ class Selection:
 
     Attributes:
         indices: ``[B, keep]`` int64, ascending and unique per row.
-        from_slots: ``[B]`` int64, how many of them are some slot's top token (the rest are fill).
+        from_slots: ``[B]`` int64, how many of them were some slot's top token (the rest are fill), before any
+            refinement moved them.
         slot_attention: ``[B, num_slots, N]``, softmax over slots of the last iteration, or ``None``
             unless it was asked for.
-        coverage: ``[B]`` coverage error of the kept tokens, or ``None`` unless it was computed.
+        coverage: ``[B]`` coverage error of the kept tokens
+            (:func:`ocvtp_kernels.coverage.coverage_error`), or ``None`` unless it was asked for.
         tokens: N, how many tokens per image there were to choose from, or ``None`` if unknown.
+        mask: ``[B, keep]`` bool, false where an index only repeats the last one, because the image keeps
+            fewer; ``None`` where all images keep as many.
+        count: ``[B]`` int64, how many each image keeps; ``None`` with ``mask``.
+        met: ``[B]`` bool, whether the image's coverage error is what was asked for; ``None`` with ``mask``.
     """
 
     indices: torch.Tensor
@@ -28,9 +34,14 @@ class Selection:
     slot_attention: torch.Tensor | None = None
     coverage: torch.Tensor | None = None
     tokens: int | None = None
+    mask: torch.Tensor | None = None
+    count: torch.Tensor | None = None
+    met: torch.Tensor | None = None
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of ``x`` ``[B, N, C]`` at the kept tokens, ``[B, keep, C]``; differentiable.
+
+        Rows are zero where ``mask`` is false.
 
         Raises:
             ValueError: ``x`` is not of the images and tokens that were selected from, say because its rows
@@ -38,4 +49,5 @@ class Selection:
         """
         shape = (self.indices.shape[0], self.tokens, None)
         require_shape("x", x, shape, "[B, N, C] of what was selected from (no class token)")
-        return gather_tokens(x, self.indices)
+        rows = gather_tokens(x, self.indices)
+        return rows if self.mask is None else torch.where(self.mask[:, :, None], rows, 0.0)

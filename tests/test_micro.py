@@ -21,6 +21,7 @@ import torch
 from bench.harness import device_slug
 from bench.micro import case as cases_module
 from bench.micro import received_cases as received_module
+from bench.micro import reconstruction_cases as reconstruction_module
 from bench.micro import selection_cases as selection_module
 from bench.micro import slot_cases as slot_module
 from bench.micro.case import Candidate, Case, bench_device, rows
@@ -28,6 +29,13 @@ from bench.micro.ceilings import CEILINGS, Work, floor
 from bench.micro.gates import GateError, poison, poisoned_memory, require_equal, worst_error
 from bench.micro.measure import CLOCK, late_after, measure, prepared
 from bench.micro.received_cases import ReceivedCase, logsumexp, oracle, received_cases
+from bench.micro.reconstruction_cases import (
+    LossCase,
+    TrainedLossCase,
+    loss_cases,
+    official_loss,
+    trained_loss_cases,
+)
 from bench.micro.record import Recorder, with_speedups
 from bench.micro.selection_cases import (
     GatherCase,
@@ -42,6 +50,7 @@ from bench.micro.slot_inputs import Folded, Widths, random_models
 from bench.micro.timing import COVER, Clock, EagerRound, GraphRound, rounds_in, sets_needed
 from ocvtp_kernels._arch import interpreting
 from ocvtp_kernels.received_attention import received_attention
+from ocvtp_kernels.reconstruction import area_weighted_mse
 from ocvtp_kernels.selection import gather_tokens, select_rows
 from ocvtp_kernels.slot_attention import (
     FoldedWeights,
@@ -62,7 +71,9 @@ DENSE = ReceivedCase("tiny", 2, torch.float32, 2, 20, 16)
 PACKED = ReceivedCase("tiny", 2, torch.float32, 2, 8, 16, segments=3)
 SLOTS = SlotCase("tiny", 2, torch.float32, 4, 24, Widths(24, 40, 16, 32))
 PRUNER = PrunerCase("tiny", 2, torch.float32, 10, 24, Widths(24, 40, 16, 32))
-TINY = (SELECT, GATHER, SCATTER, DENSE, PACKED, SLOTS, PRUNER)
+LOSS = LossCase("tiny", 2, torch.float32, 8, 24, 12)
+TRAINED = TrainedLossCase("tiny", 2, torch.float32, 8, 24, 12)
+TINY = (SELECT, GATHER, SCATTER, DENSE, PACKED, LOSS, TRAINED, SLOTS, PRUNER)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +86,7 @@ def fresh_inputs() -> Iterator[None]:
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases as on a GPU; nothing runs there."""
-    for module in (cases_module, selection_module, received_module, slot_module):
+    for module in (cases_module, selection_module, received_module, reconstruction_module, slot_module):
         monkeypatch.setattr(module, "bench_device", lambda: torch.device("cuda", 0))
 
 
@@ -131,6 +142,17 @@ def test_selection_floor_by_hand() -> None:
         least = floor(work, CEILINGS[device])
         assert (least.us, least.limit) == (pytest.approx(work.bytes / bandwidth), "bytes")
     assert floor(work, CEILINGS["h100"]).us == pytest.approx(8, abs=0.3)
+
+
+def test_reconstruction_floor_by_hand() -> None:
+    forward = LossCase("next-640", 12, torch.float16, 640, 2880).work("ours")
+    rows, attention = 12 * 2880 * 1024 * 2, 12 * 640 * 2880 * 4
+    assert forward == Work(2 * rows + 2 * attention, 12 * 4)
+    assert TrainedLossCase("next-640", 12, torch.float16, 640, 2880).work("ours") == Work(
+        4 * rows + 2 * attention, 12 * 4 + rows
+    )
+    least = floor(forward, CEILINGS["h100"])
+    assert (least.us, least.limit) == (pytest.approx(95, abs=0.5), "bytes")
 
 
 def test_gather_and_packed_work_by_hand() -> None:
@@ -209,6 +231,30 @@ def test_what_a_gpu_measures() -> None:
     assert modes["pruner official "] == {"eager"}
     last = [parameter.values[1].compiled for parameter in parameters]
     assert last == sorted(last)  # compiling comes last
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_what_the_reconstruction_score_is_compared_with() -> None:
+    names = ["ours", "ours official", "reference", "official", "compiled", "compiled official"]
+    for cases in (loss_cases(), trained_loss_cases()):
+        shapes = [tuple(case.shape().values()) for case in cases]
+        assert list(dict.fromkeys(shapes)) == [
+            (1, 576, 1024, 64),
+            (12, 576, 1024, 64),
+            (12, 2880, 1024, 640),
+        ]
+        assert {case.dtype for case in cases} == {torch.float16, torch.bfloat16}
+        assert [each.name for each in cases[0].candidates()] == names
+        parameters = rows(cases)
+        assert len({parameter.id for parameter in parameters}) == len(parameters) == 6 * 6 * 2
+
+
+def test_the_published_loss_is_ours_with_empty_slots_as_published() -> None:
+    inputs = LOSS.draw(0, CPU)
+    assert (inputs.attention.argmax(dim=1) % 4 != 3).all()  # some own no token
+    ours = area_weighted_mse(*inputs, empty_slots="official", reduction="none")
+    torch.testing.assert_close(official_loss(*inputs), ours)
+    assert not torch.allclose(area_weighted_mse(*inputs, reduction="none"), ours, rtol=1e-3)
 
 
 @pytest.mark.usefixtures("a_gpu")
@@ -344,6 +390,20 @@ def one_image_off(case: Any, i: Any) -> Any:
     return (received,)
 
 
+def other_empty_slots(case: Any, i: Any) -> Any:
+    return case.results(reconstruction_module._loss("torch", "official"), i)
+
+
+def loss_in_half(case: Any, i: Any) -> Any:
+    return tuple(t.half() for t in case.results(reconstruction_module._loss("torch"), i))
+
+
+def half_a_gradient(case: Any, i: Any) -> Any:
+    loss, gradient = case.results(reconstruction_module._loss("torch"), i)
+    gradient[1, 5] *= 0.5
+    return loss, gradient
+
+
 def without_a_scale(case: Any, i: Any) -> Any:
     return (received_attention(i.q, i.k, 1.0, backend="torch"),)
 
@@ -360,6 +420,10 @@ def without_a_scale(case: Any, i: Any) -> Any:
         (DENSE, one_image_off, "relative error 1.00e-05, more than"),
         (DENSE, without_a_scale, "relative error"),
         (DENSE, lambda case, i: (received_attention(i.q, i.k)[:, 1:],), "shape"),
+        (LOSS, other_empty_slots, "ours: error: relative error"),
+        (LOSS, loss_in_half, "losses in torch.float16"),
+        (LOSS, lambda case, i: (official_loss(*i),), "relative error"),
+        (TRAINED, half_a_gradient, "ours: gradient_error: relative error"),
     ],
 )
 def test_no_figure_for_a_wrong_implementation(
@@ -810,7 +874,8 @@ def test_the_suite_on_a_cpu(tmp_path: Path) -> None:
     assert "no GPU: interpreted kernels tell nothing about speed" in result.stdout
     assert "small sizes" in result.stdout
     assert "Median" in result.stdout  # pytest-benchmark's table
-    for family, least in (("selection", 6), ("received-attention", 6), ("slot-attention", 4)):
+    families = (("selection", 6), ("received-attention", 6), ("reconstruction", 8), ("slot-attention", 4))
+    for family, least in families:
         record = written(tmp_path, family)
         assert record["commit"] == "abc"
         assert len(record["rows"]) == least
@@ -826,7 +891,7 @@ def test_a_deadline_starts_no_row() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_gpu_targets_refuse_without_a_gpu() -> None:
-    targets = ("gpu-tests", "gpu-micro-selection", "gpu-micro-received")
+    targets = ("gpu-tests", "gpu-micro-selection", "gpu-micro-received", "gpu-micro-reconstruction")
     targets += tuple(f"gpu-micro-slots-{part}" for part in ("kernels", "pruner", "compiled"))
     result = run("make", "--keep-going", *targets, f"GPU_PYTHON={sys.executable}")
     assert result.returncode != 0

@@ -12,8 +12,6 @@ from ocvtp_kernels._arch import interpreting, why_no_kernels
 
 Backend = Literal["auto", "triton", "torch"]
 
-_NO_KERNEL = {"slot_attention training", "reconstruction"}
-
 _log = logging.getLogger("ocvtp_kernels")
 _said: set[str] = set()
 
@@ -46,10 +44,7 @@ def resolve_backend(
         return "torch"
     if backend == "auto" and device.type == "cpu":
         return "torch"
-    reason = (
-        "it has no Triton kernel in this version" if op in _NO_KERNEL else _why_not(device.type, device.index)
-    )
-    reason = reason or unsupported()
+    reason = _why_not(device.type, device.index) or unsupported()
     if reason is None:
         return "triton"
     if backend == "triton":

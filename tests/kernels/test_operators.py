@@ -24,21 +24,30 @@ from bench.launches import launches
 from ocvtp_kernels import BackendUnavailableError, _arch, _backend, _library
 from ocvtp_kernels._launch import recording
 from ocvtp_kernels._tiles import table
+from ocvtp_kernels.coverage import coverage_error, refine
+from ocvtp_kernels.coverage import op as coverage_op
 from ocvtp_kernels.received_attention import op as attention_op
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.received_attention import triton as attention_kernels
+from ocvtp_kernels.reconstruction import area_weighted_mse
+from ocvtp_kernels.reconstruction import op as reconstruction_op
+from ocvtp_kernels.reconstruction import triton as reconstruction_kernels
 from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
 from ocvtp_kernels.selection import op as selection_op
 from ocvtp_kernels.selection import triton as selection_kernels
 from ocvtp_kernels.slot_attention import (
     FoldedWeights,
+    SlotAttentionWeights,
     SlotStart,
     slot_assignment,
+    slot_attention,
     start_from_slots,
     top_tokens,
 )
 from ocvtp_kernels.slot_attention import op as slot_op
 from ocvtp_kernels.slot_attention import triton as slot_kernels
+from ocvtp_kernels.slot_attention.training import op as training_op
+from ocvtp_kernels.slot_attention.training import triton as training_kernels
 from tests.kernels.test_selection import keys_of
 from tests.kernels.test_slot_attention_triton import ODD, TINY, Widths, half_of, official, problem
 from tests.kernels.triton_device import DEVICE, ON_GPU, interpreter_only, needs_gpu, randn
@@ -58,6 +67,10 @@ def indices(batch: int, keep: int, tokens: int) -> torch.Tensor:
     return torch.randint(tokens, (batch, keep), generator=generator).to(DEVICE)
 
 
+def distinct(batch: int, keep: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    return randn(batch, tokens, seed=seed).argsort(dim=1)[:, :keep].sort(dim=1).values
+
+
 def bounds(tokens: int, segments: int) -> torch.Tensor:
     return torch.linspace(0, tokens, segments + 1).long().to(DEVICE)
 
@@ -66,10 +79,12 @@ def bounds(tokens: int, segments: int) -> torch.Tensor:
 
 MAP, FILL, X = randn(2, 3, 9, seed=0), randn(2, 9, seed=1), randn(2, 9, 5, seed=2)
 Q, K = randn(2, 2, 9, 16, seed=3), randn(2, 2, 12, 16, seed=4)
+Y, TOTAL = randn(2, 9, 5, seed=9), torch.tensor([2.0, 3.0], device=DEVICE)
 KEYS = keys_of(MAP, 2)
 SLOTS = problem(2, 3, 9, TINY)
 FEATURES, START, WEIGHTS = SLOTS.arguments(torch.float32)
 HALF_START, HALF_WEIGHTS = SLOTS.folded(torch.float16)
+TRAINED = SlotAttentionWeights(*(t.float() for t in SLOTS.weights))
 OPERATORS: dict[str, tuple[Any, Arguments]] = {
     "select_tokens": (selection_op._select_tokens, (MAP, 4, FILL)),
     "select_tokens without fill scores": (selection_op._select_tokens, (MAP.half(), 4, None)),
@@ -78,6 +93,8 @@ OPERATORS: dict[str, tuple[Any, Arguments]] = {
     "rows_from_keys": (selection_op._rows_from_keys, (KEYS.mT.contiguous().mT, 4, FILL, X[:, :, ::2])),
     "gather_tokens": (selection_op._gather_tokens, (X.half().mT, indices(2, 6, 5))),
     "scatter_tokens": (selection_op._scatter_tokens, (X, indices(2, 9, 7), 7)),
+    "coverage": (coverage_op._coverage, (X.half().mT.contiguous().mT, distinct(2, 4, 9), 1)),
+    "coverage, no round": (coverage_op._coverage, (X, distinct(2, 9, 9), 0)),
     "received_attention": (attention_op._received_attention, (Q, K, 0.25, None, None)),
     "received_attention packed": (
         attention_op._received_attention,
@@ -91,6 +108,18 @@ OPERATORS: dict[str, tuple[Any, Arguments]] = {
         attention_op._received_attention_backward,
         (Q[:1, 0, :, 0], Q[:1].half(), K[:1, :, :9].half(), 0.25, Q[:1, :, :, 0], bounds(9, 2)),
     ),
+    "area_weighted_mse": (
+        reconstruction_op._area_weighted_mse,
+        (Y.half(), X.mT.contiguous().mT, MAP.mT.contiguous().mT, True, 0.5, 10.0),
+    ),
+    "area_weighted_mse_backward": (
+        reconstruction_op._area_weighted_mse_backward,
+        (FILL[:, 0], Y.half(), X.mT.contiguous().mT, FILL, TOTAL, True, True),
+    ),
+    "area_weighted_mse_backward of features": (
+        reconstruction_op._area_weighted_mse_backward,
+        (FILL[:1, 0].expand(2), Y, X, FILL, TOTAL, False, True),
+    ),
     "slot_assignment": (
         slot_op._slot_assignment,
         (FEATURES.half().mT.contiguous().mT, *START, *WEIGHTS, 3, 1e-5, True, True),
@@ -98,6 +127,19 @@ OPERATORS: dict[str, tuple[Any, Arguments]] = {
     "slot_assignment without the map": (
         slot_op._slot_assignment,
         (FEATURES, *HALF_START, *HALF_WEIGHTS, 1, 1e-5, False, False),
+    ),
+    "slot_update": (training_op._slot_update, (Q[:, 0], K[:, 0], K.mT.contiguous().mT[:, 1], 1e-5, True)),
+    "slot_update without the map": (
+        training_op._slot_update,
+        (Q[:, 0].half(), K[:, 0].half(), K[:, 1].half(), 1e-5, False),
+    ),
+    "slot_update_backward": (
+        training_op._slot_update_backward,
+        (Q[:, 0], None, Q[:, 1].half(), K[:, 0].half(), K[:, 1].half(), Q[:, 0], FILL.abs(), 1e-5),
+    ),
+    "slot_update_backward with the map's": (
+        training_op._slot_update_backward,
+        (Q[:, 0], Q[:, 0, :, :12], Q[:, 1], K[:, 0], K.mT.contiguous().mT[:, 1], Q[:, 0], FILL.abs(), 1e-5),
     ),
 }
 
@@ -133,12 +175,17 @@ def test_public_functions_on_fake_tensors() -> None:
         assert gather_tokens(x, kept, backend="triton").shape == (2, 4, 5)
         assert select_tokens(attention, 9, backend="triton")[0].shape == (2, 9)
         assert received_attention(q, k, lse=q[..., 0], backend="triton").shape == (2, 12)
+        losses = area_weighted_mse(x.clone(), x, attention, reduction="none", backend="triton")
+        assert losses.shape == (2,)
         start, weights = (
             SlotStart(*map(mode.from_tensor, START)),
             FoldedWeights(*map(mode.from_tensor, WEIGHTS)),
         )
         features = mode.from_tensor(FEATURES)
         assert slot_assignment(features, start, weights, backend="triton").shape == (2, 3, 9)
+        trained = SlotAttentionWeights(*map(mode.from_tensor, TRAINED))
+        found = slot_attention(features, start.slots, trained, backend="triton")
+        assert [t.shape for t in found] == [(2, 3, TINY[2]), (2, 3, 9)]
         found = top_tokens(features, start, weights, backend="triton")
         assert [t.shape for t in found] == [(2, 1, 3), (2, 9), (2, 9)]
         kept, count, rows = select_from_keys(found.keys, 4, fill, x, backend="triton")
@@ -188,10 +235,30 @@ def _keys_cases(grad: bool) -> list[Arguments]:
     return [(keys_of(a, 2 + keep % 6), keep, fill, x) for a, keep, fill, x in _selection_cases(grad)]
 
 
+def _reconstruction_cases(grad: bool) -> list[Arguments]:
+    """Features that differ in dtype and have no gradient, as encoders leave them."""
+    sizes = ((2, 3, 20, 4), (3, 4, 30, 5), (4, 5, 40, 6), (5, 6, 50, 7))
+    return [
+        (
+            randn(b, n, c, seed=n).requires_grad_(grad),
+            randn(b, n, c, seed=c, dtype=torch.float16),
+            randn(b, k, n, seed=k).softmax(dim=1),
+        )
+        for b, k, n, c in sizes
+    ]
+
+
 def _slot_cases(grad: bool) -> list[Arguments]:
     sizes = ((2, 3, 70), (3, 4, 80), (2, 5, 90), (4, 6, 130))
     return [
         (randn(b, n, TINY[0], seed=n).requires_grad_(grad), randn(1, k, TINY[2], seed=k)) for b, k, n in sizes
+    ]
+
+
+def _coverage_cases(grad: bool) -> list[Arguments]:
+    return [
+        (randn(batch, tokens, 5, seed=tokens), distinct(batch, keep, tokens))
+        for batch, tokens, keep in ((2, 9, 4), (3, 12, 5), (4, 10, 6), (5, 11, 7))
     ]
 
 
@@ -213,6 +280,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[bool], list[Arguments]]
         _keys_cases,
     ),
     "gather_tokens": (lambda x, i: gather_tokens(x, i, backend="triton"), _gather_cases),
+    "refine": (lambda x, i: refine(x, i, 1, backend="triton"), _coverage_cases),
+    "coverage_error": (lambda x, i: coverage_error(x, i, backend="triton"), _coverage_cases),
     "slot_assignment": (
         lambda x, slots: slot_assignment(
             x, start_from_slots(slots, WEIGHTS), WEIGHTS, num_iters=2, backend="triton"
@@ -225,6 +294,13 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[bool], list[Arguments]]
         ),
         _slot_cases,
     ),
+    "slot_attention": (lambda x, slots: slot_attention(x, slots, TRAINED, backend="triton"), _slot_cases),
+    "slot_attention, every iteration": (
+        lambda x, slots: tuple(
+            reversed(slot_attention(x, slots, TRAINED, num_iters=2, truncate=False, backend="triton"))
+        ),
+        _slot_cases,
+    ),
     "received_attention": (lambda q, k: received_attention(q, k, backend="triton"), _attention_cases),
     "received_attention with lse": (
         lambda q, k, lse: received_attention(q, k, 1.0, lse=lse, backend="triton"),
@@ -234,13 +310,22 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[bool], list[Arguments]]
         lambda q, k, cu: received_attention(q, k, cu_seqlens=cu, backend="triton"),
         _packed_cases,
     ),
+    "area_weighted_mse": (
+        lambda y, x, a: area_weighted_mse(y, x, a, reduction="none", backend="triton"),
+        _reconstruction_cases,
+    ),
+    "area_weighted_mse, mean": (
+        lambda y, x, a: area_weighted_mse(y, x, a, empty_slots="official", backend="triton"),
+        _reconstruction_cases,
+    ),
 }
 COMPILED = [
     *((name, False) for name in FUNCTIONS),
     ("select_rows", True),
     ("rows_from_keys", True),
     ("gather_tokens", True),
-    *((name, True) for name in FUNCTIONS if "received" in name),
+    *((name, True) for name in FUNCTIONS if "received" in name or "area" in name),
+    *((name, True) for name in FUNCTIONS if name.startswith("slot_attention")),
 ]
 
 
@@ -270,6 +355,28 @@ def assert_compiles(name: str, grad: bool, sizes: int, graphs: int) -> None:
 def test_one_dynamic_graph_serves_all_sizes(name: str, grad: bool) -> None:
     """Two in all: the first call's sizes are taken for constants."""
     assert_compiles(name, grad, sizes=4, graphs=2)
+
+
+def test_a_compiled_backward_pass_runs_the_kernel() -> None:
+    """Not the formula that second derivatives take."""
+    torch._dynamo.reset()
+    (y, x, attention), *_ = _reconstruction_cases(True)
+    compiled = torch.compile(
+        lambda y, x: area_weighted_mse(y, x, attention, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    loss = compiled(y, x.float().requires_grad_())
+    with recording() as launches:
+        loss.backward()
+    assert [launch.kernel.fn.__name__ for launch in launches] == ["gradients"]
+
+
+def test_a_tensor_that_is_target_and_reconstruction_compiles() -> None:
+    torch._dynamo.reset()
+    (y, _, attention), *_ = _reconstruction_cases(True)
+    compiled = torch.compile(
+        lambda t: area_weighted_mse(t, t, attention, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    assert float(compiled(y).detach()) == 0.0
 
 
 def test_a_tensor_that_is_queries_and_keys_compiles() -> None:
@@ -354,9 +461,21 @@ COUNTED: dict[str, tuple[Callable[..., Any], int]] = {
         lambda q, k, lse: select_from_keys(COUNTED_KEYS, 5, lse[:, 0], q[:, 0], backend="triton")[2],
         0,
     ),
+    "coverage_error": (
+        lambda q, k, lse: coverage_error(q[:, 0], distinct(2, 7, 20), backend="triton"),
+        2 * 2 * 20 * 7 * 16,
+    ),
+    "refine": (
+        lambda q, k, lse: refine(q[:, 0], distinct(2, 7, 20), 2, backend="triton"),
+        2 * 2 * 20 * 7 * 16 * 5,
+    ),
     "slot_assignment": (
         lambda q, k, lse: slot_assignment(FEATURES, START, WEIGHTS, backend="triton"),
         folded_flops(3, 2, 3, 9),
+    ),
+    "slot_update": (
+        lambda q, k, lse: training_op.slot_update(q[:, 0], k[:, 0], k[:, 1], 1e-5, True)[0],
+        2 * 2 * 2 * 20 * 30 * 16,
     ),
     "top_tokens": (
         lambda q, k, lse: (
@@ -364,9 +483,13 @@ COUNTED: dict[str, tuple[Callable[..., Any], int]] = {
         ),
         folded_flops(1, 2, 3, 9),
     ),
+    "area_weighted_mse": (
+        lambda q, k, lse: area_weighted_mse(q[:, 0], k[:, 0, :20], lse, reduction="none", backend="triton"),
+        2 * 20 * (3 * 16 + 2 * 3),
+    ),
 }
 NO_GRADIENT = ("slot_assignment", "top_tokens")
-INDICES_ALONE = ("select_tokens", "select_from_keys")
+INDICES_ALONE = ("select_tokens", "select_from_keys", "coverage_error", "refine")
 
 
 def counted_inputs(grad: bool) -> Arguments:
@@ -438,6 +561,19 @@ def official_weights(dtype: torch.dtype) -> tuple[SlotStart, FoldedWeights]:
     return problem(1, 64, 1, (1024, 2048, 512, 2048)).folded(dtype)
 
 
+def _reconstruction_inputs(slots: int, tokens: int) -> Callable[[int], Arguments]:
+    return lambda seed: (
+        randn(2, tokens, 1024, seed=seed, dtype=torch.float16),
+        randn(2, tokens, 1024, seed=seed + 1),
+        (3 * randn(2, slots, tokens, seed=seed + 2)).softmax(dim=1),
+    )
+
+
+@functools.cache
+def official_trained() -> SlotAttentionWeights:
+    return SlotAttentionWeights(*(t.float() for t in problem(1, 64, 1, (1024, 2048, 512, 2048)).weights))
+
+
 GRAPHED: dict[str, tuple[Callable[..., Any], Callable[[int], Arguments]]] = {
     "select_rows": (
         lambda a, fill, x: select_rows(a, 64, fill, x, backend="triton"),
@@ -463,6 +599,12 @@ GRAPHED: dict[str, tuple[Callable[..., Any], Callable[[int], Arguments]]] = {
         lambda x: top_tokens(x, *official_weights(torch.float16), backend="triton"),
         lambda seed: (randn(2, 577, 1024, seed=seed, dtype=torch.float16)[:, 1:],),
     ),
+    "slot_attention": (
+        lambda x: slot_attention(
+            x, official_weights(torch.float32)[0].slots, official_trained(), backend="triton"
+        ),
+        lambda seed: (randn(2, 577, 1024, seed=seed)[:, 1:],),
+    ),
     "select_rows in two launches": (
         lambda a, x: select_rows(a, 64, None, x, backend="triton"),
         lambda seed: (randn(1, 160, 2880, seed=seed), randn(1, 2880, 64, seed=seed + 1)),
@@ -470,6 +612,10 @@ GRAPHED: dict[str, tuple[Callable[..., Any], Callable[[int], Arguments]]] = {
     "gather_tokens": (
         lambda x, i: gather_tokens(x, i, backend="triton"),
         lambda seed: (randn(2, 577, 100, seed=seed), indices(2, 64, 577 - seed)),
+    ),
+    "refine": (
+        lambda x, i: refine(x, i, 2, backend="triton"),
+        lambda seed: (randn(2, 576, 1024, seed=seed, dtype=torch.float16), distinct(2, 64, 576, seed)),
     ),
     "received_attention": (
         lambda q, k: received_attention(q, k, backend="triton"),
@@ -488,6 +634,14 @@ GRAPHED: dict[str, tuple[Callable[..., Any], Callable[[int], Arguments]]] = {
             *(randn(1, 4, 1000, 80, seed=seed + i, dtype=torch.bfloat16) for i in range(2)),
             torch.tensor([0, 10 + seed, 300, 300, 1000], device=DEVICE),
         ),
+    ),
+    "area_weighted_mse": (
+        lambda y, x, a: area_weighted_mse(y, x, a, reduction="none", backend="triton"),
+        _reconstruction_inputs(64, 576),
+    ),
+    "area_weighted_mse in tiles": (
+        lambda y, x, a: area_weighted_mse(y, x, a, backend="triton"),
+        _reconstruction_inputs(640, 2880),
     ),
 }
 
@@ -553,7 +707,8 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
         return table()[key]
 
     rows = {key for key in table() if key[1] == arch}
-    for module in (selection_kernels, attention_kernels, slot_kernels, slot_op):
+    modules = (selection_kernels, attention_kernels, reconstruction_kernels)
+    for module in (*modules, slot_kernels, slot_op, training_kernels):
         monkeypatch.setattr(module, "tile", tile)
     monkeypatch.setattr("bench.launches._kinds", lambda _: [])  # reads what only compiled kernels have
     launches.__wrapped__(arch)
@@ -574,11 +729,21 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
                 q = empty(1, 2, 3, width, dtype=dtype)
                 for cu_seqlens in (None, empty(3, dtype=torch.int32)):
                     attention_kernels.received_attention(q, q, 0.1, None, cu_seqlens)
+        for slots, tokens in ((1, 1), (64, 1024), (64, 1025), (1, 65536), (1000, 2880)):
+            x = empty(2, tokens, 3)
+            reconstruction_kernels.area_weighted_mse(x, x, empty(2, slots, tokens), True, 0.5, 10.0)
+            sums = empty(2, tokens), empty(2)
+            reconstruction_kernels.area_weighted_mse_backward(empty(2), x, x, *sums, True, True)
         for slots in (1, 63, 64, 65, 128, 129, 256, 257, 1000):
             p = official(2, slots, 5)
             for start, weights in (p.folded(torch.float32), half_of(*p.folded(torch.float32))):
                 found = slot_kernels.assign(p.features, start, weights, 2, 1e-5, False, False)
                 assert found.keys.shape == (2, 1, slots)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                q, z = empty(2, slots, 32, dtype=dtype), empty(2, 5, 32, dtype=dtype)
+                mean, mass, _ = training_kernels.slot_update(q, z, z, 1e-5, False)
+                scratch = training_kernels.map_gradients(mean, None, q, z, z, mean, mass, 1e-5)
+                assert scratch[2].shape == q.shape
     assert asked == rows
 
 
@@ -675,6 +840,22 @@ def _refusals() -> dict[str, tuple[Callable[[], Any], str]]:
             r"got \[1, 65536\]",
         ),
         "complex128 rows": (lambda: select_rows(MAP, 4, None, x, backend="triton"), "x is torch.complex128"),
+        "float64 reconstruction": (
+            lambda: area_weighted_mse(X.double(), X, MAP, backend="triton"),
+            "reconstruction can't run its Triton kernel: it computes in float32, and reconstruction is .*64",
+        ),
+        "float64 target": (
+            lambda: area_weighted_mse(X, X.double(), MAP, backend="triton"),
+            "and features is torch.float64",
+        ),
+        "float64 weights of tokens": (
+            lambda: area_weighted_mse(X, X, MAP.double(), backend="triton"),
+            "and slot_attention is torch.float64",
+        ),
+        "65536 reconstructions": (
+            lambda: area_weighted_mse(crowd, crowd, crowd, backend="triton"),
+            "up to 65535 images; got 65536",
+        ),
         "complex128 gather": (
             lambda: gather_tokens(x, indices(2, 3, 9), backend="triton"),
             "x is torch.complex128",
@@ -721,8 +902,10 @@ CALLS: dict[str, Callable[[str], Any]] = {
     "gather_tokens": lambda backend: gather_tokens(X, indices(2, 3, 9), backend=backend),
     "received_attention": lambda backend: received_attention(Q, K, backend=backend),
     "select_from_keys": lambda backend: select_from_keys(KEYS, 4, FILL, X, backend=backend),
+    "area_weighted_mse": lambda backend: area_weighted_mse(X, X, MAP, backend=backend),
     "slot_assignment": lambda backend: slot_assignment(FEATURES, START, WEIGHTS, backend=backend),
     "top_tokens": lambda backend: top_tokens(FEATURES, START, WEIGHTS, backend=backend),
+    "slot_attention": lambda backend: slot_attention(FEATURES, START.slots, TRAINED, backend=backend),
 }
 
 
@@ -799,18 +982,23 @@ import sys
 if {blocked}: sys.modules["triton"] = None
 import torch
 from ocvtp_kernels.received_attention import received_attention
+from ocvtp_kernels.reconstruction import area_weighted_mse
 from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
-from ocvtp_kernels.slot_attention import SlotAttentionWeights, fold, start_from_slots, top_tokens
+from ocvtp_kernels.slot_attention import SlotAttentionWeights, fold, start_from_slots
+from ocvtp_kernels.slot_attention import slot_attention, top_tokens
 m, v, gates, gate = torch.rand(4, 4), torch.rand(4), torch.rand(12, 4), torch.rand(12)
-w = fold(SlotAttentionWeights(
+trained = SlotAttentionWeights(
     v, v, m, v, m, v, v, v, v, v, m, m, m, gates, gates, gate, gate, v, v, m, v, m, v
-))
+)
+w = fold(trained)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     a, x = torch.rand(2, 3, 9).to(dtype), torch.rand(2, 9, 4, dtype=dtype, requires_grad=True)
     indices, _, rows = select_rows(a, 4, None, x)
     gather_tokens(x, indices).sum().backward()
+    area_weighted_mse(x, x.detach(), a).backward()
     select_tokens(a, 4, a[:, 0])
     found = top_tokens(x.detach().float(), start_from_slots(torch.rand(1, 3, 4), w), w)
+    slot_attention(x.float(), torch.rand(1, 3, 4), trained)[0].sum().backward()
     select_from_keys(found.keys, 4, found.largest.to(dtype), x)[2].sum().backward()
     q = torch.rand(1, 2, 9, 16).to(dtype).requires_grad_()
     received_attention(q, q, cu_seqlens=torch.tensor([0, 4, 9])).sum().backward()

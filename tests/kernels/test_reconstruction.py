@@ -60,6 +60,15 @@ def test_equals_the_definition(
 
 
 @pytest.mark.parametrize("empty", ["exclude", "official"])
+def test_of_slots_that_attend_alike_the_lowest_owns(empty: str) -> None:
+    recon, x, attention = random_problem(2, 6, 40, 1.0, 0)
+    attention = (4 * attention).round() / 4
+    assert ((attention == attention.amax(dim=1, keepdim=True)).sum(dim=1) > 1).any()
+    loss = area_weighted_mse(recon, x, attention, empty_slots=empty, reduction="none")
+    assert relative_error(loss, oracle(recon, x, attention, empty, 0.5, 10.0)) <= 1e-12
+
+
+@pytest.mark.parametrize("empty", ["exclude", "official"])
 def test_gradient(empty: str) -> None:
     recon, x, attention = random_problem(2, 6, 10, 3.0, 0)
     recon.requires_grad_()
@@ -100,6 +109,12 @@ def test_half_inputs_accumulate_in_single(dtype: torch.dtype) -> None:
         ({"slot_attention": torch.rand(2, 3, 6)}, "slot_attention must have shape"),
         ({"empty_slots": "drop"}, "empty_slots must be"),
         ({"reduction": "sum"}, "reduction must be"),
+        ({"power": float("nan")}, "power must be a finite number; got nan"),
+        ({"cap": 0.0}, "cap must be a positive number; got 0.0"),
+        ({"cap": float("nan")}, "cap must be a positive number"),
+        ({"features": torch.rand(2, 5, 3, device="meta")}, "features is on meta, reconstruction on cpu"),
+        ({"slot_attention": torch.rand(2, 3, 5, device="meta")}, "slot_attention is on meta"),
+        ({"slot_attention": torch.rand(2, 0, 5)}, "nothing to compare"),
     ],
 )
 def test_bad_arguments(change: dict, message: str) -> None:

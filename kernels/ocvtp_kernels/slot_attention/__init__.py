@@ -9,7 +9,7 @@ import torch
 from ocvtp_kernels._backend import BackendUnavailableError, resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
 from ocvtp_kernels._launch import MAX_IMAGES
-from ocvtp_kernels.slot_attention import folded, op, reference
+from ocvtp_kernels.slot_attention import folded, op, reference, training
 from ocvtp_kernels.slot_attention.folded import FoldedWeights, SlotStart, fold, start_from_slots
 from ocvtp_kernels.slot_attention.reference import SlotAttentionWeights
 
@@ -56,17 +56,28 @@ def slot_attention(
         truncate: gradients skip all iterations but the last and flow straight through to the initial
             slots ("bi-level" truncation); ``False`` backpropagates through every iteration.
         dropout: probability inside the slots' MLP; 0 outside training.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. Triton keeps no map and no activation of the encoder
+            for the backward pass, which computes them again, and has no second derivative.
 
     Returns:
-        ``slots`` ``[B, K, D]`` and ``attention`` ``[B, K, N]``, which sums to 1 over slots.
+        ``slots`` ``[B, K, D]`` and ``attention`` ``[B, K, N]``, which sums to 1 over slots; from Triton the
+        attention is float32.
 
     Raises:
         TypeError, ValueError: a wrong type or shape.
         BackendUnavailableError: an explicit backend that can't run.
     """
     _check(features, slots, weights.encoder_fc1_weight, weights.query_weight, num_iters)
-    resolve_backend(backend, "slot_attention training", features.device)
+
+    def unsupported() -> str | None:
+        dtype = weights.query_weight.dtype
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"it multiplies in float32, float16 and bfloat16, and the weights are {dtype}"
+        images = features.shape[0]
+        return f"it takes up to {MAX_IMAGES} images; got {images}" if images > MAX_IMAGES else None
+
+    if resolve_backend(backend, "slot_attention training", features.device, unsupported) == "triton":
+        return training.slot_attention(features, slots, weights, num_iters, eps, truncate, dropout)
     encoded = reference.encode(features, weights)
     return reference.slot_attention(encoded, slots, weights, num_iters, eps, truncate, dropout)
 

@@ -65,6 +65,21 @@ def gru_gates(gates_in: torch.Tensor, gates_hidden: torch.Tensor, hidden: torch.
     return new + update * (hidden - new)
 
 
+def next_slots(
+    update: torch.Tensor, slots: torch.Tensor, w: SlotAttentionWeights, dropout: float
+) -> torch.Tensor:
+    """What the slots ``[B, K, D]`` become of their weighted means ``update``: GRU cell, residual MLP."""
+    slots = gru_gates(
+        F.linear(update, w.gru_input_weight, w.gru_input_bias),
+        F.linear(slots, w.gru_hidden_weight, w.gru_hidden_bias),
+        slots,
+    )
+    hidden = layer_norm(slots, w.mlp_norm_weight, w.mlp_norm_bias)
+    hidden = F.gelu(F.linear(hidden, w.mlp_fc1_weight, w.mlp_fc1_bias))
+    hidden = F.dropout(hidden, dropout, training=dropout > 0)
+    return slots + F.linear(hidden, w.mlp_fc2_weight, w.mlp_fc2_bias)
+
+
 def slot_attention(
     encoded: torch.Tensor,
     slots: torch.Tensor,
@@ -87,13 +102,5 @@ def slot_attention(
         logits = queries @ keys.transpose(1, 2) * queries.shape[-1] ** -0.5
         attention = logits.softmax(dim=1)  # the slots compete for each token
         update = attention / (attention.sum(dim=2, keepdim=True) + eps) @ values
-        slots = gru_gates(
-            F.linear(update, w.gru_input_weight, w.gru_input_bias),
-            F.linear(slots, w.gru_hidden_weight, w.gru_hidden_bias),
-            slots,
-        )
-        hidden = layer_norm(slots, w.mlp_norm_weight, w.mlp_norm_bias)
-        hidden = F.gelu(F.linear(hidden, w.mlp_fc1_weight, w.mlp_fc1_bias))
-        hidden = F.dropout(hidden, dropout, training=dropout > 0)
-        slots = slots + F.linear(hidden, w.mlp_fc2_weight, w.mlp_fc2_bias)
+        slots = next_slots(update, slots, w, dropout)
     return slots, attention

@@ -60,10 +60,10 @@ def _gelu(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _exp(x):
-    # Of differences, after which the factor rounds least. Nothing is added to a product on the way to a
-    # logit and from it to here, so no compiler can fuse one: kernels for the map and for the top tokens
-    # compute the same bits.
+def exponential(x):
+    """Of differences, after which the factor rounds least."""
+    # Nothing is added to a product on the way to a logit and from it to here, so no compiler can fuse one:
+    # kernels for the map and for the top tokens compute the same bits.
     return tl.exp2(x * _LOG2E)
 
 
@@ -73,25 +73,35 @@ def _tanh(x):
 
 
 @triton.jit
-def _block(ptr, row, column, rows, columns, stride):
+def block(ptr, row, column, rows, columns, stride):
     """``[rows of row, columns of column]`` of a matrix whose rows are ``stride`` apart; zeros outside."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     return tl.load(ptr + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def _logits(
-    z_ptr, q_ptr, bias_ptr, n, k, N, K, D,
+def product(
+    z_ptr, q_ptr, n, k, N, K, D,
     BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits ``[tokens, slots]``; -inf where there is no slot. Tokens on the rows of the product:
-    ``wgmma`` wants 64 of them, and slots may be few."""
+    """``z q^T`` ``[tokens, slots]``; zero where there is none. Tokens on the rows: ``wgmma`` wants 64 of
+    them, and slots may be few."""
     total = tl.zeros([BM, BK], tl.float32)
     for start in tl.range(0, D, BC):
         c = start + tl.arange(0, BC)
-        z = _block(z_ptr, n, c, N, D, D)
-        q = _block(q_ptr, k, c, K, D, D)
+        z = block(z_ptr, n, c, N, D, D)
+        q = block(q_ptr, k, c, K, D, D)
         total = tl.dot(z, tl.trans(q), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def logits(
+    z_ptr, q_ptr, bias_ptr, n, k, N, K, D,
+    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits ``[tokens, slots]``; -inf where there is no slot."""
+    total = product(z_ptr, q_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
     bias = tl.load(bias_ptr + k, mask=k < K, other=float("-inf"))
     return total + bias[None, :]
 
@@ -165,8 +175,8 @@ def linear(
         column = tl.zeros([BM], tl.float32)
     for start in tl.range(0, IN, BC):
         i = start + tl.arange(0, BC)
-        x = _block(x_ptr, r, i, R, IN, IN)
-        w = _block(w_ptr, o, i, OUT, IN, IN)
+        x = block(x_ptr, r, i, R, IN, IN)
+        w = block(w_ptr, o, i, OUT, IN, IN)
         total = tl.dot(x.to(w.dtype), tl.trans(w), total, input_precision=PRECISION)
         if NORM:
             width = tl.minimum(IN - start, BC).to(tl.float32)
@@ -191,7 +201,7 @@ def linear(
     if GELU:
         total = _gelu(total, FAST)
     if RESIDUAL:
-        total += _block(residual_ptr, r, o, R, OUT, OUT)
+        total += block(residual_ptr, r, o, R, OUT, OUT)
     offsets = r.to(tl.int64)[:, None] * OUT + o[None, :]
     y = total.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offsets, y, mask=(r < R)[:, None] & (o < OUT)[None, :])
@@ -223,8 +233,8 @@ def attend(
     keys_ptr += image * parts * K
     if ONE:
         k = tl.arange(0, BK)
-        p = _logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
-        p = _exp(p - tl.max(p, axis=1)[:, None])
+        p = logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
+        p = exponential(p - tl.max(p, axis=1)[:, None])
         total = tl.sum(p, axis=1)
         p = p * (1.0 / total)[:, None]
         largest = _emit(
@@ -235,15 +245,15 @@ def attend(
         total = tl.zeros([BM], tl.float32)
         for first in tl.range(0, K, BK):
             k = first + tl.arange(0, BK)
-            p = _logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
+            p = logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
             higher = tl.maximum(highest, tl.max(p, axis=1))
-            total = total * _exp(highest - higher) + tl.sum(_exp(p - higher[:, None]), axis=1)
+            total = total * exponential(highest - higher) + tl.sum(exponential(p - higher[:, None]), axis=1)
             highest = higher
         largest = tl.full([BM], -1.0, tl.float32)
         for first in tl.range(0, K, BK):
             k = first + tl.arange(0, BK)
-            p = _logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
-            p = _exp(p - highest[:, None]) * (1.0 / total)[:, None]
+            p = logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
+            p = exponential(p - highest[:, None]) * (1.0 / total)[:, None]
             some = _emit(
                 p, p_ptr, sums_ptr, keys_ptr, part, n, k, N, K, KS, BM, LAST, SCALE
             )  # fmt: skip
@@ -257,10 +267,12 @@ def attend(
 @triton.jit(do_not_specialize=["N", "K", "T"])
 def update(
     p_ptr, sums_ptr, z_ptr, u_ptr, mass_ptr, N, K, KS, D, T, eps,
-    BK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SHARE: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (column tiles, slot tiles, B): each slot's weighted mean of the tokens, ``u`` ``[B, K, D]``, and
-    its ``mass`` S / (S + eps) ``[B, K]``, S the sum of its attention. Tokens are added in their order."""
+    its ``mass`` ``[B, K]``: the sum S of its attention, or, with SHARE, S / (S + eps). Tokens are added in
+    their order."""
     image = tl.program_id(2).to(tl.int64)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     d = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -269,19 +281,21 @@ def update(
     total = tl.zeros([BK, BD], tl.float32)
     for start in tl.range(0, N, BN):
         n = start + tl.arange(0, BN)
-        p = _block(p_ptr, n, k, N, KS, KS)
-        z = _block(z_ptr, n, d, N, D, D)
+        p = block(p_ptr, n, k, N, KS, KS)
+        z = block(z_ptr, n, d, N, D, D)
         total = tl.dot(tl.trans(p), z, total, input_precision=PRECISION)
     mass = tl.zeros([BK], tl.float32)
     for start in tl.range(0, T, 8):
         t = start + tl.arange(0, 8)
-        mass += tl.sum(_block(sums_ptr + image * T * KS, t, k, T, KS, KS), axis=0)
+        mass += tl.sum(block(sums_ptr + image * T * KS, t, k, T, KS, KS), axis=0)
     u = total * (1.0 / ((mass + eps) * SCALE))[:, None]
     offsets = (image * K + k)[:, None] * D + d[None, :]
     inside = (k < K)[:, None] & (d < D)[None, :]
     tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=inside)
     if tl.program_id(0) == 0:
-        tl.store(mass_ptr + image * K + k, mass / (mass + eps), mask=k < K)
+        if SHARE:
+            mass = mass / (mass + eps)
+        tl.store(mass_ptr + image * K + k, mass, mask=k < K)
 
 
 @triton.jit(do_not_specialize=["R", "START"])
@@ -302,18 +316,18 @@ def gru(
     hidden = tl.zeros([BM, BJ], tl.float32)
     for start in tl.range(0, D, BC):
         c = start + tl.arange(0, BC)
-        u = _block(u_ptr, r, c, R, D, D)
-        reset = tl.dot(u, tl.trans(_block(wi_ptr, j, c, D, D, D)), reset, input_precision=PRECISION)
-        w = _block(wi_ptr + D * D, j, c, D, D, D)
+        u = block(u_ptr, r, c, R, D, D)
+        reset = tl.dot(u, tl.trans(block(wi_ptr, j, c, D, D, D)), reset, input_precision=PRECISION)
+        w = block(wi_ptr + D * D, j, c, D, D, D)
         keep = tl.dot(u, tl.trans(w), keep, input_precision=PRECISION)
-        w = _block(wi_ptr + 2 * D * D, j, c, D, D, D)
+        w = block(wi_ptr + 2 * D * D, j, c, D, D, D)
         new = tl.dot(u, tl.trans(w), new, input_precision=PRECISION)
         if not GIVEN:
-            s = _block(s_ptr, r, c, R, D, D).to(u.dtype)
-            reset = tl.dot(s, tl.trans(_block(wh_ptr, j, c, D, D, D)), reset, input_precision=PRECISION)
-            w = _block(wh_ptr + D * D, j, c, D, D, D)
+            s = block(s_ptr, r, c, R, D, D).to(u.dtype)
+            reset = tl.dot(s, tl.trans(block(wh_ptr, j, c, D, D, D)), reset, input_precision=PRECISION)
+            w = block(wh_ptr + D * D, j, c, D, D, D)
             keep = tl.dot(s, tl.trans(w), keep, input_precision=PRECISION)
-            w = _block(wh_ptr + 2 * D * D, j, c, D, D, D)
+            w = block(wh_ptr + 2 * D * D, j, c, D, D, D)
             hidden = tl.dot(s, tl.trans(w), hidden, input_precision=PRECISION)
     real = j < D
     mass = tl.load(mass_ptr + r, mask=r < R, other=0.0)[:, None]
@@ -328,15 +342,15 @@ def gru(
     )
     row = r % START
     if GIVEN:
-        reset += _block(gates_ptr, row, j, START, D, 3 * D)
-        keep += _block(gates_ptr + D, row, j, START, D, 3 * D)
-        hidden = _block(gates_ptr + 2 * D, row, j, START, D, 3 * D)
+        reset += block(gates_ptr, row, j, START, D, 3 * D)
+        keep += block(gates_ptr + D, row, j, START, D, 3 * D)
+        hidden = block(gates_ptr + 2 * D, row, j, START, D, 3 * D)
     else:
         reset += tl.load(bh_ptr + j, mask=real, other=0.0)[None, :]
         keep += tl.load(bh_ptr + D + j, mask=real, other=0.0)[None, :]
         hidden += tl.load(bh_ptr + 2 * D + j, mask=real, other=0.0)[None, :]
     new = _tanh(new + tl.sigmoid(reset) * hidden)
-    old = _block(s_ptr, row, j, START, D, D)
+    old = block(s_ptr, row, j, START, D, D)
     y = new + tl.sigmoid(keep) * (old - new)
     tl.store(y_ptr + r.to(tl.int64)[:, None] * D + j[None, :], y, mask=(r < R)[:, None] & real[None, :])
 
@@ -344,7 +358,7 @@ def gru(
 # ------------------------------------------------------------------------------------------------- launchers
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """Tiles and arithmetic of one call."""
 
     arch: str
@@ -369,31 +383,33 @@ def assign(
     return_attention: bool,
 ) -> Assigned:
     """``features`` ``[B, N, C]`` -> every slot's best token of each tile, and what else is known by then."""
-    cut = _arithmetic(features.device, w.query_weight.dtype, tf32)
+    cut = arithmetic(features.device, w.query_weight.dtype, tf32)
     start = SlotStart(*(tensor.contiguous() for tensor in start))
     w = FoldedWeights(*(tensor.contiguous() for tensor in w))
     z = _encode(features, w, cut)
     queries, bias = start.queries, start.query_bias
     slots = start.slots
     for iteration in range(num_iters - 1):
-        weights, sums = _attend(z, queries, bias, cut)
+        weights, sums = attention_weights(z, queries, bias, cut)
         gates = start.gates_hidden if iteration == 0 else None
         slots = _update(weights, sums, z, slots, gates, w, eps, cut)
         queries, bias = _queries(slots, w, cut)
     return _assign(z, queries, bias, return_attention, cut)
 
 
-def _arithmetic(device: torch.device, dtype: torch.dtype, tf32: bool) -> _Cut:
+def arithmetic(device: torch.device, dtype: torch.dtype, tf32: bool) -> Cut:
+    """Of products in ``dtype`` on ``device``."""
     arch = architecture(device)
     assert arch is not None
-    if dtype == torch.float16:
-        return _Cut(arch, "16bit", dtype, device, "ieee", _SCALE)
+    if dtype != torch.float32:
+        # bfloat16 has the exponents of float32.
+        return Cut(arch, "16bit", dtype, device, "ieee", _SCALE if dtype == torch.float16 else 1.0)
     # Three tf32 products are as good as float32, and on tensor cores; CDNA has float32 ones.
     precise = "ieee" if arch.startswith("gfx") else "tf32x3"
-    return _Cut(arch, "32bit", dtype, device, "tf32" if tf32 else precise, 1.0)
+    return Cut(arch, "32bit", dtype, device, "tf32" if tf32 else precise, 1.0)
 
 
-def _encode(features: torch.Tensor, w: FoldedWeights, cut: _Cut) -> torch.Tensor:
+def _encode(features: torch.Tensor, w: FoldedWeights, cut: Cut) -> torch.Tensor:
     """Normalised encoder MLP, ``[B, N, C] -> [B, N, D]``, in groups of images that bound the hidden layer."""
     batch, tokens, width = features.shape
     hidden_width, slot_width = w.encoder_fc1_weight.shape[0], w.encoder_fc2_weight.shape[0]
@@ -412,7 +428,7 @@ def _encode(features: torch.Tensor, w: FoldedWeights, cut: _Cut) -> torch.Tensor
     return z
 
 
-def _normalise(x: torch.Tensor, y: torch.Tensor, cut: _Cut) -> None:
+def _normalise(x: torch.Tensor, y: torch.Tensor, cut: Cut) -> None:
     size = tile("slot_attention.normalise", cut.arch, "any")
     batch, tokens, width = x.shape
     padded = triton.next_power_of_2(width)
@@ -430,7 +446,7 @@ def _linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     y: torch.Tensor,
-    cut: _Cut,
+    cut: Cut,
     *,
     residual: torch.Tensor | None = None,
     column: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -452,8 +468,13 @@ def _linear(
     )  # fmt: skip
 
 
-def _attend(
-    z: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor, cut: _Cut, *, plain: bool = False
+def padded_slots(slots: int) -> int:
+    """Numbers in a row of attention."""
+    return triton.cdiv(slots, _ALIGNED) * _ALIGNED
+
+
+def attention_weights(
+    z: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor, cut: Cut, *, plain: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention as weights ``[B, N, K padded]``, and each token tile's sums of them.
 
@@ -461,7 +482,7 @@ def _attend(
     """
     batch, tokens, _ = z.shape
     slots = queries.shape[1]
-    padded = triton.cdiv(slots, _ALIGNED) * _ALIGNED
+    padded = padded_slots(slots)
     size = cut.of("attend", slot_class(slots))
     tiles = triton.cdiv(tokens, size["BM"])
     p = torch.empty(batch, tokens, padded, dtype=torch.float32 if plain else cut.dtype, device=cut.device)
@@ -471,7 +492,7 @@ def _attend(
 
 
 def _assign(
-    z: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor, return_attention: bool, cut: _Cut
+    z: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor, return_attention: bool, cut: Cut
 ) -> Assigned:
     """The last iteration."""
     batch, tokens, _ = z.shape
@@ -479,7 +500,7 @@ def _assign(
     tiles = token_tiles(slots, tokens, cut.device, cut.dtype)
     attention = torch.empty(0, dtype=torch.float32, device=cut.device)
     if return_attention:  # to look at; not worth kernels of its own
-        weights, _ = _attend(z, queries, bias, cut, plain=True)
+        weights, _ = attention_weights(z, queries, bias, cut, plain=True)
         attention = weights[:, :, :slots].transpose(1, 2).contiguous()
     found = Assigned(
         keys=torch.empty(batch, tiles, slots, dtype=torch.int64, device=cut.device),
@@ -495,7 +516,7 @@ def _launch_attend(
     z: torch.Tensor,
     queries: torch.Tensor,
     bias: torch.Tensor,
-    cut: _Cut,
+    cut: Cut,
     *,
     p: torch.Tensor | None = None,
     sums: torch.Tensor | None = None,
@@ -510,8 +531,30 @@ def _launch_attend(
         attend, (triton.cdiv(tokens, size["BM"]), batch), cut.device,
         z, queries, bias, z if p is None else p, z if sums is None else sums, *results,
         queries.stride(0) if queries.shape[0] > 1 else 0, bias.stride(0) if bias.shape[0] > 1 else 0,
-        tokens, slots, triton.cdiv(slots, _ALIGNED) * _ALIGNED, width,
+        tokens, slots, padded_slots(slots), width,
         ONE=slots <= size["BK"], LAST=found is not None, SCALE=cut.scale, PRECISION=cut.precision, **size,
+    )  # fmt: skip
+
+
+def weighted_mean(
+    p: torch.Tensor,
+    sums: torch.Tensor,
+    z: torch.Tensor,
+    mean: torch.Tensor,
+    mass: torch.Tensor,
+    eps: float,
+    cut: Cut,
+    *,
+    SHARE: bool,
+) -> None:
+    """Fill ``mean`` ``[B, K, D]`` and ``mass`` ``[B, K]`` from what :func:`attention_weights` made."""
+    batch, tokens, width = z.shape
+    count = mean.shape[1]
+    size = cut.of("update", "K<=64" if count <= 64 else "any K")
+    launch(
+        update, (triton.cdiv(width, size["BD"]), triton.cdiv(count, size["BK"]), batch), cut.device,
+        p, sums, z, mean, mass, tokens, count, p.shape[2], width, sums.shape[1], eps,
+        SHARE=SHARE, SCALE=cut.scale, PRECISION=cut.precision, **size,
     )  # fmt: skip
 
 
@@ -523,20 +566,14 @@ def _update(
     gates: torch.Tensor | None,
     w: FoldedWeights,
     eps: float,
-    cut: _Cut,
+    cut: Cut,
 ) -> torch.Tensor:
     """Weighted means, GRU and MLP: the next slots ``[B, K, D]``, float32. ``gates``: if they are constant."""
-    batch, tokens, width = z.shape
-    count = slots.shape[1]
+    batch, count, width = z.shape[0], slots.shape[1], z.shape[2]
     rows = batch * count
     mean = torch.empty(batch, count, width, dtype=cut.dtype, device=cut.device)
     mass = torch.empty(batch, count, dtype=torch.float32, device=cut.device)
-    size = cut.of("update", "K<=64" if count <= 64 else "any K")
-    launch(
-        update, (triton.cdiv(width, size["BD"]), triton.cdiv(count, size["BK"]), batch), cut.device,
-        p, sums, z, mean, mass, tokens, count, p.shape[2], width, sums.shape[1], eps,
-        SCALE=cut.scale, PRECISION=cut.precision, **size,
-    )  # fmt: skip
+    weighted_mean(p, sums, z, mean, mass, eps, cut, SHARE=True)
     entered = torch.empty(batch, count, width, dtype=torch.float32, device=cut.device)
     size = cut.of("gru", "any")
     launch(
@@ -552,7 +589,7 @@ def _update(
     return left
 
 
-def _queries(slots: torch.Tensor, w: FoldedWeights, cut: _Cut) -> tuple[torch.Tensor, torch.Tensor]:
+def _queries(slots: torch.Tensor, w: FoldedWeights, cut: Cut) -> tuple[torch.Tensor, torch.Tensor]:
     """What the slots ask of the tokens, ``[B, K, D]``, and their bias ``[B, K]``."""
     batch, count, width = slots.shape
     queries = torch.empty(batch, count, width, dtype=cut.dtype, device=cut.device)

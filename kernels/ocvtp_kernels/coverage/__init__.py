@@ -1,0 +1,106 @@
+"""How well kept tokens stand for all of an image, and moving them so that they stand better."""
+
+from __future__ import annotations
+
+import torch
+
+from ocvtp_kernels._backend import resolve_backend
+from ocvtp_kernels._checks import require_floating, require_shape
+from ocvtp_kernels._launch import MAX_IMAGES
+from ocvtp_kernels.coverage import op, reference
+
+__all__ = ["MAX_ROUNDS", "check_rounds", "coverage_error", "refine"]
+
+#: Rounds that :func:`refine` takes; few images change after fifteen.
+MAX_ROUNDS = 100
+
+
+def coverage_error(x: torch.Tensor, indices: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """Squared distance of each token to its nearest kept one, as a share of the image's variance.
+
+    ``sum_n min_t |x_n - x_t|^2 / sum_n |x_n - mean|^2``: 0 when all is kept, about 1 when the kept tokens say
+    no more than the mean would. An image of equal tokens has no variance, and error 0.
+
+    Args:
+        x: ``[B, N, C]`` floating point, any strides.
+        indices: ``[B, T]`` int64, kept tokens, unique per row.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take up to 32 bits.
+
+    Returns:
+        ``[B]``, at least float32. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: a wrong type or shape.
+        BackendUnavailableError: an explicit backend that can't run.
+    """
+    _check(x, indices)
+    if _resolve(backend, x) == "triton":
+        return op.coverage(x, indices, 0)[1]
+    with torch.no_grad():
+        return reference.cover(reference.centred(x), indices).error
+
+
+def refine(x: torch.Tensor, indices: torch.Tensor, rounds: int, *, backend: str = "auto") -> torch.Tensor:
+    """Move kept tokens to where they cover more; an image's :func:`coverage_error` never rises.
+
+    A round assigns every token to its nearest kept token (a kept token to itself) and proposes, for each of
+    these clusters, the member nearest the cluster's mean. Within a cluster that lowers the sum of squared
+    distances as far as any member can, since ``sum |x - m|^2`` is that of the mean plus the cluster's size
+    times ``|m - mean|^2``; assigning anew lowers it further. An image moves only if its error, computed
+    afterwards, has fallen, so the guarantee holds in floating point, too. Clusters don't overlap, so kept
+    tokens stay distinct. One image's result does not depend on the batch around it in Triton.
+
+    Args:
+        x: ``[B, N, C]`` floating point, any strides.
+        indices: ``[B, T]`` int64, unique per row.
+        rounds: how many, ``0 <= rounds <=`` :data:`MAX_ROUNDS`.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take up to 32 bits.
+
+    Returns:
+        ``[B, T]`` int64, ascending and unique per row.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape or number of rounds.
+        BackendUnavailableError: an explicit backend that can't run.
+    """
+    _check(x, indices)
+    check_rounds(rounds)
+    if rounds == 0:
+        return indices.sort(dim=1).values
+    if _resolve(backend, x) == "triton":
+        return op.coverage(x, indices, rounds)[0].sort(dim=1).values
+    with torch.no_grad():
+        return reference.refine(x, indices, rounds)
+
+
+def check_rounds(rounds: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for a number of rounds that makes no sense."""
+    if isinstance(rounds, bool) or not isinstance(rounds, int):
+        raise TypeError(f"refine must be an int, a number of rounds; got {type(rounds).__name__}")
+    if not 0 <= rounds <= MAX_ROUNDS:
+        raise ValueError(f"refine must be between 0 and {MAX_ROUNDS} rounds; got {rounds}")
+
+
+def _check(x: torch.Tensor, indices: torch.Tensor) -> None:
+    require_floating("x", x)
+    require_shape("x", x, (None, None, None), "[B, N, C]")
+    if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64:
+        raise TypeError(f"indices must be int64; got {getattr(indices, 'dtype', type(indices).__name__)}")
+    require_shape("indices", indices, (x.shape[0], None), "[B, T]")
+    if 0 in x.shape or not 1 <= indices.shape[1] <= x.shape[1]:
+        raise ValueError(
+            f"between 1 and N tokens must be kept; got {list(indices.shape)} indices into x {list(x.shape)}"
+        )
+    if indices.device != x.device:
+        raise ValueError(f"x is on {x.device}, indices on {indices.device}; move one with .to(device)")
+
+
+def _resolve(backend: str, x: torch.Tensor) -> str:
+    def unsupported() -> str | None:
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"it takes float32, float16 and bfloat16, not {x.dtype}"
+        if x.shape[0] > MAX_IMAGES:
+            return f"it takes up to {MAX_IMAGES} images; got {x.shape[0]}"
+        return None
+
+    return resolve_backend(backend, "coverage", x.device, unsupported)

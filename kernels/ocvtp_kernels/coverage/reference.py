@@ -1,0 +1,87 @@
+"""Coverage of kept tokens and its refinement in plain PyTorch: the oracle."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+#: To replace a kept token, another's squared distance to their mean must be less than this share of its own.
+#: Of two tokens both are equally near, and rounding must not decide.
+STEADY = 1.0 - 2.0**-16
+
+
+class Covered(NamedTuple):
+    """How a kept set covers an image.
+
+    Attributes:
+        owner: ``[B, N]`` int64, position among the kept of each token's nearest kept token.
+        distance: ``[B, N]``, squared distance to it.
+        error: ``[B]``, their sum over the image's own ``sum |x - mean|^2``.
+    """
+
+    owner: torch.Tensor
+    distance: torch.Tensor
+    error: torch.Tensor
+
+
+def centred(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in at least float32, without each image's mean: distances are the same, and lose fewer digits."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x - x.mean(dim=1, keepdim=True)
+
+
+def cover(z: torch.Tensor, indices: torch.Tensor) -> Covered:
+    """Assign every token of centred ``z`` ``[B, N, C]`` to its nearest kept one; ties go to the first.
+
+    A kept token is its own, even if another is equal. Which is nearest is found by products, how far it is by
+    differences.
+    """
+    kept = _rows(z, indices)
+    scores = kept.square().sum(dim=2)[:, None, :] - 2.0 * z @ kept.transpose(1, 2)  # [B, N, T]
+    owner = scores.argmin(dim=2)
+    own = torch.arange(indices.shape[1], device=z.device).expand_as(indices)
+    owner = owner.scatter(1, indices, own)
+    distance = (z - _rows(kept, owner)).square().sum(dim=2)
+    total = z.square().sum(dim=(1, 2))
+    error = torch.where(total > 0, distance.sum(dim=1) / torch.where(total > 0, total, 1.0), 0.0)
+    return Covered(owner, distance, error)
+
+
+def candidates(z: torch.Tensor, indices: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Of each kept token's tokens the one nearest their mean, ``[B, T]``.
+
+    That is the member with the smallest sum of squared distances to all of them, which is the mean's and
+    their number times its own to the mean. The kept token stays unless another is nearer by more than
+    rounding; ties of others go to the lowest index.
+    """
+    kept = indices.shape[1]
+    member = torch.nn.functional.one_hot(owner, kept).to(z.dtype)  # [B, N, T]
+    means = member.transpose(1, 2) @ z / member.sum(dim=1)[:, :, None]
+    away = (z - _rows(means, owner)).square().sum(dim=2)
+    away = torch.where(
+        torch.zeros_like(away, dtype=torch.bool).scatter(1, indices, True), away * STEADY, away
+    )
+    of_cluster = torch.where(member > 0, away[:, :, None], torch.inf)  # [B, N, T]
+    return of_cluster.argmin(dim=1)
+
+
+def refine(x: torch.Tensor, indices: torch.Tensor, rounds: int) -> torch.Tensor:
+    """``rounds`` rounds of: assign, move to the candidates, keep what lowers the image's error. Sorted."""
+    z = centred(x)
+    covered = cover(z, indices)
+    for _ in range(rounds):
+        moved = candidates(z, indices, covered.owner)
+        after = cover(z, moved)
+        better = after.error < covered.error
+        indices = torch.where(better[:, None], moved, indices)
+        covered = Covered(
+            torch.where(better[:, None], after.owner, covered.owner),
+            torch.where(better[:, None], after.distance, covered.distance),
+            torch.where(better, after.error, covered.error),
+        )
+    return indices.sort(dim=1).values
+
+
+def _rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return x.gather(1, indices[:, :, None].expand(-1, -1, x.shape[2]))

@@ -1,0 +1,91 @@
+"""A budget of tokens for each image: the smallest one that covers it well enough."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ocvtp.selection import Selection
+
+__all__ = ["check_budgets", "smallest_budget"]
+
+
+def check_budgets(keep: int | str, max_error: float | None, budgets: Sequence[int] | None) -> bool:
+    """Whether ``keep`` asks for a budget of each image's own.
+
+    Raises:
+        TypeError, ValueError: arguments that don't go together, or make no sense.
+    """
+    if not isinstance(keep, str):
+        if max_error is not None or budgets is not None:
+            raise ValueError('max_error and budgets go with keep="auto"')
+        return False
+    if keep != "auto":
+        raise ValueError(f'keep must be a number of tokens or "auto"; got {keep!r}')
+    if max_error is None or budgets is None:
+        raise ValueError(
+            'keep="auto" needs max_error=, the largest coverage error, and budgets= to choose from'
+        )
+    if isinstance(max_error, bool) or not isinstance(max_error, (int, float)):
+        raise TypeError(f"max_error must be a number; got {type(max_error).__name__}")
+    if not (math.isfinite(max_error) and max_error >= 0):
+        raise ValueError(f"max_error must be at least 0; got {max_error}")
+    numbers = all(isinstance(budget, int) and not isinstance(budget, bool) for budget in budgets)
+    if not budgets or not numbers or any(b >= a for b, a in itertools.pairwise(budgets)):
+        raise ValueError(f"budgets must be ascending ints; got {budgets!r}")
+    return True
+
+
+def smallest_budget(
+    select: Callable[[int], Selection], max_error: float, budgets: Sequence[int]
+) -> Selection:
+    """Per image the selection of the smallest of ``budgets`` whose coverage error is at most ``max_error``.
+
+    Args:
+        select: makes a selection of so many tokens, with its coverage.
+        max_error: largest coverage error.
+        budgets: ascending.
+
+    Returns:
+        A selection of ``budgets[-1]`` columns whatever the images. Where fewer are kept, ``mask`` is false
+        and the last kept index is repeated; where even the largest budget misses ``max_error``, it is taken
+        and ``met`` is false, and on a CPU a warning says so.
+    """
+    found = [select(budget) for budget in budgets]
+    largest = budgets[-1]
+    errors = torch.stack([_coverage(selection) for selection in found])  # [budgets, B]
+    enough = errors <= max_error
+    met = enough.any(dim=0)
+    which = torch.where(met, enough.to(torch.int8).argmax(dim=0), len(budgets) - 1)
+    padded = torch.stack(
+        [
+            torch.cat([one.indices, one.indices[:, -1:].expand(-1, largest - one.indices.shape[1])], dim=1)
+            for one in found
+        ]
+    )
+    images = torch.arange(which.shape[0], device=which.device)
+    count = torch.tensor(budgets, device=which.device)[which]
+    if not torch.compiler.is_compiling() and met.device.type == "cpu" and not bool(met.all()):
+        warnings.warn(
+            f"{int((~met).sum())} of {len(met)} images miss max_error={max_error} even with "
+            f"{largest} tokens, and keep that many",
+            stacklevel=4,
+        )
+    return Selection(
+        indices=padded[which, images],
+        from_slots=torch.stack([one.from_slots for one in found])[which, images],
+        coverage=errors[which, images],
+        tokens=found[0].tokens,
+        mask=torch.arange(largest, device=which.device) < count[:, None],
+        count=count,
+        met=met,
+    )
+
+
+def _coverage(selection: Selection) -> torch.Tensor:
+    assert selection.coverage is not None
+    return selection.coverage
