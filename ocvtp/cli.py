@@ -234,10 +234,17 @@ def train(
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="AdamW's highest [0.001].")] = None,
     slots: Annotated[str | None, typer.Option(help="Numbers of slots to draw from [16,32,64,128].")] = None,
+    validation_share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Of the photographs, to hold out [0.05].")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Epochs without improvement before it stops [5].")
+    ] = None,
     autocast: Annotated[str | None, typer.Option(help="none, bf16 or fp16 [none].")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random [0].")] = None,
-    device: Annotated[str, typer.Option(help="auto (all that accelerate finds) or cpu.")] = "auto",
-    dtype: DtypeOption = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget the run that --out holds.")] = False,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="With --images: of the encoder.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read features ahead.")] = 0,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between rows of metrics.")] = 10,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 200,
@@ -251,6 +258,8 @@ def train(
             "batch_size": batch_size,
             "learning_rate": learning_rate,
             "slots": command.read_slots(slots),
+            "validation_share": validation_share,
+            "patience": patience,
             "autocast": autocast,
             "seed": seed,
         }
@@ -264,6 +273,7 @@ def train(
             crops=crops,
             config=config,
             recipe_flags={name: value for name, value in flags.items() if value is not None},
+            fresh=fresh,
             device=device,
             dtype=dtype,
             workers=workers,

@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 # How a vision-language model names its tower in a checkpoint.
 _TOWER_KEYS = r"^(model\.)?vision_tower\."
 _NEEDED = ("hidden_size", "num_hidden_layers", "patch_size")
-# Of encoders that take video, or any number of patches: Qwen-VL, VideoMAE and their like.
-_FOREIGN = ("temporal_patch_size", "spatial_merge_size", "tubelet_size", "num_frames")
+# Of encoders that take video or any number of patches (Qwen-VL, VideoMAE), or end with other tokens (YOLOS).
+_FOREIGN = (
+    "temporal_patch_size",
+    "spatial_merge_size",
+    "tubelet_size",
+    "num_frames",
+    "num_detection_tokens",
+)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -349,9 +355,12 @@ def _digest_json(values: Any) -> str:
 
 
 def _digest_weights(model: torch.nn.Module) -> str:
-    """Of names and bytes of all parameters and buffers."""
+    """Of names and bytes of all parameters and buffers, but for poolers, which some checkpoints lack: those
+    would be drawn at random, and no feature depends on them."""
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if "pooler" in name:
+            continue
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -8,6 +8,9 @@ is never saved.
 What is written when: rows of metrics, the best pruner, then the state, each flushed before the next. A run
 that dies in between finds rows beyond its state, which it drops, or a pruner that it will write again with
 the same content.
+
+Who stops whom: a process that can't read its features, or can't write, tells the others at the next look,
+and all raise. Whatever else ends one process (memory, say) the launcher notices, and ends the others.
 """
 
 from __future__ import annotations
@@ -90,7 +93,7 @@ def train(
     progress: Callable[[int, int, str], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Trained:
-    """Train a pruner on ``source`` and leave the best in ``out/pruner``.
+    """Train a pruner on ``source`` and leave the best, with its decoder, in ``out/pruner``.
 
     Run again with the same arguments, a run that died goes on where its last state was saved, and ends as it
     would have: on a CPU to the bit. Started by ``accelerate launch`` on several processes, each takes its
@@ -445,11 +448,12 @@ def _take_up(plan: Plan, out: Path, fresh: bool) -> tuple[Progress, Plan]:
     held = (out / checkpoint.STATE).exists()
     if not held and out.exists():
         left = checkpoint.STATE + _PARTIAL  # of a run that died before its first state
-        if not out.is_dir():
-            raise ResumeError(f"{out} is a file; give a folder")
-        if foreign := sorted(path.name for path in out.iterdir() if path.name != left):
+        entries = out.iterdir() if out.is_dir() else ()
+        if foreign := sorted(path.name for path in entries if path.name != left):
             raise ResumeError(f"{out} is not empty and holds no run ({foreign[0]}, ...); give another folder")
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ResumeError(f"{parent} is a file; give a folder")
     if not os.access(parent, os.W_OK):
         raise ResumeError(f"no permission to write to {parent}; give another folder")
     state = None if fresh else checkpoint.read_progress(out)

@@ -451,7 +451,7 @@ def test_strided_operands_and_gradients() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("slots", [6, 130])
-def test_batch_and_run_do_not_matter(slots: int, dtype: torch.dtype) -> None:
+def test_batch_does_not_matter(slots: int, dtype: torch.dtype) -> None:
     """To the kernels, bit for bit; the products after them are a library's."""
     s = operands(3, slots, 70 if slots < 64 else 10)
 
@@ -462,7 +462,7 @@ def test_batch_and_run_do_not_matter(slots: int, dtype: torch.dtype) -> None:
         return [*results, *kernels.map_gradients(on_means, on_map, *qkv, *results[:2], 1e-5)]
 
     together = found([0, 1, 2])
-    for images in ([0, 1, 2], [2, 0, 1], [1]):
+    for images in ([2, 0, 1], [1]):
         for ours, want in zip(found(images), together, strict=True):
             assert torch.equal(ours, want[images])
 
@@ -657,6 +657,21 @@ def test_truncation_skips_the_iterations_before() -> None:
             found = slot_attention(p.features.float(), slots, weights, truncate=truncate, backend="triton")
             found[0].sum().backward()
         assert len(seen) == backwards
+
+
+def test_a_map_that_has_no_gradient_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of zeros, neither made nor read, where the loss takes the map as a constant."""
+    seen: list[bool] = []
+    original = kernels.map_gradients
+
+    def noted(grad: torch.Tensor, grad_map: torch.Tensor | None, *others: Any) -> Any:
+        seen.append(grad_map is not None)
+        return original(grad, grad_map, *others)
+
+    monkeypatch.setattr(kernels, "map_gradients", noted)
+    for use_map in (True, False):
+        step(problem(1, 3, 9, use_map=use_map), torch.float32, "triton", truncate=False, num_iters=2)
+    assert seen == [True, False, False, False]
 
 
 def test_iterations_without_gradients_see_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,14 @@ class TestFingerprint:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         assert differs()
 
+    def test_not_of_a_pooler_that_is_drawn_anew(self, saved: Callable[[str], Path]) -> None:
+        """A classifier's checkpoint has none: transformers makes one up, another one every time."""
+        folder, seen = saved("ViTForImageClassification"), set()
+        for seed in range(2):
+            torch.manual_seed(seed)
+            seen.add(FeatureEncoder(str(folder), 1).fingerprint)
+        assert len(seen) == 1
+
 
 class TestRefused:
     @pytest.mark.parametrize("layer", [-1, LAYERS, True, 1.0])
@@ -250,7 +258,8 @@ class TestRefused:
             vision_config(str(tmp_path))
 
     @pytest.mark.parametrize(
-        "kind", ["Qwen2VLConfig", "Qwen2_5_VLConfig", "LlamaConfig", "ResNetConfig", "VideoMAEConfig"]
+        "kind",
+        ["Qwen2VLConfig", "Qwen2_5_VLConfig", "LlamaConfig", "ResNetConfig", "VideoMAEConfig", "YolosConfig"],
     )
     def test_encoders_without_equal_patches(self, tmp_path: Path, kind: str) -> None:
         getattr(transformers, kind)().save_pretrained(tmp_path)

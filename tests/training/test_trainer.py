@@ -269,6 +269,12 @@ class TestRefused:
             run(tmp_path)
         assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
+    def test_a_file_instead_of_a_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        for out in (tmp_path / "file", tmp_path / "file" / "run"):
+            with pytest.raises(ResumeError, match="file is a file; give a folder"):
+                run(out)
+
     @pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
     def test_a_damaged_state(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / STATE).write_bytes(content)
@@ -475,6 +481,24 @@ def test_float16_with_a_scaled_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (after.step, after.skipped, after.scaler["scale"]) == (3, 3, 2.0**13)
     other = load_file(tmp_path / "other" / STATE)
     assert not any(name.startswith("optimizer.") for name in other)  # no step was taken
+
+
+def test_float16_may_overflow_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, steps = Objective.forward, 0
+
+    def forward(self: Objective, *arguments: torch.Tensor) -> object:
+        nonlocal steps
+        made = whole(self, *arguments)
+        steps += self.training
+        return made._replace(loss=made.loss * 1e35) if self.training and steps % 2 else made
+
+    monkeypatch.setattr(Objective, "forward", forward)
+    monkeypatch.setattr(trainer_module, "_MOST_SKIPPED", 2)
+    run(tmp_path / "run", recipe=dataclasses.replace(RECIPE, epochs=1, autocast="fp16"))
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert [row["gradient_norm"] is None for row in rows] == [True, False] * 4
+    state = read_progress(tmp_path / "run")
+    assert (state.skipped, state.scaler["scale"]) == (0, 2.0**12)
 
 
 def test_full_backpropagation_trains(tmp_path: Path) -> None:

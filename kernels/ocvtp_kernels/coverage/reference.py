@@ -9,6 +9,8 @@ import torch
 #: To replace a kept token, another's squared distance to their mean must be less than this share of its own.
 #: Of two tokens both are equally near, and rounding must not decide.
 STEADY = 1.0 - 2.0**-16
+#: Taken off it, too, so that it stays where both are zero.
+LEAST = 1e-30
 
 
 class Covered(NamedTuple):
@@ -59,9 +61,8 @@ def candidates(z: torch.Tensor, indices: torch.Tensor, owner: torch.Tensor) -> t
     member = torch.nn.functional.one_hot(owner, kept).to(z.dtype)  # [B, N, T]
     means = member.transpose(1, 2) @ z / member.sum(dim=1)[:, :, None]
     away = (z - _rows(means, owner)).square().sum(dim=2)
-    away = torch.where(
-        torch.zeros_like(away, dtype=torch.bool).scatter(1, indices, True), away * STEADY, away
-    )
+    is_kept = torch.zeros_like(away, dtype=torch.bool).scatter(1, indices, True)
+    away = torch.where(is_kept, away * STEADY - LEAST, away)
     of_cluster = torch.where(member > 0, away[:, :, None], torch.inf)  # [B, N, T]
     return of_cluster.argmin(dim=1)
 

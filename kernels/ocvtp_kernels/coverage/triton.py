@@ -25,7 +25,7 @@ from ocvtp_kernels._arch import architecture
 from ocvtp_kernels._jit import ordered_bits
 from ocvtp_kernels._launch import launch
 from ocvtp_kernels._tiles import tile
-from ocvtp_kernels.coverage.reference import STEADY
+from ocvtp_kernels.coverage.reference import LEAST, STEADY
 
 # ------------------------------------------------------------------------------------------- device functions
 
@@ -113,6 +113,7 @@ def assign(
         norms = tl.load(norms_ptr + image * N + kept, mask=real, other=float("inf"))
         score = norms[None, :] - 2.0 * product
         score = tl.where((n[:, None] == kept[None, :]) & real[None, :], float("-inf"), score)
+        score = tl.where(score == score, score, float("inf"))  # NaN is told by the distance
         lowest, which = tl.min(score, axis=1, return_indices=True)
         owner = tl.where(lowest < best, first + which, owner)
         best = tl.minimum(best, lowest)
@@ -162,7 +163,7 @@ def away(
 @triton.jit(do_not_specialize=["N", "T"])
 def choose(
     away_ptr, owner_ptr, indices_ptr, moved_ptr, N, T,
-    BT: tl.constexpr, BN: tl.constexpr, STEADY: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, STEADY: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (cluster tiles, B): of each cluster the token nearest its mean, ``moved`` ``[B, T]``; others must
     be nearer than the kept token by STEADY, and ties go to the lowest. An integer orders like all of that."""
@@ -175,7 +176,8 @@ def choose(
         owner = tl.load(owner_ptr + image * N + n, mask=n < N, other=-1)
         distance = tl.load(away_ptr + image * N + n, mask=n < N, other=0.0)
         is_kept = n.to(tl.int64)[None, :] == kept[:, None]
-        order = ordered_bits(distance[None, :] * tl.where(is_kept, STEADY, 1.0)).to(tl.int64) - 0x80000000
+        order = distance[None, :] * tl.where(is_kept, STEADY, 1.0) - tl.where(is_kept, LEAST, 0.0)
+        order = ordered_bits(order).to(tl.int64) - 0x80000000
         key = (order << 32) | n.to(tl.int64)[None, :]
         key = tl.where(owner[None, :] == t[:, None], key, 0x7FFFFFFFFFFFFFFF)
         best = tl.minimum(best, tl.min(key, axis=1))
@@ -319,7 +321,7 @@ def _round(image: _Image, kept: _Kept) -> _Kept:
     cut = tile("coverage.choose", arch, "any")
     launch(
         choose, (triton.cdiv(count, cut["BT"]), batch), device,
-        far, kept.owner, kept.indices, moved, tokens, count, STEADY=STEADY, **cut,
+        far, kept.owner, kept.indices, moved, tokens, count, STEADY=STEADY, LEAST=LEAST, **cut,
     )  # fmt: skip
     after = _assign(image, moved)
     new = _Kept(
