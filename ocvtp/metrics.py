@@ -83,12 +83,15 @@ def reconstruction_error(
         ``[B]`` float32.
 
     Raises:
-        TypeError, ValueError: a wrong type or shape, or a pruner without a decoder.
+        TypeError, ValueError: a wrong type or shape, a pruner without a decoder, or a selection whose images
+            keep different numbers of tokens.
     """
     if pruner.decoder is None:
         raise ValueError(
             "this pruner has no decoder to rebuild with; train one, or load weights that have it"
         )
+    if isinstance(kept, Selection) and kept.mask is not None:
+        raise ValueError("images that keep different numbers of tokens are rebuilt one at a time")
     indices = _indices(x, kept)
     batch, tokens, width = x.shape
     count = indices.shape[1]

@@ -78,6 +78,7 @@ class Settings:
     route: Route
     attention: str
     runner: SlotRunner
+    refine: int = 0
 
     @property
     def read_layer(self) -> int:
@@ -91,6 +92,8 @@ class Settings:
         options: dict[str, Any] = {"seed": self.seed, "backend": self.backend, "precision": self.precision}
         if return_attention:
             options["return_attention"] = True
+        if self.refine:
+            options["refine"] = self.refine
         if isinstance(self.pruner, OCPruner) and _is_its_own(self.pruner):
             return self.runner.begin(self.pruner, features, self.keep, **options)
         return Later(functools.partial(self.pruner, features.detach(), keep=self.keep, **options))

@@ -24,6 +24,7 @@ from ocvtp.vlm.timing import Clock
 from ocvtp.vlm.versions import transformers_older_than
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require_count
+from ocvtp_kernels.coverage import check_rounds
 
 _CONTROLLER = "_ocvtp"
 _PATCHED = {"forward": calls.forward, "generate": calls.generate}
@@ -87,6 +88,7 @@ def apply(
     backend: str = "auto",
     precision: str = "auto",
     capture: bool = True,
+    refine: int = 0,
 ) -> PruneReport:
     """Patch a vision-language model in place, so that ``forward`` and ``generate`` prune image tokens.
 
@@ -112,6 +114,8 @@ def apply(
         capture: where kernels compute, replay the pruner's slot loop as a CUDA graph from the second call at
             a shape on. A few shapes are kept; :func:`remove` frees them. On a GPU the loop runs beside the
             tower's remaining layers in either case.
+        refine: rounds that move kept tokens to where they cover more, see :class:`~ocvtp.pruner.OCPruner`.
+            They follow the tower, so each adds to the time to the first token.
 
     Returns:
         A :class:`~ocvtp.vlm.PruneReport`; print it.
@@ -123,7 +127,7 @@ def apply(
     """
     target = _unwrap(model)
     adapter = adapter_for(target)
-    settings, report = _check(adapter, pruner, keep, positions, seed, backend, precision, capture)
+    settings, report = _check(adapter, pruner, keep, positions, seed, backend, precision, capture, refine)
     before = _settings_of(target)
     _install(target, adapter, settings)
     if before is not None:
@@ -167,6 +171,7 @@ def pruned(
     backend: str = "auto",
     precision: str = "auto",
     capture: bool = True,
+    refine: int = 0,
 ) -> Iterator[PruneReport]:
     """:func:`apply` for the length of a ``with`` block; afterwards the model is as it was before.
 
@@ -177,7 +182,7 @@ def pruned(
     """
     target = _unwrap(model)
     adapter = adapter_for(target)
-    settings, report = _check(adapter, pruner, keep, positions, seed, backend, precision, capture)
+    settings, report = _check(adapter, pruner, keep, positions, seed, backend, precision, capture, refine)
     before = _settings_of(target)
     _install(target, adapter, settings)
     try:
@@ -241,6 +246,7 @@ def _check(
     backend: str,
     precision: str,
     capture: bool,
+    refine: int,
 ) -> tuple[Settings, PruneReport]:
     config: Any = getattr(pruner, "config", None)
     if not callable(pruner) or not hasattr(config, "in_dim") or not hasattr(config, "layer"):
@@ -252,7 +258,10 @@ def _check(
             f"{facts.width} wide; use a pruner trained for this tower"
         )
     check_layers(config.layer, facts.consumed_layers)
+    if keep == "auto":
+        raise ValueError('keep="auto" works on the pruner alone so far; give apply a number of tokens')
     require_count("keep", keep, facts.tokens, "the image tokens of this model")
+    check_rounds(refine)
     check_options(seed, precision)
     model = adapter.model
     settings = Settings(
@@ -265,6 +274,7 @@ def _check(
         route=route_of(model),
         attention=str(model.config.get_text_config()._attn_implementation),
         runner=SlotRunner(capture),
+        refine=refine,
     )
     report = PruneReport(
         family=model.config.model_type,
@@ -276,6 +286,7 @@ def _check(
         backend=resolve_backend(backend, "received_attention", facts.device),
         precision=_precision(pruner, facts.device, backend, precision),
         captured=capture and facts.device.type == "cuda",
+        refine=refine,
         tokens_before=facts.tokens + facts.extra_rows,
         tokens_after=keep + facts.extra_rows,
         positions=settings.positions,

@@ -21,6 +21,7 @@ class PruneReport:
         backend: backend of the fused operations on the device the tower is on now.
         precision: of the pruner's matrix products there.
         captured: whether shapes that come back replay a CUDA graph.
+        refine: rounds that move kept tokens to where they cover more.
         tokens_before: image tokens per image that the unpruned model feeds its language model.
         tokens_after: image tokens per image that are left; includes the class token where the model keeps it.
         positions: numbering of the kept tokens, ``"compact"`` or ``"original"``.
@@ -37,6 +38,7 @@ class PruneReport:
     backend: str
     precision: str
     captured: bool
+    refine: int
     tokens_before: int
     tokens_after: int
     positions: Positions
@@ -45,10 +47,11 @@ class PruneReport:
     def __str__(self) -> str:
         share = self.tokens_after / self.tokens_before
         consumed = ", ".join(str(layer) for layer in self.consumed_layers)
+        rounds = f", {self.refine} rounds of refinement" if self.refine else ""
         rows = [
             ("image tokens", f"{self.tokens_before} -> {self.tokens_after} per image ({share:.1%})"),
             ("tower", f"{self.tower}, {self.num_layers} layers, {self.attention} attention"),
-            ("pruner reads", f"layer {self.read_layer}"),
+            ("pruner reads", f"layer {self.read_layer}{rounds}"),
             ("model consumes", f"layer {consumed}; later layers are skipped"),
             ("positions", self.positions),
             ("kernels", f"{self.backend}, {self.precision}{', CUDA graphs' if self.captured else ''}"),

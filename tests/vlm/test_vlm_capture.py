@@ -44,6 +44,15 @@ def test_the_same_tokens_as_without(lanes: list[Rehearsal], layer: Any, strategy
     assert lanes[0].log.count("replay") == 3
 
 
+def test_refined_after_the_replay(lanes: list[Rehearsal]) -> None:
+    model, images = llava(), [pixels(1, seed) for seed in range(4)]
+    ocvtp.apply(model, pruner(), keep=KEEP, backend="torch", refine=1)
+    want = [ocvtp.vlm.select(model, image).indices for image in images]
+    ocvtp.apply(model, pruner(), **OPTIONS, refine=1)
+    assert all(map(torch.equal, (ocvtp.vlm.select(model, image).indices for image in images), want))
+    assert lanes[0].log.count("replay") == 3
+
+
 def test_the_slot_loop_starts_before_the_layers_that_follow(lanes: list[Rehearsal]) -> None:
     model = llava()
     ocvtp.apply(model, pruner(layer=2), **OPTIONS)

@@ -138,6 +138,27 @@ def test_pruned_restores_what_was_there(model: Any, oc_pruner: Any, one: dict[st
     assert short(model, one) == pruned_length(3)
 
 
+def test_refinement_reaches_the_tokens(model: Any, oc_pruner: Any, one: dict[str, torch.Tensor]) -> None:
+    from ocvtp_kernels.coverage import refine
+
+    report = ocvtp.apply(model, oc_pruner, keep=KEEP, refine=2)
+    assert "2 rounds of refinement" in str(report)
+    refined = ocvtp.vlm.select(model, one["pixel_values"]).indices
+    with ocvtp.pruned(model, oc_pruner, keep=KEEP) as plain:
+        assert "refinement" not in str(plain)
+        published = ocvtp.vlm.select(model, one["pixel_values"]).indices
+    tower = model.model.vision_tower
+    hidden = tower(one["pixel_values"], output_hidden_states=True).hidden_states
+    features = hidden[oc_pruner.config.layer + 1][:, 1:]
+    assert torch.equal(refined, refine(features, published, 2))
+    assert not torch.equal(refined, published)
+    assert short(model, one) == pruned_length(KEEP)
+    with pytest.raises(ValueError, match="between 0 and 100"):
+        ocvtp.apply(model, oc_pruner, keep=KEEP, refine=-1)
+    with pytest.raises(ValueError, match="give apply a number of tokens"):
+        ocvtp.apply(model, oc_pruner, keep="auto")
+
+
 @pytest.mark.parametrize("keep", [0, -1, TOKENS + 1])
 def test_budgets_out_of_range(model: Any, oc_pruner: Any, keep: int) -> None:
     with pytest.raises(ValueError, match=f"between 1 and {TOKENS}"):
