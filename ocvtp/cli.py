@@ -240,7 +240,7 @@ def train(
     patience: Annotated[
         int | None, typer.Option(min=1, help="Epochs without improvement before it stops [5].")
     ] = None,
-    autocast: Annotated[str | None, typer.Option(help="none, bf16 or fp16 [none].")] = None,
+    autocast: Annotated[str | None, typer.Option(help="none (the default), bf16 or fp16.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random [0].")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget the run that --out holds.")] = False,
     device: DeviceOption = "auto",
