@@ -245,7 +245,13 @@ class SlotRunner:
 def _captured(plan: Plan, features: torch.Tensor, lane: Lane) -> _Graph:
     # Outside of a surrounding inference mode, whose tensors nobody could write to later.
     with torch.inference_mode(False), torch.no_grad():
-        x = lane.run(lambda: torch.zeros_like(features, memory_format=torch.contiguous_format), [])
+
+        def warmed() -> torch.Tensor:
+            x = torch.zeros_like(features, memory_format=torch.contiguous_format)
+            plan.run(x)  # what it has to compile or load can't be captured
+            return x
+
+        x = lane.run(warmed, [])
 
         def work() -> TopTokens:
             top = plan.run(x).top

@@ -132,13 +132,13 @@ def _emit(
 
 
 @triton.jit(do_not_specialize=["N"])
-def normalise(x_ptr, y_ptr, x_b, x_n, x_c, N, C, eps, BR: tl.constexpr, CP: tl.constexpr):
-    """Grid (row tiles, B): LayerNorm without affine part of ``[B, N, C]``, any strides -> contiguous."""
+def normalise(x_ptr, y_ptr, x_b, N, C, eps, BR: tl.constexpr, CP: tl.constexpr):
+    """Grid (row tiles, B): LayerNorm without affine part of ``[B, N, C]``, rows one after another."""
     image = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BR + tl.arange(0, BR)
     c = tl.arange(0, CP)
     inside = (n < N)[:, None] & (c < C)[None, :]
-    offsets = n.to(tl.int64)[:, None] * x_n + c.to(tl.int64)[None, :] * x_c
+    offsets = n.to(tl.int64)[:, None] * C + c[None, :]
     x = tl.load(x_ptr + image * x_b + offsets, mask=inside, other=0.0).to(tl.float32)
     x = tl.where(inside, x - (tl.sum(x, axis=1) / C)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) / C + eps)
@@ -431,11 +431,14 @@ def _encode(features: torch.Tensor, w: FoldedWeights, cut: Cut) -> torch.Tensor:
 def _normalise(x: torch.Tensor, y: torch.Tensor, cut: Cut) -> None:
     size = tile("slot_attention.normalise", cut.arch, "any")
     batch, tokens, width = x.shape
+    # How loads are split over threads, and sums with them, must not depend on how the features lie in memory.
+    if x.stride(2) != 1 or x.stride(1) != width:
+        x = x.contiguous()
     padded = triton.next_power_of_2(width)
     rows = max(1, size["SIZE"] // padded)
     launch(
         normalise, (triton.cdiv(tokens, rows), batch), cut.device,
-        x, y, *x.stride(), tokens, width, NORM_EPS,
+        x, y, x.stride(0), tokens, width, NORM_EPS,
         BR=rows, CP=padded, num_warps=size["num_warps"], num_stages=size["num_stages"],
     )  # fmt: skip
 
