@@ -18,6 +18,7 @@ from bench.evidence import plot, report, rows, selectors
 from bench.evidence.selectors import RIVALS, VARIANTS, Choice
 from bench.evidence.views import Views
 from ocvtp import OCPruner, PrunerConfig, methods, metrics
+from ocvtp.training.recipe import Recipe
 from tests.conftest import DATA, make_pruner, relative_error
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-NAMES = ("coverage", "residual", "remedies", "slots")
+NAMES = ("coverage", "residual", "training", "remedies", "slots")
 
 
 # ----------------------------------------------------------------------------------------------- command
@@ -290,6 +291,13 @@ def test_the_document_shows_the_record() -> None:
     for table in report.tables(found, record["remedied"]).values():
         assert table in document
     assert (ROOT / "docs" / "evidence.png").stat().st_size < 200_000
+
+
+def test_the_recipe_of_the_shipped_pruner_is_one() -> None:
+    values = json.loads((ROOT / "bench" / "evidence" / "recipe.json").read_text())
+    assert Recipe.from_dict(values["recipe"]).unit_variance
+    config = json.loads((FIXTURE / "config.json").read_text())
+    PrunerConfig.from_dict({**config, **values["pruner"]})
 
 
 def test_the_shipped_pruner_beats_chance() -> None:
