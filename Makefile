@@ -6,8 +6,8 @@
 #   make bench   microbenchmarks; without a GPU, PyTorch alone at small sizes
 # On a machine with a GPU, in .venv or, where there is none, in python3 with torch, triton and pytest-benchmark:
 #   make gpu     GPU tests, then microbenchmarks, in parts of less than eight minutes that also run alone:
-#                gpu-tests, gpu-micro-selection, gpu-micro-received, gpu-micro-reconstruction, and gpu-micro-slots,
-#                itself three parts that add up to one file if the commit is known and clean:
+#                gpu-tests, gpu-micro-selection, gpu-micro-received, gpu-micro-reconstruction, gpu-micro-coverage,
+#                gpu-micro-slot-training, and gpu-micro-slots, itself three parts that add up to one file if the commit is known and clean:
 #                gpu-micro-slots-kernels, gpu-micro-slots-pruner, gpu-micro-slots-compiled (torch.compile's autotuning
 #                is kept on disk: run it again to get further)
 #   RESULTS=folder puts results elsewhere; COMMIT=id names a tree that has no git; GPU_PYTHON=python
@@ -24,7 +24,8 @@ TABLE := --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
 RECORD = --record --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) --deadline 400 $(TABLE)
 
 .PHONY: demo test lint aot format bench clean gpu gpu-check gpu-tests gpu-micro-selection gpu-micro-received \
-        gpu-micro-reconstruction gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner gpu-micro-slots-compiled
+        gpu-micro-reconstruction gpu-micro-coverage gpu-micro-slot-training gpu-micro-slots \
+        gpu-micro-slots-kernels gpu-micro-slots-pruner gpu-micro-slots-compiled
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' || \
@@ -63,6 +64,8 @@ gpu:
 	$(MAKE) gpu-micro-selection
 	$(MAKE) gpu-micro-received
 	$(MAKE) gpu-micro-reconstruction
+	$(MAKE) gpu-micro-coverage
+	$(MAKE) gpu-micro-slot-training
 	$(MAKE) gpu-micro-slots
 
 gpu-check:
@@ -80,6 +83,12 @@ gpu-micro-received: gpu-check
 
 gpu-micro-reconstruction: gpu-check
 	$(GPU_PYTEST) bench/micro/test_reconstruction.py $(RECORD)
+
+gpu-micro-coverage: gpu-check
+	$(GPU_PYTEST) bench/micro/test_coverage.py $(RECORD)
+
+gpu-micro-slot-training: gpu-check
+	$(GPU_PYTEST) bench/micro/test_slot_training.py $(RECORD)
 
 gpu-micro-slots:
 	$(MAKE) gpu-micro-slots-kernels

@@ -58,6 +58,26 @@ _CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
         "num_stages": (2, 3, 4),
     },
     "received_attention.head_mean": {"BH": (8, 16), "BN": (64, 128, 256), "num_warps": (2, 4)},
+    "coverage.token_mean": {"BN": (16, 32, 64), "BC": (32, 64, 128), "num_warps": (2, 4, 8)},
+    "coverage.centre": {"BN": (4, 8, 16), "BC": (128, 256, 512), "num_warps": (2, 4, 8)},
+    "coverage.assign": {
+        "BM": (32, 64),
+        "BK": (32, 64, 128),
+        "BC": (16, 32),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3),
+    },
+    "coverage.means": {
+        "BT": (32, 64),
+        "BN": (16, 32, 64),
+        "BC": (32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3),
+    },
+    "coverage.away": {"BM": (4, 8, 16), "BC": (128, 256, 512), "num_warps": (2, 4, 8)},
+    "coverage.choose": {"BT": (4, 8, 16), "BN": (64, 128, 256), "num_warps": (2, 4, 8)},
+    "coverage.accept": {"BN": (256, 512, 1024), "num_warps": (2, 4, 8)},
+    "coverage.finish": {"BN": (256, 512, 1024), "num_warps": (2, 4, 8)},
     "reconstruction.token_errors": {
         "BN": (8, 16, 32),
         "BK": (32, 64),
@@ -172,6 +192,8 @@ def workloads(kernel: str, shape: str, device: torch.device) -> list[Call]:
         return [_selection(kernel, shape, batch, device) for batch in _BATCHES]
     if kernel.startswith("slot_training"):
         return [_slot_training(shape, batch, device) for batch in _BATCHES[:2]]
+    if kernel.startswith("coverage"):
+        return [_coverage(shape, batch, device) for batch in _BATCHES[:2]]
     if kernel.startswith("reconstruction"):
         return [_reconstruction(kernel, shape, batch, device) for batch in _BATCHES[:2]]
     return [_received_attention(shape, batch, device) for batch in _BATCHES]
@@ -216,6 +238,15 @@ def _reconstruction(kernel: str, shape: str, batch: int, device: torch.device) -
         arguments = total, y, x, weights, total, True, False
         return lambda: torch.ops.ocvtp_kernels.area_weighted_mse_backward(*arguments)[0]
     return lambda: area_weighted_mse(y, x, attention, reduction="none", backend="triton")
+
+
+def _coverage(shape: str, batch: int, device: torch.device) -> Call:
+    """One round, to the error it ends at: near ties may be decided either way."""
+    tokens, keep = (2880, 160) if shape == "any T" else (576, 64)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, tokens, 1024, generator=draw).to(device)
+    indices = torch.rand(batch, tokens, generator=draw).argsort(dim=1)[:, :keep].to(device)
+    return lambda: torch.ops.ocvtp_kernels.coverage(x, indices, 1)[1]
 
 
 def _slot_training(shape: str, batch: int, device: torch.device) -> Call:

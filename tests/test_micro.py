@@ -26,6 +26,7 @@ from bench.micro import selection_cases as selection_module
 from bench.micro import slot_cases as slot_module
 from bench.micro.case import Candidate, Case, bench_device, rows
 from bench.micro.ceilings import CEILINGS, Work, floor
+from bench.micro.coverage_cases import RoundCase
 from bench.micro.gates import GateError, poison, poisoned_memory, require_equal, worst_error
 from bench.micro.measure import CLOCK, late_after, measure, prepared
 from bench.micro.received_cases import ReceivedCase, logsumexp, oracle, received_cases
@@ -49,6 +50,7 @@ from bench.micro.slot_cases import PrunerCase, SlotCase, pruner_cases, slot_case
 from bench.micro.slot_inputs import Folded, Widths, random_models
 from bench.micro.timing import COVER, Clock, EagerRound, GraphRound, rounds_in, sets_needed
 from ocvtp_kernels._arch import interpreting
+from ocvtp_kernels.coverage import refine
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.reconstruction import area_weighted_mse
 from ocvtp_kernels.selection import gather_tokens, select_rows
@@ -73,7 +75,8 @@ SLOTS = SlotCase("tiny", 2, torch.float32, 4, 24, Widths(24, 40, 16, 32))
 PRUNER = PrunerCase("tiny", 2, torch.float32, 10, 24, Widths(24, 40, 16, 32))
 LOSS = LossCase("tiny", 2, torch.float32, 8, 24, 12)
 TRAINED = TrainedLossCase("tiny", 2, torch.float32, 8, 24, 12)
-TINY = (SELECT, GATHER, SCATTER, DENSE, PACKED, LOSS, TRAINED, SLOTS, PRUNER)
+ROUND = RoundCase("tiny", 2, torch.float32, 6, 24, width=12)
+TINY = (SELECT, GATHER, SCATTER, DENSE, PACKED, LOSS, TRAINED, ROUND, SLOTS, PRUNER)
 
 
 @pytest.fixture(autouse=True)
@@ -408,6 +411,21 @@ def without_a_scale(case: Any, i: Any) -> Any:
     return (received_attention(i.q, i.k, 1.0, backend="torch"),)
 
 
+def nothing_moved(case: Any, i: Any) -> Any:
+    return (i.indices,)
+
+
+def covering_less(case: Any, i: Any) -> Any:
+    """The first token and those nearest to it: one cluster of many."""
+    return ((i.x - i.x[:, :1]).square().sum(dim=2).argsort(dim=1)[:, :6].sort(dim=1).values,)
+
+
+def two_alike(case: Any, i: Any) -> Any:
+    moved = refine(*i, 1)
+    moved[0, 1] = moved[0, 0]
+    return (moved,)
+
+
 @pytest.mark.parametrize(
     ("case", "wrong", "message"),
     [
@@ -424,6 +442,12 @@ def without_a_scale(case: Any, i: Any) -> Any:
         (LOSS, loss_in_half, "losses in torch.float16"),
         (LOSS, lambda case, i: (official_loss(*i),), "relative error"),
         (TRAINED, half_a_gradient, "ours: gradient_error: relative error"),
+        (ROUND, nothing_moved, "relative error"),
+        (ROUND, covering_less, "coverage error rose"),
+        (ROUND, two_alike, "not ascending, unique"),
+        (ROUND, lambda case, i: (refine(*i, 1).flip(1),), "not ascending"),
+        (ROUND, lambda case, i: (refine(*i, 1) + 24,), "of the image"),
+        (ROUND, lambda case, i: (refine(*i, 1).int(),), "int32"),
     ],
 )
 def test_no_figure_for_a_wrong_implementation(
@@ -439,6 +463,16 @@ def test_no_figure_for_a_wrong_implementation(
     with pytest.raises(GateError, match=message):
         take(case, broken, recorder)
     assert written(tmp_path, case.family)["rows"] == []
+
+
+def test_rounds_work_by_hand() -> None:
+    rows = 2 * 24 * 12
+    work = ROUND.work("ours")
+    assert (work.read, work.written) == (rows * 4 + 2 * 6 * 8, 2 * 6 * 8)
+    assert (work.flops, work.arithmetic) == (3 * 2 * rows * 6, "fp32")
+    peer = ROUND.work("flash-kmeans")
+    assert (peer.read, peer.written) == (rows * 4 + 2 * 6 * 12 * 4, 2 * 6 * 12 * 4)
+    assert peer.flops == 2 * 2 * rows * 6
 
 
 def folded_with(case: SlotCase, i: Any, model: Folded, num_iters: int = 3, eps: float = 1e-5) -> Any:
@@ -844,11 +878,12 @@ def test_speedups_compare_like_with_like() -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Without a GPU, whether or not there is one."""
+    """Without a GPU, whether or not there is one; a worker of pytest-xdist would time nothing."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
         arguments,
         cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**kept, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,
@@ -874,7 +909,13 @@ def test_the_suite_on_a_cpu(tmp_path: Path) -> None:
     assert "no GPU: interpreted kernels tell nothing about speed" in result.stdout
     assert "small sizes" in result.stdout
     assert "Median" in result.stdout  # pytest-benchmark's table
-    families = (("selection", 6), ("received-attention", 6), ("reconstruction", 8), ("slot-attention", 4))
+    families = (
+        ("selection", 6),
+        ("received-attention", 6),
+        ("reconstruction", 8),
+        ("coverage", 2),
+        ("slot-attention", 4),
+    )
     for family, least in families:
         record = written(tmp_path, family)
         assert record["commit"] == "abc"

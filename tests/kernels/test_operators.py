@@ -26,6 +26,7 @@ from ocvtp_kernels._launch import recording
 from ocvtp_kernels._tiles import table
 from ocvtp_kernels.coverage import coverage_error, refine
 from ocvtp_kernels.coverage import op as coverage_op
+from ocvtp_kernels.coverage import triton as coverage_kernels
 from ocvtp_kernels.received_attention import op as attention_op
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.received_attention import triton as attention_kernels
@@ -707,7 +708,7 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
         return table()[key]
 
     rows = {key for key in table() if key[1] == arch}
-    modules = (selection_kernels, attention_kernels, reconstruction_kernels)
+    modules = (selection_kernels, attention_kernels, reconstruction_kernels, coverage_kernels)
     for module in (*modules, slot_kernels, slot_op, training_kernels):
         monkeypatch.setattr(module, "tile", tile)
     monkeypatch.setattr("bench.launches._kinds", lambda _: [])  # reads what only compiled kernels have
@@ -744,6 +745,8 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
                 mean, mass, _ = training_kernels.slot_update(q, z, z, 1e-5, False)
                 scratch = training_kernels.map_gradients(mean, None, q, z, z, mean, mass, 1e-5)
                 assert scratch[2].shape == q.shape
+        for kept in (1, 63, 64, 65, 1000):
+            coverage_kernels.coverage(empty(2, 1000, 3), empty(2, kept, dtype=torch.int64), 1)
     assert asked == rows
 
 

@@ -212,8 +212,8 @@ def test_autocast_to_float16(slots: int, truncate: bool) -> None:
     assert {t.dtype for t in got.values()} == {torch.float32}
     exact = step(p, torch.float64, "torch", truncate=truncate, num_iters=2)
     # Two roundings to it may be two neighbours apart: over 32 draws the median of the errors' ratio was 0.95,
-    # and one in 400 was above two.
-    assert_as_accurate(got, same, exact, 1e-3)
+    # and one in 400 was above two. So this allows for twice as many.
+    assert_as_accurate(got, same, exact, 2e-3)
     # And it does multiply in float16.
     assert relative_error(got["attention"], step(p, torch.float32, "triton", num_iters=2)["attention"]) > 1e-5
 
