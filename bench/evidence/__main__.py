@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from matplotlib.figure import Figure
 
 from bench.agreement import Encoder, find_photographs, split
 from bench.evidence.plot import Panel, chart
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def picture(rows: Sequence[Row], remedied: str) -> Image:
+def picture(rows: Sequence[Row], remedied: str) -> Figure:
     """Coverage error against random's, by budget."""
     lines: dict[str, tuple[str | None, str]] = {name: (None, name) for name in (RANDOM, *_DRAWN_RIVALS)}
     lines |= {f"pruner, {name}": (remedied, name) for name in ALWAYS}
@@ -111,7 +111,7 @@ def write(result: dict[str, Any], results: Path, document: Path, image: Path) ->
     rows = [Row(**row) for row in result["rows"]]
     text = replace_blocks(document.read_text(encoding="utf-8"), tables(rows, result["remedied"]))
     document.write_text(text, encoding="utf-8")
-    picture(rows, result["remedied"]).save(image, optimize=True)
+    picture(rows, result["remedied"]).savefig(image)
 
 
 def _named(text: str) -> tuple[str, Path]:
