@@ -7,7 +7,8 @@
 # On a machine with a GPU, in .venv or, where there is none, in python3 with torch, triton and pytest-benchmark:
 #   make gpu     GPU tests, then microbenchmarks, in parts of less than eight minutes that also run alone:
 #                gpu-tests, gpu-micro-selection, gpu-micro-received, gpu-micro-reconstruction, gpu-micro-coverage,
-#                gpu-micro-slot-training, and gpu-micro-slots, itself three parts that add up to one file if the commit is known and clean:
+#                gpu-micro-slot-training, and gpu-micro-slots,
+#                itself three parts that add up to one file if the commit is known and clean:
 #                gpu-micro-slots-kernels, gpu-micro-slots-pruner, gpu-micro-slots-compiled (torch.compile's autotuning
 #                is kept on disk: run it again to get further)
 #   RESULTS=folder puts results elsewhere; COMMIT=id names a tree that has no git; GPU_PYTHON=python

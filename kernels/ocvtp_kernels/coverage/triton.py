@@ -10,9 +10,10 @@ so 4 + 5 ``rounds`` launches. No atomics: sums run in the order of the tokens, w
 token is nearest its cluster's mean is found by comparing integers. Nearest is found by products, distance by
 differences, which lose no digits where tokens are close.
 
-Floor of a round at (B, N, C, T) = (64, 576, 1024, 64), H100: z is read five times (assign twice, means, away
-twice in effect), 755 MB, 225 us at 3.35 TB/s, of which L2 may save a part; 9.7 GFLOP of products, three TF32
-ones each, 74 us at 395 TFLOP/s.
+A round at (B, N, C, T) = (64, 576, 1024, 64) on an H100, counted: z (151 MB) is read four times, once each by
+means and away, twice by assign (products, then differences); with means written and read, and gathered rows,
+656 MB, 196 us at 3.35 TB/s, of which L2 may save a part. 9.7 GFLOP of products, three TF32 ones each, take 74 us
+at 395 TFLOP/s.
 """
 
 from typing import NamedTuple
