@@ -12,8 +12,8 @@ differences, which lose no digits where tokens are close.
 
 A round at (B, N, C, T) = (64, 576, 1024, 64) on an H100, counted: z (151 MB) is read four times, once each by
 means and away, twice by assign (products, then differences); with means written and read, and gathered rows,
-656 MB, 196 us at 3.35 TB/s, of which L2 may save a part. 9.7 GFLOP of products, three TF32 ones each, take 74 us
-at 395 TFLOP/s.
+656 MB, 196 us at 3.35 TB/s, of which L2 may save a part. 9.7 GFLOP of products, three TF32 ones each, take
+74 us at 395 TFLOP/s.
 """
 
 from typing import NamedTuple
