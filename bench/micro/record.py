@@ -33,7 +33,11 @@ class Recorder:
         self.note = _note(self.device, self.ceilings)
         self._head: Row = {
             **provenance(device, commit),
-            **({"flash_colreduce": peer} if (peer := package_version("flash-colreduce")) else {}),
+            **{
+                peer.replace("-", "_"): found
+                for peer in ("flash-colreduce", "flash-kmeans")
+                if (found := package_version(peer))
+            },
             "note": self.note,
             "l2_bytes": l2_bytes(device) or None,
             "ceilings": self.ceilings.to_dict() if self.ceilings else None,
