@@ -7,7 +7,6 @@ photographs, which tests compare selectors on.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,15 +15,9 @@ from safetensors.torch import save_file
 from bench.agreement import Encoder, find_photographs, split
 from bench.evidence.views import views
 from ocvtp import OCPruner
+from ocvtp.training.trainer import without_decoder
 
 FEATURES = "held-out-features.safetensors"
-
-
-def without_decoder(pruner: OCPruner) -> OCPruner:
-    """The same pruner, good for selecting alone."""
-    bare = OCPruner(dataclasses.replace(pruner.config, decoder_layers=0))
-    bare.load_state_dict({k: v for k, v in pruner.state_dict().items() if not k.startswith("decoder.")})
-    return bare.eval()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
