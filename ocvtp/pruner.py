@@ -428,9 +428,10 @@ class OCPruner(
                 "this pruner has no decoder: build it with PrunerConfig(decoder_layers=4), "
                 "or load a checkpoint that has one"
             )
+        check_options(seed)
         self._check_inputs(features, 1, None, noise, num_slots)
         self.decoder.check(features, mask)
-        slots, attention = self.slots(features, num_slots, noise, seed, backend, truncate=truncate)
+        slots, attention = self._slots(features, num_slots, noise, seed, backend, truncate)
         return Reconstruction(slots, attention, self.decode(features, slots, mask))
 
     def slots(
@@ -450,6 +451,17 @@ class OCPruner(
         """
         check_options(seed)
         self._check_inputs(features, 1, None, noise, num_slots)
+        return self._slots(features, num_slots, noise, seed, backend, truncate)
+
+    def _slots(
+        self,
+        features: torch.Tensor,
+        num_slots: int,
+        noise: torch.Tensor | None,
+        seed: int,
+        backend: str,
+        truncate: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         features = features.to(self.slot_mean.dtype)
         return slot_attention(
             features,
