@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ocvtp_kernels.coverage import coverage_error, refine
+from ocvtp_kernels.coverage import refine_measured
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,5 @@ class Refinement:
     def _at_once(
         self, features: torch.Tensor, indices: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.rounds:
-            indices = refine(features, indices, self.rounds, backend=self.backend)
-        error = coverage_error(features, indices, backend=self.backend) if self.coverage else None
-        return indices, error
+        indices, error = refine_measured(features, indices, self.rounds, backend=self.backend)
+        return indices, error if self.coverage else None

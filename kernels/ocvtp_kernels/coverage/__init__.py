@@ -9,7 +9,7 @@ from ocvtp_kernels._checks import require_floating, require_shape
 from ocvtp_kernels._launch import MAX_IMAGES
 from ocvtp_kernels.coverage import op, reference
 
-__all__ = ["MAX_ROUNDS", "check_rounds", "coverage_error", "refine"]
+__all__ = ["MAX_ROUNDS", "check_rounds", "coverage_error", "refine", "refine_measured"]
 
 #: Rounds that :func:`refine` takes; few images change after fifteen.
 MAX_ROUNDS = 100
@@ -33,11 +33,7 @@ def coverage_error(x: torch.Tensor, indices: torch.Tensor, *, backend: str = "au
         TypeError, ValueError: a wrong type or shape.
         BackendUnavailableError: an explicit backend that can't run.
     """
-    _check(x, indices)
-    if _resolve(backend, x) == "triton":
-        return op.coverage(x, indices, 0)[1]
-    with torch.no_grad():
-        return reference.cover(reference.centred(x), indices).error
+    return refine_measured(x, indices, 0, backend=backend)[1]
 
 
 def refine(x: torch.Tensor, indices: torch.Tensor, rounds: int, *, backend: str = "auto") -> torch.Tensor:
@@ -63,12 +59,21 @@ def refine(x: torch.Tensor, indices: torch.Tensor, rounds: int, *, backend: str 
         TypeError, ValueError: a wrong type, shape or number of rounds.
         BackendUnavailableError: an explicit backend that can't run.
     """
+    return refine_measured(x, indices, rounds, backend=backend)[0]
+
+
+def refine_measured(
+    x: torch.Tensor, indices: torch.Tensor, rounds: int, *, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`refine`, whose arguments and errors these are, and the :func:`coverage_error` it ends at.
+
+    The last round knows that error, so asking for both here costs nothing more.
+    """
     _check(x, indices)
     check_rounds(rounds)
-    if rounds == 0:
-        return indices.sort(dim=1).values
     if _resolve(backend, x) == "triton":
-        return op.coverage(x, indices, rounds)[0].sort(dim=1).values
+        kept, error = op.coverage(x, indices, rounds)
+        return kept.sort(dim=1).values, error
     with torch.no_grad():
         return reference.refine(x, indices, rounds)
 

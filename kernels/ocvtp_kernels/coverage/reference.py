@@ -67,8 +67,11 @@ def candidates(z: torch.Tensor, indices: torch.Tensor, owner: torch.Tensor) -> t
     return of_cluster.argmin(dim=1)
 
 
-def refine(x: torch.Tensor, indices: torch.Tensor, rounds: int) -> torch.Tensor:
-    """``rounds`` rounds of: assign, move to the candidates, keep what lowers the image's error. Sorted."""
+def refine(x: torch.Tensor, indices: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rounds`` rounds of: assign, move to the candidates, keep what lowers the image's error.
+
+    Kept tokens ``[B, T]``, sorted, and the error ``[B]``.
+    """
     z = centred(x)
     covered = cover(z, indices)
     for _ in range(rounds):
@@ -81,7 +84,7 @@ def refine(x: torch.Tensor, indices: torch.Tensor, rounds: int) -> torch.Tensor:
             torch.where(better[:, None], after.distance, covered.distance),
             torch.where(better, after.error, covered.error),
         )
-    return indices.sort(dim=1).values
+    return indices.sort(dim=1).values, covered.error
 
 
 def _rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
