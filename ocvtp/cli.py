@@ -39,8 +39,9 @@ ModelOption = Annotated[
 PrunerOption = Annotated[
     str,
     typer.Option(
-        help="Pruner folder, Hub id, or official weights file. Official weights don't tell the encoder layer "
-        "they were trained on: 8 is assumed, unless --layer says otherwise.",
+        help="Pruner folder, Hub id, or official weights file; or attention, random or grid, which need no "
+        "training. Official weights don't tell the encoder layer they were trained on: 8 is assumed, unless "
+        "--layer says otherwise.",
         callback=_at_home,
     ),
 ]
@@ -52,6 +53,26 @@ LayerOption = Annotated[
     ),
 ]
 KeepOption = Annotated[int, typer.Option(help="Image tokens to keep per image.")]
+
+
+def _budget(value: str | float) -> int | float:
+    """``64`` is a number of tokens, ``0.25`` a share of them."""
+    try:
+        return float(value) if "." in str(value) else int(value)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{value!r} is neither a number of tokens nor a share such as 0.25"
+        ) from error
+
+
+BudgetOption = Annotated[
+    float,
+    typer.Option(
+        parser=_budget,
+        metavar="<number or share>",
+        help="Image tokens to keep per image: a number, or a share such as 0.25.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the pruner's slots.")]
@@ -102,7 +123,7 @@ def prune(
     model: ModelOption,
     pruner: PrunerOption,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = "Describe this image.",
-    keep: KeepOption = DEFAULT_KEEP,
+    keep: BudgetOption = DEFAULT_KEEP,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -140,7 +161,7 @@ def visualize(
     image: ImageArgument,
     model: ModelOption,
     pruner: PrunerOption,
-    keep: KeepOption = DEFAULT_KEEP,
+    keep: BudgetOption = DEFAULT_KEEP,
     out: Annotated[Path, typer.Option(help="The PNG to write.", callback=_at_home)] = Path("overlay.png"),
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

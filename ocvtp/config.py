@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-_POSITIVE = ("in_dim", "hidden_dim", "slot_dim", "ffn_dim", "num_iters", "decoder_heads")
+_POSITIVE = ("in_dim", "hidden_dim", "slot_dim", "ffn_dim", "num_iters", "decoder_heads", "unit")
 _NOT_NEGATIVE = ("layer", "decoder_layers", "decoder_ffn_dim", "decoder_tokens")
 
 
@@ -25,6 +25,8 @@ class PrunerConfig:
         num_iters: Slot Attention iterations.
         eps: added to a slot's total attention before dividing by it.
         layer: 0-based index of the encoder layer whose output it reads; 8 is ``hidden_states[9]``.
+        unit: patches along each side of a token it chooses among: 1, or 2 where the model merges 2 x 2
+            patches into one token (Qwen-VL), whose features are the patches' mean.
         dropout: dropout inside the slots' MLP while training.
         decoder_layers: layers of the reconstruction decoder; 0 means no decoder (inference only).
         decoder_heads: its attention heads. State dicts do not tell this number.
@@ -50,6 +52,7 @@ class PrunerConfig:
     decoder_ffn_dim: int = 4096
     decoder_tokens: int = 576
     feature_scale: float = 1.0
+    unit: int = 1
 
     def __post_init__(self) -> None:
         for name, least in [*((n, 1) for n in _POSITIVE), *((n, 0) for n in _NOT_NEGATIVE)]:

@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.progress import busy
@@ -71,6 +71,13 @@ def _is_pruner_folder(folder: Path) -> bool:
     if not config.exists():
         return (folder / "weights.pth").exists()
     return "slot_dim" in read_json_object(config)
+
+
+def is_rule(pruner: str) -> bool:
+    """Whether this names a rule that needs no pruner."""
+    from ocvtp.vlm.selectors import Rule
+
+    return pruner in get_args(Rule)
 
 
 def pruner_source(given: str) -> str:
@@ -159,25 +166,21 @@ def read_model_config(source: str) -> Any:
     return config
 
 
-def check_fit(config: Any, pruner: PrunerConfig, keep: int) -> TowerFacts:
+def check_fit(config: Any, pruner: PrunerConfig | None, keep: float) -> TowerFacts:
     """Whether ``pruner`` and ``keep`` suit a model, told from its configuration: no weights are loaded."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     from ocvtp.vlm.adapter import adapter_for
-    from ocvtp.vlm.llava import check_layers
+    from ocvtp.vlm.fit import check_fit as check_pruner
 
     with blamed_on_input(ValueError):
         with torch.device("meta"):  # shapes alone, whatever the size of the model
             skeleton = AutoModelForImageTextToText.from_config(config)
         facts = adapter_for(skeleton).facts({})
-        if pruner.in_dim != facts.width:
-            raise UserError(
-                f"the pruner reads features of width {pruner.in_dim}, the vision tower of this model makes "
-                f"them {facts.width} wide; use a pruner trained for this tower"
-            )
-        check_layers(pruner.layer, facts.consumed_layers)
-    if keep > facts.tokens:
+        if pruner is not None:
+            check_pruner(pruner, facts)
+    if facts.tokens is not None and isinstance(keep, int) and keep > facts.tokens:
         got = f"{keep} (the default)" if keep == DEFAULT_KEEP else keep
         raise UserError(
             f"--keep must be between 1 and {facts.tokens}, the image tokens of this model; got {got}"
@@ -197,6 +200,8 @@ def load_processor(source: str) -> Any:
 
 def check_processor(processor: Any, source: str, config: Any, facts: TowerFacts, picture: Image) -> None:
     """Try the processor on ``picture``: it has to make what this model takes."""
+    if facts.tokens is None:  # images of many sizes: the model itself counts
+        return
     save = f"and save the processor in {source} (processor.save_pretrained)"
     vision = config.vision_config
     patch = getattr(processor, "patch_size", None)
@@ -263,7 +268,7 @@ def prepare(
     *,
     model: str,
     pruner: str,
-    keep: int,
+    keep: float,
     device: str,
     dtype: str,
     layer: int | None,
@@ -277,9 +282,9 @@ def prepare(
     picture = load_image(image)
     on = resolve_device(device)
     as_dtype = resolve_dtype(dtype, on)
-    loaded_pruner = load_pruner(pruner, layer)
+    loaded_pruner = None if is_rule(pruner) else load_pruner(pruner, layer)
     config = read_model_config(model)
-    facts = check_fit(config, loaded_pruner.config, keep)
+    facts = check_fit(config, None if loaded_pruner is None else loaded_pruner.config, keep)
     processor = load_processor(model)
     check_processor(processor, model, config, facts, picture)
     vlm = load_weights(model, on, as_dtype, console)
@@ -287,11 +292,15 @@ def prepare(
     import ocvtp
 
     with blamed_on_input(ValueError):
-        report = ocvtp.apply(vlm, loaded_pruner, keep=keep, positions=positions, seed=seed)
+        chosen: Any = pruner if loaded_pruner is None else loaded_pruner
+        report = ocvtp.apply(vlm, chosen, keep=keep, positions=positions, seed=seed)
     return Prepared(picture, vlm, processor, report)
 
 
-def check_keep(keep: int) -> None:
+def check_keep(keep: float) -> None:
     """Catch a budget that no model could use before one is loaded."""
-    if keep < 1:
+    if isinstance(keep, float):
+        if not 0 < keep <= 1:
+            raise UserError(f"--keep as a share must be above 0 and at most 1.0; got {keep}")
+    elif keep < 1:
         raise UserError(f"--keep must be at least 1; got {keep}")

@@ -52,7 +52,7 @@ def run(
     *,
     model: str,
     pruner: str,
-    keep: int,
+    keep: float,
     prompt: str,
     max_new_tokens: int,
     device: str,
@@ -86,16 +86,16 @@ def run(
         with busy(console, "warming up"):
             vlm.generate(**inputs, max_new_tokens=1, do_sample=False)
     with steps(console, "answering", max_new_tokens) as step:
-        output, milliseconds = timed_generate(vlm, inputs, max_new_tokens, step)
+        output, short, milliseconds = timed_generate(vlm, inputs, max_new_tokens, step)
     before = inputs["input_ids"].shape[1]
     answer = processor.decode(output[0, before:], skip_special_tokens=True).strip()
-    dropped = report.tokens_before - report.tokens_after
+    placeholders = int((inputs["input_ids"] == vlm.config.image_token_id).sum())
     return PruneResult(
         answer=answer,
-        image_tokens_before=report.tokens_before,
-        image_tokens_after=report.tokens_after,
+        image_tokens_before=placeholders,
+        image_tokens_after=placeholders - (before - short),
         prompt_tokens_before=before,
-        prompt_tokens_after=before - dropped,
+        prompt_tokens_after=short,
         new_tokens=output.shape[1] - before,
         milliseconds=milliseconds,
         device=str(on),
@@ -129,20 +129,31 @@ class _TokenClock:
 
 def timed_generate(
     model: Any, inputs: dict[str, Any], max_new_tokens: int, step: Callable[[str], None]
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Greedy answer of a patched model, and the milliseconds of every stage; ``step`` moves a bar."""
+) -> tuple[torch.Tensor, int, dict[str, float]]:
+    """Greedy answer of a patched model, tokens of the pruned prompt, and the milliseconds of every stage.
+
+    ``step`` moves a bar.
+    """
     from ocvtp.vlm import stage_times
 
     clock = _TokenClock(model.device, step)
     with stage_times(model) as stages:
         start = time.perf_counter()
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=clock,
+            return_dict_in_generate=True,
+        )
     first = (clock.times[1] - start) * 1e3  # times[0] is the prompt
     milliseconds = dict(stages)
     milliseconds["prefill"] = first - sum(stages.values())
     milliseconds["time to first token"] = first
     milliseconds["decode"] = (clock.finished - clock.times[1]) * 1e3
-    return output, milliseconds
+    ids = output.sequences
+    fed = ids.shape[1] - inputs["input_ids"].shape[1] - 1  # the last new token is not in the cache
+    return ids, output.past_key_values.get_seq_length() - fed, milliseconds
 
 
 def show(result: PruneResult, console: Console) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ocvtp.commands.errors import UserError, blamed_on_input
-from ocvtp.commands.loading import prepare
+from ocvtp.commands.loading import is_rule, prepare
 from ocvtp.commands.output import check_writable
 from ocvtp.commands.progress import busy
 
@@ -22,7 +22,7 @@ def run(
     *,
     model: str,
     pruner: str,
-    keep: int,
+    keep: float,
     out: Path,
     device: str,
     dtype: str,
@@ -34,6 +34,8 @@ def run(
     check_writable(out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out must end in .png; got {out}")
+    if is_rule(pruner):
+        raise UserError(f"{pruner!r} has no slots to draw; give a pruner")
     ready = prepare(
         image,
         model=model,
@@ -45,6 +47,11 @@ def run(
         seed=seed,
         console=console,
     )
+    if ready.report.tokens_before is None:
+        raise UserError(
+            "overlays can be drawn for models whose images all have one size; this is a "
+            f"{ready.report.family!r}"
+        )
     image_processor = ready.processor.image_processor
     pixels = image_processor(images=ready.picture, return_tensors="pt")["pixel_values"]
     with busy(console, "selecting"):

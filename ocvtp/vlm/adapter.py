@@ -2,197 +2,203 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from ocvtp.capture import SlotRunner
-from ocvtp.pruner import OCPruner
-from ocvtp.selection import Selection
 from ocvtp.vlm.errors import UnsupportedModelError
-from ocvtp.vlm.timing import Clock
-from ocvtp_kernels.selection import gather_tokens
-
-_moving = threading.Lock()
-
-Positions = Literal["compact", "original"]
-Route = Literal["mm_encoder_outputs", "inputs_embeds"]
-
-
-class Choice(Protocol):
-    """Somebody who can select, once there are fill scores."""
-
-    def select(self, fill_scores: torch.Tensor | None) -> Selection:
-        """The kept tokens."""
-
-    def select_rows(
-        self, fill_scores: torch.Tensor | None, x: torch.Tensor
-    ) -> tuple[Selection, torch.Tensor]:
-        """The kept tokens, and their rows of ``x`` ``[B, N, C]``."""
-
-
-class Begun(Protocol):
-    """A choice under way."""
-
-    def get(self) -> Choice:
-        """The choice, for use on the current stream."""
-
-
-@dataclass(frozen=True)
-class Later:
-    """A pruner that can't start before there are fill scores: one that is not an OCPruner as we know it."""
-
-    run: Callable[..., Selection]
-
-    def get(self) -> Later:
-        """See :class:`Begun`."""
-        return self
-
-    @torch.no_grad()
-    def select(self, fill_scores: torch.Tensor | None) -> Selection:
-        """See :class:`Choice`."""
-        return self.run(fill_scores=fill_scores)
-
-    def select_rows(
-        self, fill_scores: torch.Tensor | None, x: torch.Tensor
-    ) -> tuple[Selection, torch.Tensor]:
-        """See :class:`Choice`."""
-        selection = self.select(fill_scores)
-        return selection, gather_tokens(x, selection.indices.to(x.device))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a user chose in :func:`ocvtp.apply`. Immutable: a call works on the one it started with."""
-
-    pruner: torch.nn.Module
-    keep: int
-    positions: Positions
-    seed: int
-    backend: str
-    precision: str
-    route: Route
-    attention: str
-    runner: SlotRunner
-    refine: int = 0
-
-    @property
-    def read_layer(self) -> int:
-        """0-based index of the encoder layer whose output the pruner reads."""
-        config: Any = self.pruner.config
-        return config.layer
-
-    def begin(self, features: torch.Tensor, *, return_attention: bool = False) -> Begun:
-        """Start choosing among ``features`` ``[B, N, in_dim]``; on a GPU, beside the caller."""
-        move_to(self.pruner, features.device)
-        options: dict[str, Any] = {"seed": self.seed, "backend": self.backend, "precision": self.precision}
-        if return_attention:
-            options["return_attention"] = True
-        if self.refine:
-            options["refine"] = self.refine
-        if isinstance(self.pruner, OCPruner) and _is_its_own(self.pruner):
-            return self.runner.begin(self.pruner, features, self.keep, **options)
-        return Later(functools.partial(self.pruner, features.detach(), keep=self.keep, **options))
-
-
-def _is_its_own(pruner: torch.nn.Module) -> bool:
-    """Whether calling the pruner does nothing else than :meth:`OCPruner.forward`."""
-    hooks = (*pruner._forward_hooks, *pruner._forward_pre_hooks)
-    return type(pruner).forward is OCPruner.forward and "forward" not in pruner.__dict__ and not hooks
-
-
-def move_to(module: torch.nn.Module, device: torch.device) -> None:
-    """Move a module unless it is there: the vision tower may have moved since the last call."""
-    if _is_elsewhere(module, device):
-        with _moving:  # another thread may be half-way
-            if _is_elsewhere(module, device):
-                module.to(device)
-
-
-def _is_elsewhere(module: torch.nn.Module, device: torch.device) -> bool:
-    return any(parameter.device != device for parameter in module.parameters())
-
-
-@dataclass(frozen=True)
-class ImageRows:
-    """Rows of a batch of images for the language model.
-
-    Attributes:
-        rows: ``[images, kept, D]`` projected features in prompt order.
-        slots: ``[images, kept]`` int64, which of its image's placeholders each row belongs to, ascending.
-        total: placeholders per image in the unpruned prompt.
-    """
-
-    rows: torch.Tensor
-    slots: torch.Tensor
-    total: int
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing was dropped."""
-        return self.slots.shape[1] == self.total
+from ocvtp.vlm.rows import KeptRows, Piece, Segment
+from ocvtp.vlm.settings import Settings
 
 
 @dataclass(frozen=True)
 class TowerFacts:
-    """Static facts about a model's vision side, for checks and the report."""
+    """Static facts about a model's vision side, for checks and the report.
+
+    Attributes:
+        tower: ``model_type`` of the vision tower.
+        width: of the features a pruner reads.
+        unit: patches along each side of a token that is chosen or dropped: 1, or 2 where 2 x 2 are merged.
+        num_layers: of the tower.
+        consumed_layers: encoder layers whose outputs the language model consumes.
+        tokens: candidates of every image; ``None`` where images differ.
+        extra_rows: rows per image that are kept on top of the budget.
+        attention: attention implementation of the tower.
+        device: where it computes.
+    """
 
     tower: str
     width: int
     num_layers: int
     consumed_layers: tuple[int, ...]
-    tokens: int
+    tokens: int | None
     extra_rows: int
     attention: str
     device: torch.device
+    unit: int = 1
+
+
+class Vision(Protocol):
+    """The images (or the videos) of one call on their way through the vision side.
+
+    Made by an adapter from the arguments of a call, without running anything. ``which`` are numbers of
+    segments of one size.
+    """
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """What is chosen among."""
+
+    @property
+    def totals(self) -> Sequence[int]:
+        """Placeholders per image or video in the unpruned prompt."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tower computes."""
+
+    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
+        """Run the tower; call ``after`` as soon as the output of ``read_layer`` is there."""
+
+    def features(self, which: Sequence[int]) -> torch.Tensor:
+        """``[segments, N, C]``: candidates as ``read_layer`` made them."""
+
+    def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
+        """``[segments, N]``, at least float32: attention the candidates receive in the consumed layer."""
+
+    def source(self, which: Sequence[int]) -> torch.Tensor | None:
+        """``[segments, N, C]`` that :meth:`rows` wants the kept rows of, if there is such a tensor."""
+
+    def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
+        """Rows for the language model of the kept candidates.
+
+        Args:
+            which: segments.
+            indices: ``[segments, k]``, ascending.
+            taken: rows of :meth:`source` at ``indices``, if there was one.
+        """
 
 
 class Adapter(Protocol):
     """One model family. Holds the model; everything else is passed in."""
 
     @property
-    def pixel_keys(self) -> tuple[str, ...]:
-        """Arguments that bring pixels: one present means there is something to prune."""
+    def pixel_keys(self) -> Mapping[str, str]:
+        """Modality (``"image"``, ``"video"``) -> the argument that brings its pixels."""
 
     @property
     def vision_keys(self) -> tuple[str, ...]:
-        """Arguments that say how to encode them; consumed by :meth:`encode` along with the pixels."""
+        """Arguments that say how to encode them; consumed by :meth:`vision` along with the pixels."""
 
-    def __init__(self, model: torch.nn.Module) -> None: ...
+    @property
+    def mrope(self) -> bool:
+        """Whether positions have three dimensions, which :meth:`positions` tells."""
+
+    @property
+    def needs_mm_route(self) -> bool:
+        """Whether features can't be handed over as embeddings."""
 
     @property
     def model(self) -> Any:
         """The patched ``...ForConditionalGeneration``."""
 
-    @property
-    def image_token_id(self) -> int:
+    def token_id(self, modality: str) -> int:
         """The placeholder."""
 
     def facts(self, arguments: Mapping[str, Any]) -> TowerFacts:
         """The vision side under the model's configuration and per-call ``arguments``."""
 
+    def check(self, settings: Settings) -> None:
+        """Raise ``ValueError`` for settings that this family can't serve."""
+
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
         """``(path, module, method)`` of upstream methods that the patch goes around."""
 
-    def encode(self, arguments: Mapping[str, Any], settings: Settings, clock: Clock | None) -> ImageRows:
-        """Run tower, pruner and projector on the pixels in ``arguments``."""
+    def vision(self, modality: str, arguments: Mapping[str, Any], settings: Settings) -> Vision:
+        """The pixels of a modality in ``arguments``, to be encoded.
 
-    def select(self, pixel_values: torch.Tensor, settings: Settings, *, return_attention: bool) -> Selection:
-        """Run tower and pruner only."""
+        Raises:
+            ValueError: arguments that don't describe images of this model.
+        """
+
+    def output(self, kept: KeptRows, modality: str) -> Any:
+        """The kept rows as the model's own encoder would return them."""
+
+    def positions(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, arguments: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """``[3, B, S]`` positions of a prompt that starts at 0, where :attr:`mrope`."""
+
+    def remember(self, next_position: torch.Tensor, mask: torch.Tensor) -> None:
+        """Leave on the model what it keeps of a prompt's positions, where :attr:`mrope`.
+
+        Args:
+            next_position: ``[B, 1]``.
+            mask: ``[B, short]``.
+        """
+
+    def recall(self) -> torch.Tensor | int:
+        """What the model keeps: ``[B, 1]`` next position less the number of tokens, where :attr:`mrope`."""
 
 
-def _llava(model: torch.nn.Module) -> Adapter:
-    from ocvtp.vlm.llava import LlavaAdapter
+class Family:
+    """What most families have in common. An :class:`Adapter` overrides what is different."""
 
-    return LlavaAdapter(model)
+    pixel_keys: Mapping[str, str] = {"image": "pixel_values"}
+    vision_keys: tuple[str, ...] = ()
+    mrope = False
+    needs_mm_route = False
+    #: Options of :func:`ocvtp.apply` that not every family has, which this one has.
+    options: frozenset[str] = frozenset()
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def token_id(self, modality: str) -> int:
+        """See :class:`Adapter`."""
+        found: int = getattr(self.model.config, f"{modality}_token_id")
+        return found
+
+    def check(self, settings: Settings) -> None:
+        """Raise ``ValueError`` for an option that was chosen and means nothing here."""
+        for name in ("layout", "newlines", "frames", "tower"):
+            if name not in self.options and getattr(settings, name) != Settings.default(name):
+                raise ValueError(
+                    f"{name}={getattr(settings, name)!r} means nothing for {self.model.config.model_type}"
+                )
+
+    def output(self, kept: KeptRows, modality: str) -> Any:
+        """See :class:`Adapter`."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(pooler_output=list(kept.rows))
+
+    def positions(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, arguments: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """See :class:`Adapter`."""
+        raise NotImplementedError("positions of this family have one dimension")
+
+    def remember(self, next_position: torch.Tensor, mask: torch.Tensor) -> None:
+        """See :class:`Adapter`."""
+
+    def recall(self) -> torch.Tensor | int:
+        """See :class:`Adapter`."""
+        return 0
 
 
-#: Families by ``config.model_type``.
-ADAPTERS: dict[str, Callable[[torch.nn.Module], Adapter]] = {"llava": _llava}
+#: ``config.model_type`` -> module of :mod:`ocvtp.vlm` and the adapter in it.
+ADAPTERS: dict[str, tuple[str, str]] = {
+    "llava": ("llava", "LlavaAdapter"),
+    "llava_next": ("llava_next", "LlavaNextAdapter"),
+    "llava_onevision": ("llava_onevision", "LlavaOnevisionAdapter"),
+    "qwen2_vl": ("qwen", "QwenAdapter"),
+    "qwen2_5_vl": ("qwen", "QwenAdapter"),
+    "qwen3_vl": ("qwen", "QwenAdapter"),
+}
 
 
 def adapter_for(model: Any) -> Adapter:
@@ -207,4 +213,12 @@ def adapter_for(model: Any) -> Adapter:
             f"can't prune {type(model).__name__} (model_type {family!r}); "
             f"supported: {', '.join(sorted(ADAPTERS))}"
         )
-    return ADAPTERS[family](model)
+    module, name = ADAPTERS[family]
+    made: Adapter = getattr(importlib.import_module(f"ocvtp.vlm.{module}"), name)(model)
+    return made
+
+
+def device_of(tower: torch.nn.Module) -> torch.device:
+    """Where a tower computes, as far as it can be told: weights that are offloaded lie nowhere."""
+    device = next(tower.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,15 +76,16 @@ def generate(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, An
     ids = inputs if ids is None else ids
     if _is_upstreams_business(ids, arguments, pixels):
         return original(ids, **arguments)
-    if controller.settings.route == "inputs_embeds" and pixels:
+    settings, adapter = controller.settings, controller.adapter
+    if settings.route == "inputs_embeds" and pixels:
         _refuse_on_embeds_route(controller.model, arguments, cache)
     if arguments.get("attention_mask") is None:
         arguments["attention_mask"] = _inferred_mask(controller.model, ids, arguments)
     prefix = prefix_of(cache, ids.shape[0], ids.device, generating=True)
     with torch.no_grad():
         call = shorten(
-            controller.adapter,
-            controller.settings,
+            adapter,
+            settings,
             ids,
             arguments,
             prefix,
@@ -131,7 +133,7 @@ def _grown(note: CacheNote, rows: int, new: int) -> CacheNote:
     position = note.next_position
     if position is not None:
         position = position.repeat_interleave(copies, 0) + new
-    return CacheNote(index, note.long + new, position)
+    return replace(note, index=index, long=note.long + new, next_position=position)
 
 
 def _give_note_back(cache: Any, note: CacheNote | None, prefix: CacheNote | None) -> None:

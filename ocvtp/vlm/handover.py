@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ocvtp.vlm.adapter import Adapter, ImageRows, Route, Settings
+from ocvtp.vlm.adapter import Adapter
+from ocvtp.vlm.rows import KeptRows
+from ocvtp.vlm.settings import Route, Settings
 
 
 def route_of(model: Any) -> Route:
@@ -25,27 +28,28 @@ def hand_over(
     adapter: Adapter,
     settings: Settings,
     ids: torch.Tensor,
-    images: ImageRows,
+    kept: Mapping[str, KeptRows],
     start: int,
 ) -> None:
-    """Add the rows of ``images`` to ``arguments``.
+    """Add the kept rows to ``arguments``.
 
     Args:
         arguments: of the call to be made; changed in place.
         adapter: of the model.
         settings: of the call.
         ids: ``[B, S]`` short ids.
-        images: the kept rows.
+        kept: rows by modality.
         start: placeholders before this column are in the cache already.
     """
     if settings.route == "mm_encoder_outputs":
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        output = BaseModelOutputWithPooling(pooler_output=list(images.rows))
-        arguments["mm_encoder_outputs"] = {"image": output}
+        arguments["mm_encoder_outputs"] = {
+            modality: adapter.output(rows, modality) for modality, rows in kept.items()
+        }
         return
     embeddings = adapter.model.get_input_embeddings()(ids)
-    where = ids == adapter.image_token_id
-    where[:, :start] = False
-    rows = images.rows.flatten(0, 1).to(embeddings)
-    arguments["inputs_embeds"] = embeddings.masked_scatter(where[..., None].to(embeddings.device), rows)
+    for modality, rows in kept.items():
+        where = ids == adapter.token_id(modality)
+        where[:, :start] = False
+        where = where[..., None].to(embeddings.device)
+        embeddings = embeddings.masked_scatter(where, rows.flat().to(embeddings))
+    arguments["inputs_embeds"] = embeddings

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ocvtp.selection import Selection
-from ocvtp.vlm.adapter import Begun, ImageRows, Settings, TowerFacts
+from ocvtp.vlm.adapter import Family, TowerFacts, Vision, device_of
 from ocvtp.vlm.errors import UnsupportedModelError
-from ocvtp.vlm.timing import Clock, stage
+from ocvtp.vlm.fit import check_layers
+from ocvtp.vlm.rows import Piece, Segment
+from ocvtp.vlm.settings import Settings
 from ocvtp.vlm.tower import TOWERS, TowerRun, root, run_tower
 from ocvtp_kernels.selection import gather_tokens
 
 
-class LlavaAdapter:
+class LlavaAdapter(Family):
     """Tower -> pruner -> projector on the kept rows (``LlavaModel.get_image_features``, pruned).
 
     Candidates are the patch tokens. With ``vision_feature_select_strategy="default"`` the first token of a
@@ -23,27 +25,22 @@ class LlavaAdapter:
     class token is always kept and does not count against the budget.
     """
 
-    pixel_keys = ("pixel_values",)
-    vision_keys = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    vision_keys: tuple[str, ...] = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    options = frozenset({"tower"})
 
     def __init__(self, model: Any) -> None:
         inner: Any = getattr(model, "model", None)
         if not hasattr(model, "generate") or not hasattr(inner, "vision_tower"):
             raise UnsupportedModelError(
-                f"can't prune a {type(model).__name__}: pass the LlavaForConditionalGeneration itself"
+                f"can't prune a {type(model).__name__}: pass the ...ForConditionalGeneration itself"
             )
         kind = inner.vision_tower.config.model_type
         if kind not in TOWERS:
             raise UnsupportedModelError(
-                f"can't prune a llava model with a {kind!r} vision tower; "
+                f"can't prune a {model.config.model_type} model with a {kind!r} vision tower; "
                 f"supported: {', '.join(sorted(TOWERS))}"
             )
-        self.model = model
-
-    @property
-    def image_token_id(self) -> int:
-        """The placeholder."""
-        return self.model.config.image_token_id
+        super().__init__(model)
 
     def facts(self, arguments: Mapping[str, Any]) -> TowerFacts:
         """The vision side under the model's configuration and per-call ``arguments``.
@@ -53,22 +50,27 @@ class LlavaAdapter:
         """
         tower = self.model.model.vision_tower
         config = tower.config
-        device = next(tower.parameters()).device
-        prefix, class_rows = self._prefix(arguments)
-        patches = root(tower).embeddings.num_patches
+        prefix, class_rows = self.prefix(arguments)
         return TowerFacts(
             tower=config.model_type,
             width=config.hidden_size,
             num_layers=config.num_hidden_layers,
-            consumed_layers=self._consumed(arguments),
-            tokens=patches + TOWERS[config.model_type] - prefix,
+            consumed_layers=self.consumed(arguments),
+            tokens=tower_tokens(tower) - prefix,
             extra_rows=class_rows,
             attention=str(config._attn_implementation),
-            device=torch.device("cpu") if device.type == "meta" else device,  # offloaded weights
+            device=device_of(tower),
         )
 
+    def check(self, settings: Settings) -> None:
+        """Raise ``ValueError`` if the budget does not suit images of one size."""
+        super().check(settings)
+        tokens = self.facts({}).tokens
+        assert tokens is not None
+        settings.budget.check(tokens)
+
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
-        """Upstream methods on the way from pixels to rows, which :meth:`encode` replaces."""
+        """Upstream methods on the way from pixels to rows, which the patch replaces."""
         inner = self.model.model
         tower = inner.vision_tower
         found = [
@@ -81,8 +83,8 @@ class LlavaAdapter:
             found.append(("model.vision_tower.vision_model.forward", root(tower), "forward"))
         return found
 
-    def encode(self, arguments: Mapping[str, Any], settings: Settings, clock: Clock | None) -> ImageRows:
-        """Run tower, pruner and projector on ``arguments["pixel_values"]`` ``[images, 3, H, W]``.
+    def vision(self, modality: str, arguments: Mapping[str, Any], settings: Settings) -> Vision:
+        """``arguments["pixel_values"]`` ``[images, 3, H, W]``, to be encoded.
 
         Raises:
             ValueError: arguments that don't describe images of this tower, or a per-call feature layer that
@@ -90,71 +92,9 @@ class LlavaAdapter:
         """
         if arguments.get("image_sizes") is not None:
             raise ValueError("image_sizes belongs to Pixtral towers; this model's images have one size")
-        prefix, class_rows = self._prefix(arguments)
-        consumed = self._consumed(arguments)
-        run, begun = self._start(arguments["pixel_values"], settings, clock, consumed, prefix)
-        outputs = [run.outputs[layer] for layer in consumed]
-        with stage(clock, "pruner", outputs[0].device):
-            if begun is None:  # timed apart from the tower
-                begun = settings.begin(run.outputs[settings.read_layer][:, prefix:])
-            scores = self._scores(run, settings, prefix)
-            choice = begun.get()
-            if len(outputs) == 1 and not class_rows:
-                selection, features = choice.select_rows(scores, outputs[0][:, prefix:])
-                indices = selection.indices + prefix
-            else:
-                indices = choice.select(scores).indices + prefix
-                if class_rows:
-                    indices = torch.cat([indices.new_zeros(indices.shape[0], 1), indices], dim=1)
-                taken = [gather_tokens(output, indices.to(output.device)) for output in outputs]
-                features = torch.cat(taken, dim=-1)
-        with stage(clock, "projector", features.device):
-            rows = self.model.model.multi_modal_projector(features)
-        first = prefix - class_rows  # token that the first placeholder stands for
-        total = outputs[0].shape[1] - first
-        return ImageRows(rows, indices - first, total)
+        return _Images(self, arguments["pixel_values"], arguments, settings)
 
-    def select(self, pixel_values: torch.Tensor, settings: Settings, *, return_attention: bool) -> Selection:
-        """Run tower and pruner only."""
-        prefix, _ = self._prefix({})
-        consumed = self._consumed({})
-        run, begun = self._start(
-            pixel_values, settings, None, consumed, prefix, return_attention=return_attention
-        )
-        assert begun is not None
-        return begun.get().select(self._scores(run, settings, prefix))
-
-    def _start(
-        self,
-        pixel_values: torch.Tensor,
-        settings: Settings,
-        clock: Clock | None,
-        consumed: tuple[int, ...],
-        prefix: int,
-        *,
-        return_attention: bool = False,
-    ) -> tuple[TowerRun, Begun | None]:
-        """Run the tower, with the pruner beside it from the layer that it reads on, unless a clock runs."""
-        read = settings.read_layer
-        check_layers(read, consumed)
-        begun: list[Begun] = []
-
-        def begin(layer: int, output: torch.Tensor) -> None:
-            if layer == read:
-                begun.append(settings.begin(output[:, prefix:], return_attention=return_attention))
-
-        tower = self.model.model.vision_tower
-        taps = {read, *consumed}
-        with stage(clock, "vision tower", pixel_values.device):
-            run = run_tower(tower, pixel_values, taps, begin if clock is None else None)
-        return run, begun[0] if begun else None
-
-    def _scores(self, run: TowerRun, settings: Settings, prefix: int) -> torch.Tensor:
-        """Fill scores of the candidates, where the pruner is."""
-        scores = run.received_attention(settings.backend)[:, prefix:]
-        return scores.to(run.outputs[settings.read_layer].device)
-
-    def _consumed(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    def consumed(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
         """Layers the projector reads, in its order; ``hidden_states[i + 1]`` is the output of layer ``i``."""
         wanted = arguments.get("vision_feature_layer")
         if wanted is None:
@@ -170,7 +110,7 @@ class LlavaAdapter:
             consumed.append(index % (layers + 1) - 1)
         return tuple(consumed)
 
-    def _prefix(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def prefix(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """Tokens before the first candidate, and how many of them are handed over nevertheless."""
         strategy = arguments.get("vision_feature_select_strategy")
         if strategy is None:
@@ -183,11 +123,145 @@ class LlavaAdapter:
         return int(has_class_token), int(has_class_token)
 
 
-def check_layers(read: int, consumed: tuple[int, ...]) -> None:
-    """Raise ``ValueError`` unless the pruner reads a layer below the deepest consumed one."""
-    if not 0 <= read < max(consumed):
-        raise ValueError(
-            f"the pruner reads encoder layer {read}, which must be below the deepest layer the language "
-            f"model consumes ({max(consumed)}); use a pruner trained on an earlier layer, or another "
-            "vision_feature_layer"
+def tower_tokens(tower: Any) -> int:
+    """Tokens that a CLIP or SigLIP tower makes of a picture, a class token among them."""
+    return int(root(tower).embeddings.num_patches) + TOWERS[tower.config.model_type]
+
+
+class Pictures:
+    """Pictures of one size on their way through a CLIP or SigLIP tower.
+
+    Args:
+        adapter: of the model.
+        pixel_values: ``[pictures, 3, H, W]``.
+        arguments: of the call.
+        settings: of the call.
+
+    Attributes:
+        prefix: tokens before the first candidate.
+        class_rows: how many of them are handed over nevertheless.
+        patches: candidates of a picture.
+        shape: rows and columns of the candidates, if all patches are.
+    """
+
+    def __init__(
+        self,
+        adapter: LlavaAdapter,
+        pixel_values: torch.Tensor,
+        arguments: Mapping[str, Any],
+        settings: Settings,
+    ) -> None:
+        self._tower = adapter.model.model.vision_tower
+        self._projector = adapter.model.model.multi_modal_projector
+        self._pixels = pixel_values
+        self._consumed = adapter.consumed(arguments)
+        self._hold = settings.tower == "kept_rows"
+        self._read: torch.Tensor | None = None
+        self._received: torch.Tensor | None = None
+        self._run: TowerRun | None = None
+        self.device = pixel_values.device
+        self.prefix, self.class_rows = adapter.prefix(arguments)
+        self.patches = tower_tokens(self._tower) - self.prefix
+        side = math.isqrt(self.patches)
+        self.shape = (side, side) if side * side == self.patches else None
+        check_layers(settings.selector.read_layer, self._consumed)
+
+    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
+        """See :class:`~ocvtp.vlm.adapter.Vision`."""
+
+        def tapped(layer: int, output: torch.Tensor) -> None:
+            if layer == read_layer:
+                self._read = output[:, self.prefix :]
+                if after is not None:
+                    after()
+
+        taps = {*self._consumed} if read_layer is None else {*self._consumed, read_layer}
+        self._run = run_tower(
+            self._tower, self._pixels, taps, tapped, **({"hold": True} if self._hold else {})
         )
+
+    @property
+    def read(self) -> torch.Tensor:
+        """``[pictures, N, C]``: candidates as the pruner's layer made them."""
+        assert self._read is not None
+        return self._read
+
+    @property
+    def done(self) -> TowerRun:
+        """The tower's run."""
+        assert self._run is not None
+        return self._run
+
+    def received(self, backend: str) -> torch.Tensor:
+        """``[pictures, N]``: attention that candidates receive in the deepest consumed layer."""
+        if self._received is None:
+            scores = self.done.received_attention(backend)[:, self.prefix :]
+            self._received = scores if self._read is None else scores.to(self._read.device)
+        return self._received
+
+    def outputs(self) -> torch.Tensor | None:
+        """``[pictures, N, C]``: candidates as the projector reads them, if it reads one whole layer."""
+        return None if self._hold or len(self._consumed) > 1 else self.all_outputs()
+
+    def all_outputs(self) -> torch.Tensor:
+        """``[pictures, N, C of all consumed layers]``: candidates as the projector reads them."""
+        layers = [self.done.outputs[layer][:, self.prefix :] for layer in self._consumed]
+        return layers[0] if len(layers) == 1 else torch.cat(layers, dim=-1)
+
+    def taken(self, which: Sequence[int], indices: torch.Tensor) -> torch.Tensor:
+        """``[pictures, k, C of all consumed layers]``: rows of ``which`` at ``indices`` of all tokens."""
+        deepest = max(self._consumed)
+        rows = [
+            self.done.finish(indices)
+            if self._hold and layer == deepest
+            else gather_tokens(_of(output := self.done.outputs[layer], which), indices.to(output.device))
+            for layer in self._consumed
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """``[..., C of all consumed layers] -> [..., D]``."""
+        rows: torch.Tensor = self._projector(features)
+        return rows
+
+
+class _Images(Pictures):
+    """Every picture is an image of its own (:class:`~ocvtp.vlm.adapter.Vision`)."""
+
+    def __init__(
+        self,
+        adapter: LlavaAdapter,
+        pixel_values: torch.Tensor,
+        arguments: Mapping[str, Any],
+        settings: Settings,
+    ) -> None:
+        super().__init__(adapter, pixel_values, arguments, settings)
+        count = pixel_values.shape[0]
+        self.segments = [Segment(i, self.patches, self.shape) for i in range(count)]
+        self.totals = [self.patches + self.class_rows] * count
+
+    def features(self, which: Sequence[int]) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.adapter.Vision`."""
+        return _of(self.read, which)
+
+    def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.adapter.Vision`."""
+        return _of(self.received(backend), which)
+
+    def source(self, which: Sequence[int]) -> torch.Tensor | None:
+        """See :class:`~ocvtp.vlm.adapter.Vision`."""
+        outputs = None if self.class_rows else self.outputs()
+        return None if outputs is None else _of(outputs, which)
+
+    def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
+        """See :class:`~ocvtp.vlm.adapter.Vision`."""
+        slots = indices
+        if self.class_rows:
+            slots = torch.cat([indices.new_zeros(indices.shape[0], 1), indices + 1], dim=1)
+        if taken is None:
+            taken = self.taken(which, slots + (self.prefix - self.class_rows))
+        return [Piece(self.project(taken), slots)]
+
+
+def _of(tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+    return tensor if len(which) == tensor.shape[0] else tensor[list(which)]

@@ -7,7 +7,7 @@ answer from a scrambled prompt without an error.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,12 +27,14 @@ class CacheNote:
         next_position: ``[B, 1]`` position of the next token; ``None`` where ``generate`` filled the cache,
             which numbers tokens by counting the attention mask.
         pruned: whether the two sequences differ at all.
+        foreign: whether the cache was filled without the patch, so that positions in it are a guess.
     """
 
     index: torch.Tensor
     long: int
     next_position: torch.Tensor | None
     pruned: bool = True
+    foreign: bool = False
 
     def cropped(self, length: int) -> CacheNote:
         """The note of a cache cropped to its first ``length`` columns.
@@ -50,12 +52,12 @@ class CacheNote:
                 f"{length}; continue with the cache as generate returned it, or start with an empty one"
             )
         position = None if self.next_position is None else self.next_position - lost
-        return CacheNote(self.index[:, :length], self.long - lost, position)
+        return replace(self, index=self.index[:, :length], long=self.long - lost, next_position=position)
 
     def to(self, device: torch.device) -> CacheNote:
         """The note on another device."""
         position = None if self.next_position is None else self.next_position.to(device)
-        return CacheNote(self.index.to(device), self.long, position, self.pruned)
+        return replace(self, index=self.index.to(device), next_position=position)
 
 
 def cached_length(cache: Any) -> int:
@@ -93,7 +95,7 @@ def prefix_of(cache: Any, batch: int, device: torch.device, *, generating: bool)
     if note is None:
         # Filled without pruning, so by the same entry point the user continues with.
         start = None if generating else torch.full((batch, 1), length, device=device)
-        return CacheNote(identity(batch, 0, length, device), length, start, pruned=False)
+        return CacheNote(identity(batch, 0, length, device), length, start, pruned=False, foreign=True)
     if note.index.shape[0] != batch:
         raise ValueError(f"the cache holds {note.index.shape[0]} sequences, the prompt has {batch}")
     return note.cropped(length).to(device)

@@ -6,25 +6,21 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 
-from ocvtp.capture import SlotRunner
-from ocvtp.pruner import OCPruner, check_options
 from ocvtp.selection import Selection
 from ocvtp.vlm import calls
-from ocvtp.vlm.adapter import Adapter, Positions, Settings, adapter_for
+from ocvtp.vlm.adapter import Adapter, adapter_for
+from ocvtp.vlm.encode import choose
 from ocvtp.vlm.errors import PatchError, UnsupportedModelError
-from ocvtp.vlm.handover import route_of
-from ocvtp.vlm.llava import check_layers
+from ocvtp.vlm.options import Options, resolve
 from ocvtp.vlm.report import PruneReport
+from ocvtp.vlm.selectors import Rule
+from ocvtp.vlm.settings import Frames, Layout, Newlines, Settings, Tower
 from ocvtp.vlm.timing import Clock
-from ocvtp.vlm.versions import transformers_older_than
-from ocvtp_kernels._backend import resolve_backend
-from ocvtp_kernels._checks import require_count
-from ocvtp_kernels.coverage import check_rounds
 
 _CONTROLLER = "_ocvtp"
 _PATCHED = {"forward": calls.forward, "generate": calls.generate}
@@ -75,13 +71,15 @@ class Controller:
 
     def has_pixels(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call brings pixels along."""
-        return any(self.argument(method, key, args, kwargs) is not None for key in self.adapter.pixel_keys)
+        return any(
+            self.argument(method, key, args, kwargs) is not None for key in self.adapter.pixel_keys.values()
+        )
 
 
 def apply(
     model: Any,
-    pruner: torch.nn.Module,
-    keep: int = 64,
+    pruner: torch.nn.Module | Rule,
+    keep: int | float | Literal["auto"] = 64,
     positions: Literal["compact", "original", "auto"] = "auto",
     *,
     seed: int = 0,
@@ -89,6 +87,12 @@ def apply(
     precision: str = "auto",
     capture: bool = True,
     refine: int = 0,
+    max_error: float | None = None,
+    budgets: Sequence[int] | None = None,
+    layout: Layout = "layout",
+    newlines: Newlines = "last",
+    frames: Frames = "each",
+    tower: Tower = "exact",
 ) -> PruneReport:
     """Patch a vision-language model in place, so that ``forward`` and ``generate`` prune image tokens.
 
@@ -100,15 +104,20 @@ def apply(
     tower as a whole don't fire (those on its layers do).
 
     Args:
-        model: ``LlavaForConditionalGeneration`` with a CLIP or SigLIP tower, or a PEFT or ``torch.compile``
-            wrapper around one.
-        pruner: an :class:`~ocvtp.pruner.OCPruner` for the tower's width. Moved to the tower's device on use.
-        keep: image tokens to keep per image. A class token the model consumes is kept on top of it.
+        model: a ``...ForConditionalGeneration`` of a family in ``docs/models.md``, or a PEFT or
+            ``torch.compile`` wrapper around one.
+        pruner: an :class:`~ocvtp.OCPruner` for the tower's width and token unit, moved to the tower's device
+            on use; or a rule without training: ``"attention"``, ``"random"`` or ``"grid"``.
+        keep: image tokens to keep per image, all its tiles together: a number, or a share of them such as
+            ``0.25``, or ``"auto"``: for each image the smallest of ``budgets`` whose coverage error is at
+            most ``max_error``. Where images differ in size, one of fewer tokens keeps them all. What the
+            model adds (class token, newlines) comes on top.
         positions: ``"compact"`` numbers the short prompt 0, 1, 2, ... as the official code does;
             ``"original"`` leaves every token the position it has in the long prompt (transformers >= 5.10).
-            ``"auto"`` is compact for models with one-dimensional positions. ``position_ids`` passed by the
-            caller are always kept as they are.
-        seed: of the pruner's slots.
+            ``"auto"`` is compact for models with one-dimensional positions, original for those with
+            three-dimensional ones (Qwen-VL), which know no other. ``position_ids`` passed by the caller are
+            always kept as they are.
+        seed: of the pruner's slots, or of ``"random"``.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``, for fused operations.
         precision: of the pruner, see :class:`~ocvtp.pruner.OCPruner`.
         capture: where kernels compute, replay the pruner's slot loop as a CUDA graph from the second call at
@@ -116,6 +125,17 @@ def apply(
             tower's remaining layers in either case.
         refine: rounds that move kept tokens to where they cover more, see :class:`~ocvtp.pruner.OCPruner`.
             They follow the tower, so each adds to the time to the first token.
+        max_error: for ``keep="auto"``.
+        budgets: for ``keep="auto"``, ascending numbers of tokens.
+        layout: LLaVA-NeXT: ``"layout"`` chooses among the tokens the model would pack (padding is gone) and
+            keeps their order; ``"official"`` among all tokens of all tiles, tile by tile, as the published
+            code does.
+        newlines: which of a packed image's newline tokens stay: its ``"last"`` one, as in the published code;
+            those of ``"rows"`` that keep a token (their number depends on the image); ``"all"``.
+        frames: of a video, ``"each"`` has the budget of an image, or ``"all"`` together have one, which may
+            leave frames empty.
+        tower: ``"kept_rows"`` computes the end of the consumed layer for kept tokens only. It saves a few
+            per cent of the tower and rounds differently from the unpatched model, even if all are kept.
 
     Returns:
         A :class:`~ocvtp.vlm.PruneReport`; print it.
@@ -127,11 +147,27 @@ def apply(
     """
     target = _unwrap(model)
     adapter = adapter_for(target)
-    settings, report = _check(adapter, pruner, keep, positions, seed, backend, precision, capture, refine)
+    options = Options(
+        pruner=pruner,
+        keep=keep,
+        positions=positions,
+        seed=seed,
+        backend=backend,
+        precision=precision,
+        capture=capture,
+        refine=refine,
+        max_error=max_error,
+        budgets=budgets,
+        layout=layout,
+        newlines=newlines,
+        frames=frames,
+        tower=tower,
+    )
+    settings, report = resolve(adapter, options)
     before = _settings_of(target)
     _install(target, adapter, settings)
     if before is not None:
-        before.runner.close()
+        before.selector.close()
     return report
 
 
@@ -146,7 +182,7 @@ def remove(model: Any) -> None:
     if controller is None:
         return
     controller.enabled = False
-    controller.settings.runner.close()
+    controller.settings.selector.close()
     current = {name: target.__dict__.get(name) for name in _PATCHED}
     if any(_may_call_ours(target, name) for name in _PATCHED):
         return
@@ -161,28 +197,23 @@ def remove(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def pruned(
-    model: Any,
-    pruner: torch.nn.Module,
-    keep: int = 64,
-    positions: Literal["compact", "original", "auto"] = "auto",
-    *,
-    seed: int = 0,
-    backend: str = "auto",
-    precision: str = "auto",
-    capture: bool = True,
-    refine: int = 0,
-) -> Iterator[PruneReport]:
+def pruned(model: Any, pruner: torch.nn.Module | Rule, *args: Any, **options: Any) -> Iterator[PruneReport]:
     """:func:`apply` for the length of a ``with`` block; afterwards the model is as it was before.
 
     Also an earlier :func:`apply` comes back. The state belongs to the model, not to the thread.
+
+    Args:
+        model: as for :func:`apply`.
+        pruner: as for :func:`apply`.
+        args: ``keep`` and ``positions``, if not given by name.
+        options: all others of :func:`apply`.
 
     Raises:
         Whatever :func:`apply` raises.
     """
     target = _unwrap(model)
     adapter = adapter_for(target)
-    settings, report = _check(adapter, pruner, keep, positions, seed, backend, precision, capture, refine)
+    settings, report = resolve(adapter, Options(pruner, *args, **options))
     before = _settings_of(target)
     _install(target, adapter, settings)
     try:
@@ -192,23 +223,32 @@ def pruned(
             remove(target)
         else:
             _install(target, adapter_for(target), before)
-        settings.runner.close()
+        settings.selector.close()
 
 
-def select(model: Any, pixel_values: torch.Tensor, *, return_attention: bool = False) -> Selection:
+def select(
+    model: Any, pixel_values: torch.Tensor, *, return_attention: bool = False, **vision: Any
+) -> Selection:
     """Which tokens a patched model keeps of each image, without running the language model.
 
     Args:
         model: patched by :func:`apply`.
-        pixel_values: ``[images, 3, H, W]`` from the model's processor.
+        pixel_values: from the model's processor.
         return_attention: also return the slot attention map.
+        vision: what else the processor made of the images (``image_sizes``, ``image_grid_thw``).
 
     Raises:
         PatchError: ``model`` is not patched.
+        ValueError: the images have different numbers of tokens; ask for one at a time.
     """
     controller = controller_of(model)
+    arguments = {"pixel_values": pixel_values, **vision}
     with torch.no_grad():
-        return controller.adapter.select(pixel_values, controller.settings, return_attention=return_attention)
+        vision_side = controller.adapter.vision("image", arguments, controller.settings)
+        found = choose(vision_side, controller.settings, return_attention=return_attention)
+    if len(found) > 1:
+        raise ValueError("these images have different numbers of tokens: select from one at a time")
+    return found[0]
 
 
 def controller_of(model: Any) -> Controller:
@@ -237,94 +277,10 @@ def _unwrap(model: Any) -> Any:
     return model
 
 
-def _check(
-    adapter: Adapter,
-    pruner: torch.nn.Module,
-    keep: int,
-    positions: str,
-    seed: int,
-    backend: str,
-    precision: str,
-    capture: bool,
-    refine: int,
-) -> tuple[Settings, PruneReport]:
-    config: Any = getattr(pruner, "config", None)
-    if not callable(pruner) or not hasattr(config, "in_dim") or not hasattr(config, "layer"):
-        raise TypeError(f"pruner must be an ocvtp.OCPruner; got {type(pruner).__name__}")
-    facts = adapter.facts({})
-    if config.in_dim != facts.width:
-        raise ValueError(
-            f"the pruner reads features of width {config.in_dim}, the {facts.tower} of this model makes them "
-            f"{facts.width} wide; use a pruner trained for this tower"
-        )
-    check_layers(config.layer, facts.consumed_layers)
-    if keep == "auto":
-        raise ValueError('keep="auto" works on the pruner alone so far; give apply a number of tokens')
-    require_count("keep", keep, facts.tokens, "the image tokens of this model")
-    check_rounds(refine)
-    check_options(seed, precision)
-    model = adapter.model
-    settings = Settings(
-        pruner=pruner,
-        keep=keep,
-        positions=_resolve_positions(positions),
-        seed=seed,
-        backend=backend,
-        precision=precision,
-        route=route_of(model),
-        attention=str(model.config.get_text_config()._attn_implementation),
-        runner=SlotRunner(capture),
-        refine=refine,
-    )
-    report = PruneReport(
-        family=model.config.model_type,
-        tower=facts.tower,
-        read_layer=config.layer,
-        consumed_layers=facts.consumed_layers,
-        num_layers=facts.num_layers,
-        attention=facts.attention,
-        backend=resolve_backend(backend, "received_attention", facts.device),
-        precision=_precision(pruner, facts.device, backend, precision),
-        captured=capture and facts.device.type == "cuda",
-        refine=refine,
-        tokens_before=facts.tokens + facts.extra_rows,
-        tokens_after=keep + facts.extra_rows,
-        positions=settings.positions,
-        route=settings.route,
-    )
-    return settings, report
-
-
-def _precision(pruner: Any, device: torch.device, backend: str, precision: str) -> str:
-    """What the pruner's products will be computed in.
-
-    Raises:
-        ValueError: a precision that can't be had on this device.
-        BackendUnavailableError: an explicit backend that can't run there.
-    """
-    if not isinstance(pruner, OCPruner):
-        return precision
-    _, dtype, tf32 = pruner.arithmetic(device, backend, precision)
-    return "tf32" if tf32 else {torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, "fp64")
-
-
 def _settings_of(model: Any) -> Settings | None:
     """The settings under which a model is patched, if it is."""
     controller = model.__dict__.get(_CONTROLLER)
     return controller.settings if controller is not None and controller.enabled else None
-
-
-def _resolve_positions(positions: str) -> Positions:
-    if positions not in (*get_args(Positions), "auto"):
-        raise ValueError(f'positions must be "compact", "original" or "auto"; got {positions!r}')
-    if positions != "original":
-        return "compact"
-    if transformers_older_than("5.10"):
-        raise ValueError(
-            'positions="original" needs transformers >= 5.10: older ones number generated tokens by the '
-            "attention mask, whatever the prompt's positions"
-        )
-    return "original"
 
 
 def _install(model: Any, adapter: Adapter, settings: Settings) -> None:

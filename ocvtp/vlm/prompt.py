@@ -8,6 +8,9 @@ i-th feature row, so one boolean per placeholder says everything, however many i
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,8 +19,9 @@ Side = Literal["left", "right"]
 
 
 def take(tensor: torch.Tensor, index: torch.Tensor, fill: int) -> torch.Tensor:
-    """Columns ``index`` ``[B, n]`` of ``tensor`` ``[B, long]``; ``fill`` where the index is -1."""
-    return torch.gather(tensor, 1, index.clamp(min=0)).masked_fill(index < 0, fill)
+    """Columns ``index`` ``[B, n]`` of ``tensor`` ``[..., B, long]``; ``fill`` where the index is -1."""
+    columns = index.clamp(min=0).expand(*tensor.shape[:-2], -1, -1)
+    return torch.gather(tensor, -1, columns).masked_fill(index < 0, fill)
 
 
 def identity(batch: int, start: int, stop: int, device: torch.device) -> torch.Tensor:
@@ -37,38 +41,52 @@ class Squeezed(NamedTuple):
     padded: bool
 
 
+@dataclass(frozen=True)
+class Placeholders:
+    """The placeholders of one modality, and which of them stay.
+
+    Attributes:
+        token_id: the placeholder.
+        totals: how many each image or video has.
+        places: ``[kept]`` which of all of them stay, counted in row-major order.
+    """
+
+    token_id: int
+    totals: tuple[int, ...]
+    places: torch.Tensor
+
+
 def squeeze(
-    ids: torch.Tensor,
-    image_token_id: int,
-    slots: torch.Tensor,
-    total: int,
-    mask: torch.Tensor | None,
-    side: Side,
+    ids: torch.Tensor, dropping: Sequence[Placeholders], mask: torch.Tensor | None, side: Side
 ) -> Squeezed:
     """Drop the placeholders whose rows were pruned, and the padding; pad again to a rectangle.
 
     Args:
         ids: ``[B, S]`` token ids.
-        image_token_id: the placeholder.
-        slots: ``[images, kept]`` placeholders of its image that each kept row belongs to.
-        total: placeholders per image.
+        dropping: per modality, what stays.
         mask: ``[B, S]``, 0 for padding, or ``None``.
         side: where to pad.
 
     Raises:
-        ValueError: the placeholders in ``ids`` don't belong to this many images.
+        ValueError: the placeholders in ``ids`` don't belong to these images.
     """
-    where = ids == image_token_id
-    slots = slots.to(ids.device)
-    offsets = torch.arange(slots.shape[0], device=ids.device)[:, None] * total
-    # Padded to the size of ids, so that a wrong number of placeholders reaches the check below.
-    stays = torch.zeros(max(where.numel(), slots.shape[0] * total), dtype=torch.bool, device=ids.device)
-    stays[(offsets + slots).flatten()] = True
-    keep = torch.ones_like(where).masked_scatter(where, stays)
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    anywhere = torch.zeros_like(keep)
+    counts = []
+    for some in dropping:
+        where = ids == some.token_id
+        # Padded to the size of ids, so that a wrong number of placeholders reaches the check below.
+        size = max(where.numel(), sum(some.totals))
+        stays = torch.zeros(size, dtype=torch.bool, device=ids.device)
+        stays[some.places] = True
+        keep = keep.masked_scatter(where, stays)
+        anywhere |= where
+        counts.append(where.sum(1))
     # A masked placeholder still receives its feature row upstream, so it stays a column as well.
-    live = keep if mask is None else keep & (mask.bool() | where)
-    placeholders, lengths = torch.stack([where.sum(1), live.sum(1)]).tolist()  # the one synchronisation
-    check_placeholders(placeholders, slots.shape[0], total)
+    live = keep if mask is None else keep & (mask.bool() | anywhere)
+    lengths, *per_row = torch.stack([live.sum(1), *counts]).tolist()  # the one synchronisation
+    for some, row_counts in zip(dropping, per_row, strict=True):
+        check_placeholders(row_counts, some.totals)
     width = max(lengths)
     # A stable sort moves the live columns to the front in order.
     order = torch.sort((~live).to(torch.uint8), dim=1, stable=True).indices[:, :width]
@@ -84,14 +102,18 @@ def squeeze(
     return Squeezed(torch.where(valid, order, -1), padded=True)
 
 
-def check_placeholders(per_row: list[int], images: int, total: int) -> None:
-    """Raise ``ValueError`` unless the rows hold the placeholders of whole images, ``images`` in all."""
-    if sum(per_row) == images * total and not any(count % total for count in per_row):
+def check_placeholders(per_row: Sequence[int], totals: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless every row holds the placeholders of whole images, all of them in order."""
+    ends = set(itertools.accumulate(totals, initial=0))
+    reached = list(itertools.accumulate(per_row))
+    if reached[-1] == sum(totals) and ends.issuperset(reached):
         return
+    one = set(totals)
+    each = f"{len(totals)} of {one.pop()} tokens each" if len(one) == 1 else f"of {list(totals)} tokens"
     raise ValueError(
-        f"the prompt has {per_row} image placeholders per row, but {images} image(s) of {total} tokens each "
-        f"need {images * total} in all, a multiple of {total} in every row; use the model's processor, and "
-        "don't truncate"
+        f"the prompt has {list(per_row)} image placeholders per row, but the images, {each}, need "
+        f"{sum(totals)} in all, those of whole images in every row; use the model's processor, and don't "
+        "truncate"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ocvtp.vlm.adapter import Positions, Route
+from ocvtp.vlm.settings import Positions, Route
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,9 @@ class PruneReport:
 
     Attributes:
         family: ``config.model_type`` of the model.
+        selector: the pruner's class, or the rule.
         tower: ``model_type`` of its vision tower.
-        read_layer: 0-based index of the encoder layer whose output the pruner reads.
+        read_layer: 0-based index of the encoder layer whose output the pruner reads; ``None`` for a rule.
         consumed_layers: encoder layers whose outputs the language model consumes.
         num_layers: layers of the tower; those after the deepest consumed one never run.
         attention: attention backend of the tower.
@@ -22,16 +23,22 @@ class PruneReport:
         precision: of the pruner's matrix products there.
         captured: whether shapes that come back replay a CUDA graph.
         refine: rounds that move kept tokens to where they cover more.
-        tokens_before: image tokens per image that the unpruned model feeds its language model.
-        tokens_after: image tokens per image that are left; includes the class token where the model keeps it.
+        keep: the budget in words.
+        unit: patches along each side of a token.
+        tokens_before: image tokens per image that the unpruned model feeds its language model; ``None`` where
+            images differ.
+        tokens_after: image tokens per image that are left, with what is always kept (class token); ``None``
+            where images differ.
         positions: numbering of the kept tokens, ``"compact"`` or ``"original"``.
         route: how the kept rows reach the model: ``"mm_encoder_outputs"`` (transformers >= 5.18) or
             ``"inputs_embeds"``.
+        kept_rows_only: whether the end of the consumed layer is computed for kept tokens only.
     """
 
     family: str
+    selector: str
     tower: str
-    read_layer: int
+    read_layer: int | None
     consumed_layers: tuple[int, ...]
     num_layers: int
     attention: str
@@ -39,22 +46,33 @@ class PruneReport:
     precision: str
     captured: bool
     refine: int
-    tokens_before: int
-    tokens_after: int
+    keep: str
+    unit: int
+    tokens_before: int | None
+    tokens_after: int | None
     positions: Positions
     route: Route
+    kept_rows_only: bool = False
 
     def __str__(self) -> str:
-        share = self.tokens_after / self.tokens_before
         consumed = ", ".join(str(layer) for layer in self.consumed_layers)
         rounds = f", {self.refine} rounds of refinement" if self.refine else ""
+        reads = "no layer" if self.read_layer is None else f"layer {self.read_layer}"
+        rest = " for kept tokens only" if self.kept_rows_only else ""
         rows = [
-            ("image tokens", f"{self.tokens_before} -> {self.tokens_after} per image ({share:.1%})"),
+            ("image tokens", self._tokens()),
             ("tower", f"{self.tower}, {self.num_layers} layers, {self.attention} attention"),
-            ("pruner reads", f"layer {self.read_layer}{rounds}"),
-            ("model consumes", f"layer {consumed}; later layers are skipped"),
+            (self.selector if self.read_layer is None else "pruner", f"reads {reads}{rounds}"),
+            ("model consumes", f"layer {consumed}{rest}; later layers are skipped"),
             ("positions", self.positions),
             ("kernels", f"{self.backend}, {self.precision}{', CUDA graphs' if self.captured else ''}"),
             ("hand-over", self.route),
         ]
         return "\n".join([f"ocvtp on {self.family}", *(f"  {name:<15}{value}" for name, value in rows)])
+
+    def _tokens(self) -> str:
+        of = "" if self.unit == 1 else f", each {self.unit} x {self.unit} patches"
+        if self.tokens_before is None or self.tokens_after is None:
+            return f"{self.keep} per image{of}"
+        share = self.tokens_after / self.tokens_before
+        return f"{self.tokens_before} -> {self.tokens_after} per image ({share:.1%}){of}"

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from ocvtp.vlm.adapter import Adapter, ImageRows, Settings
+from ocvtp.vlm.adapter import Adapter
+from ocvtp.vlm.encode import encode
 from ocvtp.vlm.handover import hand_over
 from ocvtp.vlm.memory import CacheNote
 from ocvtp.vlm.prompt import (
+    Placeholders,
     Side,
     check_placeholders,
     identity,
@@ -20,6 +22,8 @@ from ocvtp.vlm.prompt import (
     squeeze,
     take,
 )
+from ocvtp.vlm.rows import KeptRows
+from ocvtp.vlm.settings import Settings
 from ocvtp.vlm.timing import Clock
 
 # Tensors along the sequence, and what to put on new padding.
@@ -113,22 +117,27 @@ def shorten(
         if arguments.get(name) is not None:
             raise ValueError(f"{name} can't be combined with token pruning")
     frame = _frame(ids, arguments.get("attention_mask"), prefix, generating=generating)
-    has_pixels = any(arguments.get(key) is not None for key in adapter.pixel_keys)
-    images = adapter.encode(arguments, settings, clock) if has_pixels else None
-    consumed = {*adapter.pixel_keys, *adapter.vision_keys} if has_pixels else set()
+    kept = encode(adapter, arguments, settings, clock)
+    consumed = {*adapter.pixel_keys.values(), *adapter.vision_keys} if kept else set()
     short = {name: value for name, value in arguments.items() if name not in consumed}
 
-    index, padded = _new_index(adapter, frame, images, generating=generating)
-    if (images is None or images.complete) and (prefix is None or not prefix.pruned):
-        if images is not None:
-            hand_over(short, adapter, settings, ids, images, frame.long_start if generating else 0)
+    index, padded = _new_index(adapter, frame, kept, generating=generating)
+    same = all(rows.complete for rows in kept.values()) and (prefix is None or not prefix.pruned)
+    if same and not adapter.mrope:
+        if kept:
+            hand_over(short, adapter, settings, ids, kept, frame.long_start if generating else 0)
         return ShortCall(ids, short, None)
 
-    positions = _positions(settings, frame, index, short.get("position_ids"), ids, generating=generating)
+    given = short.get("position_ids")
+    positions = (
+        _mrope(adapter, frame, index, given, arguments)
+        if adapter.mrope
+        else _positions(settings, frame, index, given, ids, generating=generating)
+    )
     long = frame.long_start + frame.ids.shape[1]
     whole = index if prefix is None else torch.cat([prefix.index, _shift(index, prefix.long)], dim=1)
     mask = _short_mask(frame, index)
-    if guard and positions is not None and prefix is None:
+    if guard and positions is not None and prefix is None and not adapter.mrope:
         whole, mask, positions = (
             torch.nn.functional.pad(tensor, (1, 0), value=value)
             for tensor, value in ((whole, -1), (mask, 0), (positions, 0))
@@ -145,26 +154,44 @@ def shorten(
         if generating:
             raise ValueError("a tensor logits_to_keep has no meaning in generate; pass an int")
         short["logits_to_keep"] = remap_kept_logits(wanted, index, ids.shape[1])
+    following = _following(positions, whole, given, prefix, generating=generating)
+    if adapter.mrope:
+        assert positions is not None
+        assert following is not None
+        adapter.remember(following, mask)
+        if generating:  # the first row counts the short prompt: transformers reads packed sequences from it
+            text = running_positions(mask)[None, :, -index.shape[1] :]
+            positions = torch.cat([text, positions])
     if positions is not None:
         if generating and prefix is not None:  # sliced off by generate; only the new ones count
             positions = torch.nn.functional.pad(positions, (prefix.index.shape[1], 0))
         short["position_ids"] = positions
     has_mask = arguments.get("attention_mask") is not None
     # A mask also says that gaps in the positions are no boundaries of packed sequences.
-    short["attention_mask"] = (
-        mask if has_mask or padded or positions is not None or prefix is not None else None
-    )
-    if images is not None:
+    gaps = positions is not None and not (adapter.mrope and same)
+    short["attention_mask"] = mask if has_mask or padded or gaps or prefix is not None else None
+    if kept:
         start = prefix.index.shape[1] if generating and prefix is not None else 0
-        hand_over(short, adapter, settings, short_ids, images, start)
-    by_mask = generating and arguments.get("position_ids") is None
-    if by_mask and (prefix is None or prefix.next_position is None):
-        following = None
-    elif positions is None:
-        following = torch.full((ids.shape[0], 1), whole.shape[1], device=ids.device)
-    else:
-        following = positions.amax(1, keepdim=True) + 1
-    return ShortCall(short_ids, short, CacheNote(whole, long, following))
+        hand_over(short, adapter, settings, short_ids, kept, start)
+    return ShortCall(short_ids, short, CacheNote(whole, long, following, pruned=not same))
+
+
+def _following(
+    positions: torch.Tensor | None,
+    whole: torch.Tensor,
+    given: Any,
+    prefix: CacheNote | None,
+    *,
+    generating: bool,
+) -> torch.Tensor | None:
+    """Position ``[B, 1]`` of the token that will follow; ``None`` where ``generate`` counts the mask."""
+    if positions is not None and positions.ndim == 3:
+        return positions.amax((0, 2))[:, None] + 1
+    if generating and given is None and (prefix is None or prefix.next_position is None):
+        return None
+    if positions is None:
+        return torch.full((whole.shape[0], 1), whole.shape[1], device=whole.device)
+    return positions.amax(1, keepdim=True) + 1
 
 
 def _frame(ids: torch.Tensor, mask: Any, prefix: CacheNote | None, *, generating: bool) -> _Frame:
@@ -203,21 +230,25 @@ def _frame(ids: torch.Tensor, mask: Any, prefix: CacheNote | None, *, generating
 
 
 def _new_index(
-    adapter: Adapter, frame: _Frame, images: ImageRows | None, *, generating: bool
+    adapter: Adapter, frame: _Frame, kept: Mapping[str, KeptRows], *, generating: bool
 ) -> tuple[torch.Tensor, bool]:
     """Columns of the new tokens that stay, and whether padding was added."""
     ids = frame.ids
     unchanged = identity(ids.shape[0], 0, ids.shape[1], ids.device)
-    if images is None:
+    if not kept:
         return unchanged, False
-    if images.complete:
-        per_row = (ids == adapter.image_token_id).sum(1).tolist()
-        check_placeholders(per_row, images.slots.shape[0], images.total)
+    if all(rows.complete for rows in kept.values()):
+        for modality, rows in kept.items():
+            check_placeholders((ids == adapter.token_id(modality)).sum(1).tolist(), rows.totals)
         return unchanged, False
     side: Side = "left"
     if not generating and frame.prefix is None and not _left_padded(frame.mask):
         side = "right"
-    squeezed = squeeze(ids, adapter.image_token_id, images.slots, images.total, frame.mask, side)
+    dropping = [
+        Placeholders(adapter.token_id(modality), rows.totals, rows.places(ids.device))
+        for modality, rows in kept.items()
+    ]
+    squeezed = squeeze(ids, dropping, frame.mask, side)
     return squeezed.columns, squeezed.padded
 
 
@@ -252,6 +283,28 @@ def _positions(
     else:  # forward counts columns, padding or not
         numbers = identity(ids.shape[0], 0, ids.shape[1], ids.device)
     _refuse_flash_with_cache(settings, prefix)
+    return take(numbers, index, 0)
+
+
+def _mrope(
+    adapter: Adapter, frame: _Frame, index: torch.Tensor, given: Any, arguments: Mapping[str, Any]
+) -> torch.Tensor:
+    """Positions ``[3, B, new]`` of the new short columns: those of the long prompt, at what stays."""
+    new = frame.ids.shape[1]
+    if given is None:
+        numbers = adapter.positions(frame.ids, frame.mask, arguments)
+        start = frame.next_position(original=True)
+        if frame.prefix is not None and frame.prefix.foreign:
+            start = frame.cached_live + adapter.recall()
+        numbers = numbers + (start if isinstance(start, int) else start.to(numbers.device))
+    else:
+        shaped = isinstance(given, torch.Tensor) and given.ndim == 3 and given.shape[0] in (3, 4)
+        if not shaped or given.shape[1] not in (1, len(frame.ids)) or given.shape[2] < new:
+            shape = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+            raise ValueError(
+                f"position_ids of this model must be [3, {len(frame.ids)}, {new}] or [4, ...]; got {shape}"
+            )
+        numbers = given[-3:, :, -new:].expand(-1, len(frame.ids), -1)
     return take(numbers, index, 0)
 
 

@@ -21,7 +21,7 @@ import ocvtp.vlm
 from ocvtp.training.encoder import EncoderError, FeatureEncoder, vision_config
 from ocvtp.training.features import ImageFeatures, extract
 from ocvtp.training.store import FeatureStore
-from ocvtp.vlm.adapter import Settings
+from ocvtp.vlm.selectors import PrunerSelector
 from tests.training.pictures import good_pictures, mixed_pictures, noise
 from tests.vlm.processor import image_processor, write_processor
 from tests.vlm.tiny_llava import llava, pruner
@@ -140,13 +140,13 @@ class TestLikeTheModelItself:
         model.save_pretrained(tmp_path)
         processor = write_processor(tmp_path)
         read: list[torch.Tensor] = []
-        real = Settings.begin
+        real = PrunerSelector.begin
 
-        def begin(settings: Settings, features: torch.Tensor, **named: Any) -> Any:
+        def begin(who: PrunerSelector, group: Any, features: torch.Tensor, *args: Any, **named: Any) -> Any:
             read.append(features)
-            return real(settings, features, **named)
+            return real(who, group, features, *args, **named)
 
-        monkeypatch.setattr(Settings, "begin", begin)
+        monkeypatch.setattr(PrunerSelector, "begin", begin)
         ocvtp.apply(model, pruner(layer=2), keep=4)
         pixels = processor.image_processor(images=pictures(), return_tensors="pt")["pixel_values"]
         ocvtp.vlm.select(model, pixels)

@@ -25,7 +25,7 @@ OPTIONS: dict[str, Any] = {"keep": KEEP, "backend": "triton", "precision": "fp32
 
 
 def runner_of(model: Any) -> SlotRunner:
-    return controller_of(model).settings.runner
+    return controller_of(model).settings.selector.runner
 
 
 @pytest.mark.parametrize(("layer", "strategy"), [(-2, "default"), (-2, "full"), ([-3, -2], "default")])

@@ -185,7 +185,7 @@ def test_placeholders_must_match_the_images(model: Any, oc_pruner: Any, method: 
     straddling[0, -1] = straddling[1, -1] = IMAGE
     straddling[0, 0] = IMAGE
     straddling[1, 1] = 7
-    with pytest.raises(ValueError, match="a multiple of 16 in every row"):
+    with pytest.raises(ValueError, match="those of whole images in every row"):
         call(input_ids=straddling, pixel_values=pixels(2))
 
 

@@ -155,25 +155,35 @@ def test_refinement_reaches_the_tokens(model: Any, oc_pruner: Any, one: dict[str
     assert short(model, one) == pruned_length(KEEP)
     with pytest.raises(ValueError, match="between 0 and 100"):
         ocvtp.apply(model, oc_pruner, keep=KEEP, refine=-1)
-    with pytest.raises(ValueError, match="give apply a number of tokens"):
+    with pytest.raises(ValueError, match="needs max_error="):
         ocvtp.apply(model, oc_pruner, keep="auto")
 
 
 @pytest.mark.parametrize("keep", [0, -1, TOKENS + 1])
 def test_budgets_out_of_range(model: Any, oc_pruner: Any, keep: int) -> None:
-    with pytest.raises(ValueError, match=f"between 1 and {TOKENS}"):
+    with pytest.raises(ValueError, match="between 1 and"):
         ocvtp.apply(model, oc_pruner, keep=keep)
     assert "forward" not in model.__dict__
 
 
-@pytest.mark.parametrize("keep", [True, 5.0, "5", None])
+@pytest.mark.parametrize("keep", [True, None, [5]])
 def test_budgets_that_are_no_int(model: Any, oc_pruner: Any, keep: Any) -> None:
     with pytest.raises(TypeError, match="keep must be an int"):
         ocvtp.apply(model, oc_pruner, keep=keep)
 
 
+@pytest.mark.parametrize("keep", [0.0, 1.5, -0.1, float("nan"), "5"])
+def test_shares_and_words_that_mean_nothing(model: Any, oc_pruner: Any, keep: Any) -> None:
+    with pytest.raises(ValueError, match="keep"):
+        ocvtp.apply(model, oc_pruner, keep=keep)
+    assert "forward" not in model.__dict__
+
+
 def test_pruners_that_do_not_fit(model: Any) -> None:
-    with pytest.raises(ValueError, match=f"width 48, .* {WIDTH} wide; use a pruner trained"):
+    with pytest.raises(
+        ValueError,
+        match=f"width 48, .* {WIDTH} wide; use one trained for .*--layer 3 .*ocvtp train",
+    ):
         ocvtp.apply(model, pruner(in_dim=48), keep=KEEP)
     for layer in (LAYERS - 2, LAYERS - 1, 40):
         with pytest.raises(ValueError, match=f"reads encoder layer {layer}, which must be below .*4"):
@@ -221,7 +231,7 @@ def test_unsupported_models(oc_pruner: Any) -> None:
         ocvtp.apply(torch.nn.Linear(2, 2), oc_pruner)
     with pytest.raises(ocvtp.UnsupportedModelError, match="not a torch"):
         ocvtp.apply("llava-hf/llava-1.5-7b-hf", oc_pruner)
-    with pytest.raises(ocvtp.UnsupportedModelError, match="LlavaForConditionalGeneration itself"):
+    with pytest.raises(ocvtp.UnsupportedModelError, match="ForConditionalGeneration itself"):
         ocvtp.apply(llava().model, oc_pruner)
     vision = PixtralVisionConfig(
         hidden_size=WIDTH,
@@ -328,7 +338,7 @@ def test_model_dtype_does_not_reach_the_pruner(
 
 
 def test_the_pruner_follows_the_features() -> None:
-    from ocvtp.vlm.adapter import move_to
+    from ocvtp.vlm.selectors import move_to
 
     module = torch.nn.Linear(2, 2)
     move_to(module, torch.device("cpu"))
@@ -369,7 +379,7 @@ def test_no_synchronisation_unless_timing(
     assert not calls
     with ocvtp.vlm.stage_times(model):
         model.generate(**one, **GREEDY)
-    assert len(calls) == 6  # before and after each of three stages
+    assert len(calls) == 2 * 3 + 2  # before and after each of three stages, the pruner in two parts
 
 
 def test_select_needs_a_patched_model(model: Any, oc_pruner: Any) -> None:

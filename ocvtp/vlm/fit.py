@@ -1,0 +1,44 @@
+"""Whether a pruner was made for a model's vision encoder."""
+
+from __future__ import annotations
+
+from ocvtp.config import PrunerConfig
+from ocvtp.vlm.adapter import TowerFacts
+
+
+def check_fit(config: PrunerConfig, facts: TowerFacts) -> None:
+    """Raise unless a pruner of this configuration reads what this encoder makes.
+
+    Raises:
+        ValueError: another width, token unit or layer; the message has the commands that train one.
+    """
+    if config.in_dim != facts.width:
+        raise ValueError(
+            f"the pruner reads features of width {config.in_dim}, the {facts.tower} of this model makes them "
+            f"{facts.width} wide; {how_to_train(facts)}"
+        )
+    if config.unit != facts.unit:
+        raise ValueError(
+            f"the pruner reads tokens of {config.unit} x {config.unit} patches, this model chooses among "
+            f"tokens of {facts.unit} x {facts.unit}; {how_to_train(facts)}"
+        )
+    check_layers(config.layer, facts.consumed_layers)
+
+
+def check_layers(read: int | None, consumed: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless the pruner reads a layer below the deepest consumed one."""
+    if read is not None and not 0 <= read < max(consumed):
+        raise ValueError(
+            f"the pruner reads encoder layer {read}, which must be below the deepest layer the language "
+            f"model consumes ({max(consumed)}); use a pruner trained on an earlier layer, or another "
+            "vision_feature_layer"
+        )
+
+
+def how_to_train(facts: TowerFacts) -> str:
+    """What to do for a pruner that fits."""
+    layer = min(8, max(facts.consumed_layers) - 1)
+    return (
+        "use one trained for this encoder: ocvtp features IMAGES --encoder MODEL "
+        f"--layer {layer} --out FEATURES, then ocvtp train --features FEATURES --out PRUNER"
+    )

@@ -1,0 +1,210 @@
+"""LLaVA-NeXT (LLaVA-1.6): an image is a small whole picture and tiles of it, chosen from together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ocvtp.vlm.adapter import Family, TowerFacts, Vision
+from ocvtp.vlm.llava import LlavaAdapter, Pictures
+from ocvtp.vlm.rows import Piece, Segment
+from ocvtp.vlm.settings import Newlines, Settings
+from ocvtp.vlm.tiles import Packing, packing
+
+
+class LlavaNextAdapter(LlavaAdapter):
+    """Tower on all tiles -> one choice per image -> projector on the kept rows.
+
+    With ``layout="layout"`` candidates are the tokens that ``LlavaNextModel.pack_image_features`` packs, in
+    its order: tokens that only pad the image to the tiles' grid are gone. With ``"official"`` they are all
+    tokens of all tiles, tile by tile, and one newline follows, as in the published code. In both, an image
+    that keeps all its candidates stays as the model packs it.
+    """
+
+    options = frozenset({"layout", "newlines"})
+
+    def facts(self, arguments: Mapping[str, Any]) -> TowerFacts:
+        """See :class:`~ocvtp.vlm.adapter.Adapter`; images differ in size."""
+        return dataclasses.replace(super().facts(arguments), tokens=None, extra_rows=0)
+
+    def check(self, settings: Settings) -> None:
+        """Raise ``ValueError`` for settings that contradict each other."""
+        Family.check(self, settings)
+        if settings.layout == "official":
+            if settings.positions == "original":
+                raise ValueError(
+                    'layout="official" keeps padding, which has no position in the long prompt: use '
+                    'positions="compact"'
+                )
+            if settings.newlines != "last":
+                raise ValueError('layout="official" has one newline, the last')
+
+    def vision(self, modality: str, arguments: Mapping[str, Any], settings: Settings) -> Vision:
+        """``pixel_values`` ``[images, most tiles, 3, H, W]`` (or all tiles, 4-D), and ``image_sizes``.
+
+        Raises:
+            ValueError: arguments that don't describe images of this model.
+        """
+        sizes = arguments.get("image_sizes")
+        if sizes is None:
+            raise ValueError("image_sizes is missing: pass everything that the processor made")
+        if isinstance(sizes, torch.Tensor):
+            sizes = sizes.tolist()
+        pixels = arguments["pixel_values"]
+        made = self.packings(sizes, arguments, pixels.device)
+        tiles = [one.tiles for one in made]
+        if pixels.ndim == 5 and len(pixels) == len(made) and pixels.shape[1] >= max(tiles):
+            pixels = torch.cat([picture[:count] for picture, count in zip(pixels, tiles, strict=True)])
+        elif pixels.ndim != 4 or len(pixels) != sum(tiles):
+            raise ValueError(
+                f"pixel_values {list(pixels.shape)} don't hold {len(made)} image(s) of {tiles} tiles, which "
+                "image_sizes calls for"
+            )
+        return self.tiled(pixels, made, arguments, settings)
+
+    def tiled(
+        self,
+        pixels: torch.Tensor,
+        packings: Sequence[Packing],
+        arguments: Mapping[str, Any],
+        settings: Settings,
+    ) -> Vision:
+        """All tiles of all images ``[tiles, 3, H, W]``, to be encoded."""
+        return Tiled(self, pixels, packings, arguments, settings)
+
+    def packings(
+        self, sizes: Sequence[Sequence[int]], arguments: Mapping[str, Any], device: torch.device
+    ) -> list[Packing]:
+        """How images of these ``(height, width)`` are packed."""
+        config = self.model.config
+        grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
+        tile, patch = config.vision_config.image_size, config.vision_config.patch_size
+        return [packing(int(h), int(w), grids, tile, tile // patch, device) for h, w in sizes]
+
+
+class Tiled(Pictures):
+    """Images cut into tiles (:class:`~ocvtp.vlm.adapter.Vision`).
+
+    Attributes:
+        packings: of the images.
+    """
+
+    def __init__(
+        self,
+        adapter: LlavaNextAdapter,
+        pixel_values: torch.Tensor,
+        packings: Sequence[Packing],
+        arguments: Mapping[str, Any],
+        settings: Settings,
+    ) -> None:
+        super().__init__(adapter, pixel_values, arguments, settings)
+        if self.shape is None or self.class_rows:
+            raise ValueError(
+                "tiles can be packed if all patches and nothing else are features of the tower; this "
+                f"vision_feature_select_strategy leaves {self.patches + self.class_rows} of each tile"
+            )
+        self._newline = adapter.model.model.image_newline
+        self._newlines: Newlines = settings.newlines
+        self._official = settings.layout == "official"
+        self.packings = packings
+        self._first = [sum(one.tiles for one in packings[:i]) for i in range(len(packings))]
+        self.totals = [one.total for one in packings]
+        self.segments = [Segment(i, self._candidates(one)) for i, one in enumerate(packings)]
+        if self._official:
+            self._check_room(settings)
+
+    def _candidates(self, one: Packing) -> int:
+        return one.tiles * self.patches if self._official else len(one.slots)
+
+    def _check_room(self, settings: Settings) -> None:
+        for segment, total in zip(self.segments, self.totals, strict=True):
+            keep = settings.budget.of(segment.tokens)
+            most = keep if isinstance(keep, int) else max(n for n in (0, *keep) if n < segment.tokens)
+            if total <= most < segment.tokens:
+                raise ValueError(
+                    f'layout="official" can\'t keep {most} tokens and a newline of an image that has '
+                    f"{total} placeholders in the prompt"
+                )
+
+    def features(self, which: Sequence[int]) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.adapter.Vision`."""
+        return torch.stack([self._of(self.read, i) for i in which])
+
+    def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.adapter.Vision`; every tile's attention sums to 1, so tiles compare."""
+        received = self.received(backend)[:, :, None]
+        return torch.stack([self._of(received, i)[:, 0] for i in which])
+
+    def source(self, which: Sequence[int]) -> None:
+        """See :class:`~ocvtp.vlm.adapter.Vision`; kept rows are taken straight from the tiles."""
+
+    def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
+        """See :class:`~ocvtp.vlm.adapter.Vision`."""
+        outputs = self.all_outputs()
+        if indices.shape[1] == self.segments[which[0]].tokens:
+            packed = self.project(outputs)  # as upstream does, to the bit
+            return [self.piece(i, self.packed(packed, i), None) for i in which]
+        kept = [self._kept(outputs, i, indices[j]) for j, i in enumerate(which)]
+        projected = self.project(torch.stack(kept))
+        return [self.piece(i, projected[j], indices[j]) for j, i in enumerate(which)]
+
+    def _of(self, tokens: torch.Tensor, image: int) -> torch.Tensor:
+        """Candidates of an image: ``[tiles, N, C] -> [candidates, C]``."""
+        if self._official:
+            return self._tiles(tokens, image).flatten(0, 1)
+        return self.packed(tokens, image)
+
+    def packed(self, tokens: torch.Tensor, image: int) -> torch.Tensor:
+        """What the model packs of an image, without newlines."""
+        return self._flat(tokens, image, self.packings[image].tokens)
+
+    def _kept(self, outputs: torch.Tensor, image: int, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of candidates ``indices`` of an image."""
+        if not self._official:
+            indices = self.packings[image].tokens[indices.to(self.packings[image].tokens.device)]
+        return self._flat(outputs, image, indices)
+
+    def _tiles(self, tokens: torch.Tensor, image: int) -> torch.Tensor:
+        first = self._first[image]
+        return tokens[first : first + self.packings[image].tiles]
+
+    def _flat(self, tokens: torch.Tensor, image: int, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of ``tokens`` ``[tiles, N, C]`` at flat indices over an image's tiles."""
+        indices = indices.to(tokens.device)
+        tile = torch.div(indices, self.patches, rounding_mode="floor")
+        return self._tiles(tokens, image)[tile, indices % self.patches]
+
+    def piece(self, image: int, rows: torch.Tensor, indices: torch.Tensor | None) -> Piece:
+        """An image's rows with its newlines; ``indices``: candidates they are of, ``None`` for all."""
+        one = self.packings[image]
+        if indices is not None and self._official:
+            slots = torch.arange(len(rows) + 1, device=rows.device)  # only their number matters
+            return Piece(torch.cat([rows, self._lines(rows, 1)])[None], slots[None])
+        if indices is None:
+            slots, newlines = one.slots, one.newlines
+        else:
+            indices = indices.to(one.slots.device)
+            slots, newlines = one.slots[indices], self._kept_newlines(one, indices)
+        slots = torch.cat([slots, newlines])
+        rows = torch.cat([rows, self._lines(rows, len(newlines))])
+        if indices is None or self._newlines != "last":
+            slots, order = slots.sort()
+            rows = rows[order.to(rows.device)]
+        return Piece(rows[None], slots[None])
+
+    def _kept_newlines(self, one: Packing, indices: torch.Tensor) -> torch.Tensor:
+        if self._newlines == "last":
+            return one.newlines[-1:]
+        if self._newlines == "all":
+            return one.newlines
+        lines = one.rows[indices]
+        ended = torch.zeros(len(one.newlines) + 1, dtype=torch.bool, device=lines.device)
+        ended[lines] = True  # -1, the whole picture, ends at the spare place
+        return one.newlines[ended[:-1]]
+
+    def _lines(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """``[count, D]`` newlines."""
+        return self._newline.to(rows).expand(count, -1)

@@ -1,0 +1,164 @@
+"""From what a user asked of :func:`ocvtp.apply` to settings that are known to work, and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from ocvtp.capture import SlotRunner
+from ocvtp.pruner import OCPruner, check_options
+from ocvtp.vlm.adapter import Adapter, TowerFacts
+from ocvtp.vlm.budgets import Budget
+from ocvtp.vlm.fit import check_fit
+from ocvtp.vlm.handover import route_of
+from ocvtp.vlm.report import PruneReport
+from ocvtp.vlm.selectors import PrunerSelector, Rule, RuleSelector, Selector
+from ocvtp.vlm.settings import Frames, Layout, Newlines, Positions, Settings, Tower
+from ocvtp.vlm.versions import transformers_older_than
+from ocvtp_kernels._backend import resolve_backend
+from ocvtp_kernels.coverage import check_rounds
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of :func:`ocvtp.apply`, where they are explained."""
+
+    pruner: torch.nn.Module | Rule
+    keep: int | float | Literal["auto"] = 64
+    positions: Positions | Literal["auto"] = "auto"
+    seed: int = 0
+    backend: str = "auto"
+    precision: str = "auto"
+    capture: bool = True
+    refine: int = 0
+    max_error: float | None = None
+    budgets: Sequence[int] | None = None
+    layout: Layout = "layout"
+    newlines: Newlines = "last"
+    frames: Frames = "each"
+    tower: Tower = "exact"
+
+    def __post_init__(self) -> None:
+        for name, kind in (("layout", Layout), ("newlines", Newlines), ("frames", Frames), ("tower", Tower)):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(f'"{value}"' for value in get_args(kind))
+                raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}")
+        if self.keep == "auto" and (isinstance(self.pruner, str) or self.tower == "kept_rows"):
+            what = f"a pruner, not {self.pruner!r}" if isinstance(self.pruner, str) else 'tower="exact"'
+            raise ValueError(f'keep="auto" needs {what}')
+
+
+def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
+    """Check everything before anything is changed.
+
+    Raises:
+        TypeError, ValueError: a pruner or an option that does not fit, or that this machine can't serve.
+        BackendUnavailableError: an explicit backend that can't run here.
+    """
+    facts, model = adapter.facts({}), adapter.model
+    budget = Budget(options.keep, options.max_error, options.budgets)
+    check_rounds(options.refine)
+    check_options(options.seed, options.precision)
+    if isinstance(options.pruner, torch.nn.Module):
+        config: Any = getattr(options.pruner, "config", None)
+        if not hasattr(config, "in_dim") or not hasattr(config, "layer"):
+            raise TypeError(f"pruner must be an ocvtp.OCPruner; got {type(options.pruner).__name__}")
+        check_fit(config, facts)
+    selector = _selector(options)
+    settings = Settings(
+        selector=selector,
+        budget=budget,
+        positions=_positions(adapter, options.positions),
+        backend=options.backend,
+        route=route_of(model),
+        attention=str(model.config.get_text_config()._attn_implementation),
+        layout=options.layout,
+        newlines=options.newlines,
+        frames=options.frames,
+        tower=options.tower,
+    )
+    if adapter.needs_mm_route and settings.route == "inputs_embeds":
+        raise ValueError(f"pruning {model.config.model_type} needs transformers >= 5.18")
+    adapter.check(settings)
+    return settings, _report(adapter, facts, options, settings)
+
+
+def _selector(options: Options) -> Selector:
+    pruner = options.pruner
+    if not isinstance(pruner, torch.nn.Module):
+        if pruner not in get_args(Rule):
+            known = ", ".join(f'"{rule}"' for rule in get_args(Rule))
+            raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")
+        if options.refine:
+            raise ValueError(f"refine needs a pruner's features; {pruner!r} reads none")
+        return RuleSelector(pruner, options.seed)
+    passed: dict[str, Any] = {
+        "seed": options.seed,
+        "backend": options.backend,
+        "precision": options.precision,
+    }
+    if options.refine:
+        passed["refine"] = options.refine
+    return PrunerSelector(pruner, passed, SlotRunner(options.capture), options.max_error)
+
+
+def _report(adapter: Adapter, facts: TowerFacts, options: Options, settings: Settings) -> PruneReport:
+    keep = settings.budget.of(facts.tokens) if facts.tokens is not None else None
+    return PruneReport(
+        family=adapter.model.config.model_type,
+        selector=settings.selector.name,
+        tower=facts.tower,
+        read_layer=settings.selector.read_layer,
+        consumed_layers=facts.consumed_layers,
+        num_layers=facts.num_layers,
+        attention=facts.attention,
+        backend=resolve_backend(options.backend, "received_attention", facts.device),
+        precision=_precision(options, facts.device),
+        captured=isinstance(settings.selector, PrunerSelector)
+        and options.capture
+        and facts.device.type == "cuda",
+        refine=options.refine,
+        keep=str(settings.budget),
+        unit=facts.unit,
+        tokens_before=None if facts.tokens is None else facts.tokens + facts.extra_rows,
+        tokens_after=keep + facts.extra_rows if isinstance(keep, int) else None,
+        positions=settings.positions,
+        route=settings.route,
+        kept_rows_only=settings.tower == "kept_rows",
+    )
+
+
+def _precision(options: Options, device: torch.device) -> str:
+    """What the pruner's products will be computed in.
+
+    Raises:
+        ValueError: a precision that can't be had on this device.
+        BackendUnavailableError: an explicit backend that can't run there.
+    """
+    if not isinstance(options.pruner, OCPruner):
+        return options.precision
+    _, dtype, tf32 = options.pruner.arithmetic(device, options.backend, options.precision)
+    return "tf32" if tf32 else {torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, "fp64")
+
+
+def _positions(adapter: Adapter, positions: str) -> Positions:
+    if positions not in (*get_args(Positions), "auto"):
+        raise ValueError(f'positions must be "compact", "original" or "auto"; got {positions!r}')
+    if adapter.mrope:
+        if positions == "compact":
+            raise ValueError(
+                f"{adapter.model.config.model_type} has positions in three dimensions, which can't be "
+                'renumbered: use positions="original" or "auto"'
+            )
+        return "original"
+    if positions != "original":
+        return "compact"
+    if transformers_older_than("5.10"):
+        raise ValueError(
+            'positions="original" needs transformers >= 5.10: older ones number generated tokens by the '
+            "attention mask, whatever the prompt's positions"
+        )
+    return "original"

@@ -1,0 +1,241 @@
+"""Who chooses the kept tokens: an object-centric pruner, or a rule that needs no training."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+from ocvtp.capture import SlotRunner
+from ocvtp.methods import attention_top_k, grid, random_tokens
+from ocvtp.pruner import OCPruner
+from ocvtp.selection import Selection
+from ocvtp_kernels.selection import gather_tokens
+
+_moving = threading.Lock()
+
+Rule = Literal["attention", "random", "grid"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Segments of one call that are chosen from together.
+
+    Attributes:
+        which: numbers of the segments.
+        tokens: candidates of each.
+        shape: rows and columns, where they are a picture.
+        keep: tokens to keep of each, or budgets to choose from (``keep="auto"``).
+    """
+
+    which: tuple[int, ...]
+    tokens: int
+    shape: tuple[int, int] | None
+    keep: int | tuple[int, ...]
+
+
+class Choice(Protocol):
+    """Somebody who can select, once there are fill scores."""
+
+    def select(self, fill_scores: torch.Tensor | None) -> Selection:
+        """The kept tokens."""
+
+    def select_rows(
+        self, fill_scores: torch.Tensor | None, x: torch.Tensor
+    ) -> tuple[Selection, torch.Tensor]:
+        """The kept tokens, and their rows of ``x`` ``[B, N, C]``."""
+
+
+class Begun(Protocol):
+    """A choice under way."""
+
+    def get(self) -> Choice:
+        """The choice, for use on the current stream."""
+
+
+class Selector(Protocol):
+    """Somebody who chooses among the tokens of an image. Holds no state of a call."""
+
+    @property
+    def name(self) -> str:
+        """For the report."""
+
+    @property
+    def read_layer(self) -> int | None:
+        """0-based index of the encoder layer whose output it reads; ``None`` if it reads none."""
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether it wants to know how much attention tokens receive."""
+
+    def begin(
+        self,
+        group: Group,
+        features: torch.Tensor | None,
+        device: torch.device,
+        *,
+        return_attention: bool = False,
+    ) -> Begun:
+        """Start choosing.
+
+        Args:
+            group: how many tokens, and how many to keep.
+            features: ``[segments, N, C]`` of :attr:`read_layer`.
+            device: where there are no features, the device for indices.
+            return_attention: also return the slot attention map, if there is one.
+        """
+
+    def close(self) -> None:
+        """Free what it holds on a device."""
+
+
+@dataclass(frozen=True)
+class Later:
+    """A choice that can't start before there are fill scores."""
+
+    run: Callable[..., Selection]
+
+    def get(self) -> Later:
+        """See :class:`Begun`."""
+        return self
+
+    @torch.no_grad()
+    def select(self, fill_scores: torch.Tensor | None) -> Selection:
+        """See :class:`Choice`."""
+        return self.run(fill_scores=fill_scores)
+
+    def select_rows(
+        self, fill_scores: torch.Tensor | None, x: torch.Tensor
+    ) -> tuple[Selection, torch.Tensor]:
+        """See :class:`Choice`."""
+        selection = self.select(fill_scores)
+        return selection, gather_tokens(x, selection.indices.to(x.device))
+
+
+@dataclass(frozen=True)
+class PrunerSelector:
+    """An :class:`~ocvtp.OCPruner`, or a module that is called like one.
+
+    Attributes:
+        pruner: with a ``config`` that tells ``in_dim`` and ``layer``.
+        options: of its forward: seed, backend, precision, refine.
+        runner: runs an OCPruner's slot loop beside the tower.
+        max_error: for budgets to choose from.
+    """
+
+    pruner: torch.nn.Module
+    options: Mapping[str, Any]
+    runner: SlotRunner = field(default_factory=SlotRunner)
+    max_error: float | None = None
+    reads_scores: bool = True
+
+    @property
+    def name(self) -> str:
+        """See :class:`Selector`."""
+        return type(self.pruner).__name__
+
+    @property
+    def read_layer(self) -> int:
+        """See :class:`Selector`."""
+        config: Any = self.pruner.config
+        return config.layer
+
+    def begin(
+        self,
+        group: Group,
+        features: torch.Tensor | None,
+        device: torch.device,
+        *,
+        return_attention: bool = False,
+    ) -> Begun:
+        """See :class:`Selector`; on a GPU, beside the caller."""
+        assert features is not None
+        move_to(self.pruner, features.device)
+        options = dict(self.options)
+        if return_attention:
+            options["return_attention"] = True
+        if not isinstance(group.keep, int):
+            options |= {"keep": "auto", "budgets": group.keep, "max_error": self.max_error}
+        elif isinstance(self.pruner, OCPruner) and _is_its_own(self.pruner):
+            return self.runner.begin(self.pruner, features, group.keep, **options)
+        else:
+            options["keep"] = group.keep
+        return Later(functools.partial(self.pruner, features.detach(), **options))
+
+    def close(self) -> None:
+        """See :class:`Selector`."""
+        self.runner.close()
+
+
+@dataclass(frozen=True)
+class RuleSelector:
+    """A rule without training, to compare with and to try the speed at once.
+
+    The choice for an image depends on nothing but its own scores or its size, whatever the batch.
+
+    Attributes:
+        name: ``"attention"``: the tokens that receive most in the layer the language model reads;
+            ``"random"``: by ``seed`` alone; ``"grid"``: evenly spread.
+        seed: for ``"random"``.
+    """
+
+    name: Rule
+    seed: int = 0
+    read_layer: None = None
+
+    @property
+    def reads_scores(self) -> bool:
+        """See :class:`Selector`."""
+        return self.name == "attention"
+
+    def begin(
+        self,
+        group: Group,
+        features: torch.Tensor | None,
+        device: torch.device,
+        *,
+        return_attention: bool = False,
+    ) -> Begun:
+        """See :class:`Selector`."""
+        if return_attention:
+            raise ValueError(f"{self.name!r} has no slots, so there is no slot attention to return")
+        return Later(functools.partial(self._select, group, device))
+
+    def _select(self, group: Group, device: torch.device, fill_scores: torch.Tensor | None) -> Selection:
+        keep = group.keep
+        assert isinstance(keep, int)
+        if self.name == "attention":
+            assert fill_scores is not None
+            return attention_top_k(fill_scores, keep)
+        blank = torch.empty(1, group.tokens, 1, device=device)
+        if self.name == "random":
+            one = random_tokens(blank, keep, seed=self.seed)
+        else:
+            one = grid(blank, keep, shape=group.shape or (1, group.tokens))
+        copies = len(group.which)
+        return Selection(one.indices.expand(copies, -1), one.from_slots.expand(copies), tokens=one.tokens)
+
+    def close(self) -> None:
+        """See :class:`Selector`."""
+
+
+def _is_its_own(pruner: torch.nn.Module) -> bool:
+    """Whether calling the pruner does nothing else than :meth:`OCPruner.forward`."""
+    hooks = (*pruner._forward_hooks, *pruner._forward_pre_hooks)
+    return type(pruner).forward is OCPruner.forward and "forward" not in pruner.__dict__ and not hooks
+
+
+def move_to(module: torch.nn.Module, device: torch.device) -> None:
+    """Move a module unless it is there: the vision tower may have moved since the last call."""
+    if _is_elsewhere(module, device):
+        with _moving:  # another thread may be half-way
+            if _is_elsewhere(module, device):
+                module.to(device)
+
+
+def _is_elsewhere(module: torch.nn.Module, device: torch.device) -> bool:
+    return any(parameter.device != device for parameter in module.parameters())

@@ -1,0 +1,129 @@
+"""How an image is cut into tiles, and which placeholder each candidate belongs to.
+
+LLaVA-NeXT and LLaVA-OneVision see a small whole picture and a grid of tiles. Their tokens are packed: the
+whole picture's in raster order, then those of the stitched tiles without the rows or columns that only pad the
+image to the grid's shape, a newline token after each row. LLaVA-OneVision shrinks stitched tiles that are too
+many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The packed sequence of one image.
+
+    Attributes:
+        tiles: pictures it is cut into, the whole one among them.
+        tokens: flat index (tile by tile) of the whole picture's tokens and of the stitched ones, in packed
+            order before any shrinking: ``[n]`` int64.
+        slots: ``[candidates]`` the placeholder of each candidate, ascending.
+        newlines: placeholders of newlines, ascending.
+        rows: ``[candidates]`` which newline ends a candidate's row, an index of ``newlines``; -1 for none.
+        total: placeholders.
+        stitched: rows and columns of the stitched tiles, without padding.
+        shrunk: rows and columns that they are shrunk to, which make the candidates; ``None`` if they are not.
+    """
+
+    tiles: int
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    newlines: torch.Tensor
+    rows: torch.Tensor
+    total: int
+    stitched: tuple[int, int] = (0, 0)
+    shrunk: tuple[int, int] | None = None
+
+    def to(self, device: torch.device) -> Packing:
+        """The packing on another device."""
+        names = ("tokens", "slots", "newlines", "rows")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return dataclasses.replace(self, **moved)
+
+
+@lru_cache(maxsize=256)
+def packing(
+    height: int,
+    width: int,
+    pinpoints: tuple[tuple[int, int], ...],
+    tile: int,
+    side: int,
+    device: torch.device,
+    most: int | None = None,
+) -> Packing:
+    """The packing of an image. The last few are remembered.
+
+    Args:
+        height: of the image in pixels, before any resizing.
+        width: likewise.
+        pinpoints: (height, width) in pixels of the grids that a model was trained with.
+        tile: side of a tile in pixels.
+        side: tokens along it.
+        device: for the tensors.
+        most: tiles' worth of tokens beyond which stitched tiles are shrunk; ``None``: never.
+    """
+    grid_height, grid_width = best_grid(height, width, pinpoints)
+    down, across = grid_height // tile, grid_width // tile
+    rows, columns = down * side, across * side
+    top, left = _padding(height, width, rows, columns)
+    y, x = torch.meshgrid(torch.arange(top, rows - top), torch.arange(left, columns - left), indexing="ij")
+    of_tile = 1 + (y // side) * across + x // side
+    stitched = of_tile * side**2 + (y % side) * side + x % side
+    shrunk = _shrunk(stitched.shape[0], stitched.shape[1], side, most)
+    lines, length = stitched.shape if shrunk is None else shrunk
+    whole = torch.arange(side**2)
+    line = torch.arange(lines)[:, None]
+    slots = side**2 + line * (length + 1) + torch.arange(length)
+    made = Packing(
+        tiles=1 + down * across,
+        tokens=torch.cat([whole, stitched.flatten()]),
+        slots=torch.cat([whole, slots.flatten()]),
+        newlines=side**2 + line[:, 0] * (length + 1) + length,
+        rows=torch.cat([torch.full_like(whole, -1), line.expand(-1, length).flatten()]),
+        total=side**2 + lines * (length + 1),
+        stitched=(stitched.shape[0], stitched.shape[1]),
+        shrunk=shrunk,
+    )
+    return made.to(device)
+
+
+@lru_cache(maxsize=16)
+def whole_picture(side: int, device: torch.device) -> Packing:
+    """The packing of an image that is not cut: its tokens and one newline."""
+    tokens = torch.arange(side**2, device=device)
+    newline = torch.tensor([side**2], device=device)
+    return Packing(1, tokens, tokens, newline, torch.zeros_like(tokens), side**2 + 1)
+
+
+def best_grid(height: int, width: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The grid, ``(height, width)`` in pixels, that shows most of an image, and of those wastes least."""
+
+    def merit(grid: tuple[int, int]) -> tuple[int, int]:
+        scale = min(grid[1] / width, grid[0] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - grid[0] * grid[1]
+
+    return max(pinpoints, key=merit)
+
+
+def _padding(height: int, width: int, rows: int, columns: int) -> tuple[int, int]:
+    """Rows of tokens above (and below), columns at either side, that only pad the image."""
+    if width / height > columns / rows:
+        shown = int(round(height * (columns / width), 7))
+        return (rows - shown) // 2, 0
+    shown = int(round(width * (rows / height), 7))
+    return 0, (columns - shown) // 2
+
+
+def _shrunk(rows: int, columns: int, side: int, most: int | None) -> tuple[int, int] | None:
+    """What LLaVA-OneVision shrinks ``rows`` x ``columns`` stitched tokens to."""
+    ratio = 0.0 if most is None else math.sqrt(rows * columns / (most * side**2))
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else None

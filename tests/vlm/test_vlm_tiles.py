@@ -1,0 +1,60 @@
+"""The packing of tiles against the model's own packer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
+
+from ocvtp.vlm.tiles import packing
+
+GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+CPU = torch.device("cpu")
+
+
+def upstream(height: int, width: int) -> tuple[int, torch.Tensor]:
+    """Tiles, and the flat index behind every placeholder (-1: newline)."""
+    vision = SimpleNamespace(image_size=336, patch_size=14)
+    model = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=GRIDS))
+    tiles = image_size_to_num_patches([height, width], GRIDS, 336)
+    index = torch.arange(tiles * 576, dtype=torch.float64).view(tiles, 576, 1)
+    newline = torch.full((1,), -1.0, dtype=torch.float64)
+    packed, _ = LlavaNextModel.pack_image_features(
+        model, [index], [[height, width]], "full", image_newline=newline
+    )
+    return tiles, packed[0][:, 0].long()
+
+
+@settings(max_examples=60)
+@given(st.integers(20, 3000), st.integers(20, 3000))
+def test_packing_is_the_models_own(height: int, width: int) -> None:
+    tiles, want = upstream(height, width)
+    got = packing(height, width, tuple(map(tuple, GRIDS)), 336, 24, CPU)  # type: ignore[arg-type]
+    assert (got.tiles, got.total) == (tiles, len(want))
+    assert torch.equal(got.slots, (want >= 0).nonzero()[:, 0])
+    assert torch.equal(got.tokens, want[want >= 0])
+    assert torch.equal(got.newlines, (want < 0).nonzero()[:, 0])
+    ends = torch.where(got.rows >= 0, got.newlines[got.rows], 575)
+    # The newline of a candidate is the next one after it.
+    after = torch.searchsorted(got.newlines, got.slots[576:])
+    assert torch.equal(got.newlines[after], ends[576:])
+    assert bool((got.rows[:576] == -1).all())
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tiles", "total"),
+    [
+        (480, 640, 5, 2340),
+        (427, 640, 5, 2144),
+        (1080, 1920, 5, 1948),
+        (336, 336, 3, 1176),
+        (200, 1000, 4, 1598),
+    ],
+)
+def test_counts_of_the_released_grids(height: int, width: int, tiles: int, total: int) -> None:
+    got = packing(height, width, tuple(map(tuple, GRIDS)), 336, 24, CPU)  # type: ignore[arg-type]
+    assert (got.tiles, got.total) == (tiles, total)
