@@ -142,6 +142,7 @@ class Pictures:
         class_rows: how many of them are handed over nevertheless.
         patches: candidates of a picture.
         shape: rows and columns of the candidates, if all patches are.
+        hold: whether the end of the deepest consumed layer is computed for kept rows only.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Pictures:
         self._projector = adapter.model.model.multi_modal_projector
         self._pixels = pixel_values
         self._consumed = adapter.consumed(arguments)
-        self._hold = settings.tower == "kept_rows"
+        self.hold = settings.tower == "kept_rows"
         self._read: torch.Tensor | None = None
         self._received: torch.Tensor | None = None
         self._run: TowerRun | None = None
@@ -176,9 +177,7 @@ class Pictures:
                     after()
 
         taps = {*self._consumed} if read_layer is None else {*self._consumed, read_layer}
-        self._run = run_tower(
-            self._tower, self._pixels, taps, tapped, **({"hold": True} if self._hold else {})
-        )
+        self._run = run_tower(self._tower, self._pixels, taps, tapped, hold=self.hold)
 
     @property
     def read(self) -> torch.Tensor:
@@ -201,7 +200,7 @@ class Pictures:
 
     def outputs(self) -> torch.Tensor | None:
         """``[pictures, N, C]``: candidates as the projector reads them, if it reads one whole layer."""
-        return None if self._hold or len(self._consumed) > 1 else self.all_outputs()
+        return None if self.hold or len(self._consumed) > 1 else self.all_outputs()
 
     def all_outputs(self) -> torch.Tensor:
         """``[pictures, N, C of all consumed layers]``: candidates as the projector reads them."""
@@ -212,9 +211,20 @@ class Pictures:
         """``[pictures, k, C of all consumed layers]``: rows of ``which`` at ``indices`` of all tokens."""
         deepest = max(self._consumed)
         rows = [
-            self.done.finish(indices)
-            if self._hold and layer == deepest
+            self.done.finish(indices, which)
+            if layer == deepest
             else gather_tokens(_of(output := self.done.outputs[layer], which), indices.to(output.device))
+            for layer in self._consumed
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+
+    def taken_flat(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[n, C of all consumed layers]``: rows at ``tokens`` ``[n]``, counted through all pictures."""
+        deepest = max(self._consumed)
+        rows = [
+            self.done.finish_flat(tokens)
+            if layer == deepest
+            else (output := self.done.outputs[layer]).flatten(0, 1)[tokens.to(output.device)]
             for layer in self._consumed
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)

@@ -24,7 +24,7 @@ class LlavaNextAdapter(LlavaAdapter):
     that keeps all its candidates stays as the model packs it.
     """
 
-    options = frozenset({"layout", "newlines"})
+    options = frozenset({"layout", "newlines", "tower"})
 
     def facts(self, arguments: Mapping[str, Any]) -> TowerFacts:
         """See :class:`~ocvtp.vlm.adapter.Adapter`; images differ in size."""
@@ -143,13 +143,13 @@ class Tiled(Pictures):
 
     def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
         """See :class:`~ocvtp.vlm.adapter.Vision`."""
-        outputs = self.all_outputs()
-        if indices.shape[1] == self.segments[which[0]].tokens:
-            packed = self.project(outputs)  # as upstream does, to the bit
+        whole = indices.shape[1] == self.segments[which[0]].tokens
+        if whole and not self.hold:
+            packed = self.project(self.all_outputs())  # as upstream does, to the bit
             return [self.piece(i, self.packed(packed, i), None) for i in which]
-        kept = [self._kept(outputs, i, indices[j]) for j, i in enumerate(which)]
-        projected = self.project(torch.stack(kept))
-        return [self.piece(i, projected[j], indices[j]) for j, i in enumerate(which)]
+        kept = [self._tokens(i, None if whole else indices[j]) for j, i in enumerate(which)]
+        projected = self.project(self.taken_flat(torch.cat(kept))).split([len(tokens) for tokens in kept])
+        return [self.piece(i, projected[j], None if whole else indices[j]) for j, i in enumerate(which)]
 
     def _of(self, tokens: torch.Tensor, image: int) -> torch.Tensor:
         """Candidates of an image: ``[tiles, N, C] -> [candidates, C]``."""
@@ -158,24 +158,23 @@ class Tiled(Pictures):
         return self.packed(tokens, image)
 
     def packed(self, tokens: torch.Tensor, image: int) -> torch.Tensor:
-        """What the model packs of an image, without newlines."""
-        return self._flat(tokens, image, self.packings[image].tokens)
-
-    def _kept(self, outputs: torch.Tensor, image: int, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of candidates ``indices`` of an image."""
-        if not self._official:
-            indices = self.packings[image].tokens[indices.to(self.packings[image].tokens.device)]
-        return self._flat(outputs, image, indices)
+        """What the model packs of an image, without newlines, of ``tokens`` ``[tiles, N, C]``."""
+        flat = self.packings[image].tokens.to(tokens.device)
+        tile = torch.div(flat, self.patches, rounding_mode="floor")
+        return self._tiles(tokens, image)[tile, flat % self.patches]
 
     def _tiles(self, tokens: torch.Tensor, image: int) -> torch.Tensor:
         first = self._first[image]
         return tokens[first : first + self.packings[image].tiles]
 
-    def _flat(self, tokens: torch.Tensor, image: int, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of ``tokens`` ``[tiles, N, C]`` at flat indices over an image's tiles."""
-        indices = indices.to(tokens.device)
-        tile = torch.div(indices, self.patches, rounding_mode="floor")
-        return self._tiles(tokens, image)[tile, indices % self.patches]
+    def _tokens(self, image: int, indices: torch.Tensor | None) -> torch.Tensor:
+        """Candidates ``indices`` of an image (``None``: what the model packs), counted through all tiles."""
+        flat = self.packings[image].tokens
+        if indices is not None:
+            indices = indices.to(flat.device)
+            flat = indices if self._official else flat[indices]
+        tile = self._first[image] + torch.div(flat, self.patches, rounding_mode="floor")
+        return tile * (self.patches + self.prefix) + self.prefix + flat % self.patches
 
     def piece(self, image: int, rows: torch.Tensor, indices: torch.Tensor | None) -> Piece:
         """An image's rows with its newlines; ``indices``: candidates they are of, ``None`` for all."""

@@ -46,9 +46,8 @@ class Options:
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(f'"{value}"' for value in get_args(kind))
                 raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}")
-        if self.keep == "auto" and (isinstance(self.pruner, str) or self.tower == "kept_rows"):
-            what = f"a pruner, not {self.pruner!r}" if isinstance(self.pruner, str) else 'tower="exact"'
-            raise ValueError(f'keep="auto" needs {what}')
+        if self.keep == "auto" and isinstance(self.pruner, str):
+            raise ValueError(f'keep="auto" compares coverage, which needs a pruner, not {self.pruner!r}')
 
 
 def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:

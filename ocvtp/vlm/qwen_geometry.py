@@ -62,8 +62,8 @@ def as_grids(grid_thw: torch.Tensor | Sequence[Sequence[int]], merge: int) -> tu
     Raises:
         ValueError: grids that are not ``[n, 3]`` of whole merged units.
     """
-    rows = grid_thw.tolist() if isinstance(grid_thw, torch.Tensor) else [list(row) for row in grid_thw]
-    if not rows or any(not isinstance(row, list) or len(row) != 3 for row in rows):
+    rows = grid_thw.tolist() if isinstance(grid_thw, torch.Tensor) else list(grid_thw)
+    if not rows or any(not isinstance(row, Sequence) or len(row) != 3 for row in rows):
         raise ValueError(f"grids must be frames, rows and columns of each image or video; got {rows}")
     grids = tuple((int(t), int(h), int(w)) for t, h, w in rows)
     for t, h, w in grids:

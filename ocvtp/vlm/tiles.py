@@ -1,9 +1,9 @@
 """How an image is cut into tiles, and which placeholder each candidate belongs to.
 
 LLaVA-NeXT and LLaVA-OneVision see a small whole picture and a grid of tiles. Their tokens are packed: the
-whole picture's in raster order, then those of the stitched tiles without the rows or columns that only pad the
-image to the grid's shape, a newline token after each row. LLaVA-OneVision shrinks stitched tiles that are too
-many.
+whole picture's in raster order, then those of the stitched tiles without the rows or columns that only pad
+the image to the grid's shape, a newline token after each row. LLaVA-OneVision shrinks stitched tiles that are
+too many.
 """
 
 from __future__ import annotations
