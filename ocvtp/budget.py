@@ -11,10 +11,21 @@ import torch
 
 from ocvtp.selection import Selection
 
-__all__ = ["check_budgets", "smallest_budget"]
+__all__ = ["check_budgets", "share_of", "smallest_budget"]
 
 
-def check_budgets(keep: int | str, max_error: float | None, budgets: Sequence[int] | None) -> bool:
+def share_of(keep: float, tokens: int) -> int:
+    """A share ``0 < keep <= 1.0`` of ``tokens``, at least one.
+
+    Raises:
+        ValueError: a number that is no share.
+    """
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep as a share of the tokens must be in (0, 1]; got {keep}")
+    return max(1, round(keep * tokens))
+
+
+def check_budgets(keep: float | str, max_error: float | None, budgets: Sequence[int] | None) -> bool:
     """Whether ``keep`` asks for a budget of each image's own.
 
     Raises:

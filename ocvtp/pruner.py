@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from ocvtp import checkpoint
 from ocvtp.assignment import Assignment, Plan
-from ocvtp.budget import check_budgets, smallest_budget
+from ocvtp.budget import check_budgets, share_of, smallest_budget
 from ocvtp.checks import check_fill_scores, check_finite
 from ocvtp.config import PrunerConfig
 from ocvtp.decoder import ReconstructionDecoder
@@ -122,7 +122,7 @@ class OCPruner(
     def forward(
         self,
         features: torch.Tensor,
-        keep: int | Literal["auto"] = 64,
+        keep: float | Literal["auto"] = 64,
         fill_scores: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         seed: int = 0,
@@ -145,8 +145,9 @@ class OCPruner(
         Args:
             features: ``[B, N, in_dim]`` floating point, CLS dropped: the output of encoder layer
                 ``config.layer``.
-            keep: tokens to keep, ``1 <= keep <= N``; or ``"auto"``: for each image the smallest of
-                ``budgets`` whose coverage error is at most ``max_error``. Every budget costs a selection.
+            keep: tokens to keep, ``1 <= keep <= N``; or a share of them, a float ``0 < keep <= 1.0``; or
+                ``"auto"``: for each image the smallest of ``budgets`` whose coverage error is at most
+                ``max_error``. Every budget costs a selection.
             fill_scores: ``[B, N]`` attention each token receives in the layer the language model reads
                 (:func:`ocvtp_kernels.received_attention.received_attention`); ranks the tokens that top
                 up the budget when slots agree on one. ``None``: a token's largest slot attention.
@@ -205,6 +206,7 @@ class OCPruner(
             return smallest_budget(select, max_error, budgets)
         assert not isinstance(keep, str)
         check_options(seed, precision)
+        keep = self._count(keep, features)
         self._check_inputs(features, keep, fill_scores, noise, num_slots)
         plan = self._plan(
             features,
@@ -225,7 +227,7 @@ class OCPruner(
     def assign(
         self,
         features: torch.Tensor,
-        keep: int = 64,
+        keep: float = 64,
         noise: torch.Tensor | None = None,
         seed: int = 0,
         num_slots: int | None = None,
@@ -260,7 +262,7 @@ class OCPruner(
     def prepare(
         self,
         features: torch.Tensor,
-        keep: int = 64,
+        keep: float = 64,
         noise: torch.Tensor | None = None,
         seed: int = 0,
         num_slots: int | None = None,
@@ -277,6 +279,7 @@ class OCPruner(
         While parameters and arguments stay the same, so do the tensors in the plan.
         """
         check_options(seed, precision)
+        keep = self._count(keep, features)
         self._check_inputs(features, keep, None, noise, num_slots)
         return self._plan(
             features,
@@ -615,6 +618,15 @@ class OCPruner(
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         self.refold()
         return super()._apply(fn, recurse)
+
+    def _count(self, keep: float, features: torch.Tensor) -> int:
+        """``keep`` as a number of tokens."""
+        if not isinstance(keep, float):
+            return keep
+        require_shape(
+            "features", require_floating("features", features), (None, None, None), "[B, N, in_dim]"
+        )
+        return share_of(keep, features.shape[1])
 
     def _check_inputs(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ocvtp.budget import check_budgets
+from ocvtp.budget import check_budgets, share_of
 from ocvtp_kernels._checks import require_count
 
 
@@ -30,8 +30,7 @@ class Budget:
     def __post_init__(self) -> None:
         if isinstance(self.keep, float):
             check_budgets(0, self.max_error, self.budgets)
-            if not 0.0 < self.keep <= 1.0:
-                raise ValueError(f"keep as a share of the tokens must be in (0, 1]; got {self.keep}")
+            share_of(self.keep, 1)
         elif not check_budgets(self.keep, self.max_error, self.budgets):
             require_count("keep", self.keep, 2**31, "any image has")
 
@@ -51,7 +50,7 @@ class Budget:
             fitting = tuple(budget for budget in self.budgets if budget < tokens)
             return fitting if len(fitting) == len(self.budgets) else (*fitting, tokens)
         if isinstance(self.keep, float):
-            return max(1, round(self.keep * tokens))
+            return share_of(self.keep, tokens)
         assert isinstance(self.keep, int)
         return min(self.keep, tokens)
 

@@ -108,3 +108,9 @@ def test_arguments_that_make_no_sense(
 ) -> None:
     with pytest.raises(error, match=match):
         pruner(x, **options)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.25, 10), (0.01, 1), (0.5, 20), (1.0, 40), (0.26, 10)])
+def test_a_share_of_the_tokens(pruner: OCPruner, x: torch.Tensor, share: float, count: int) -> None:
+    assert torch.equal(pruner(x, share).indices, pruner(x, count).indices)
+    assert torch.equal(pruner.assign(x, share).select().indices, pruner(x, count).indices)
