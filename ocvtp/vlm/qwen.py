@@ -16,6 +16,7 @@ from ocvtp.vlm.qwen_geometry import as_grids
 from ocvtp.vlm.qwen_tower import QWEN_TOWERS, QwenTowerRun, run_qwen_tower, scored_block
 from ocvtp.vlm.rows import KeptRows, Piece, Segment
 from ocvtp.vlm.settings import Settings
+from ocvtp.vlm.versions import transformers_older_than
 
 
 class QwenAdapter(Family):
@@ -68,6 +69,11 @@ class QwenAdapter(Family):
     def check(self, settings: Settings) -> None:
         """Raise ``ValueError`` for settings that this family or this tower can't serve."""
         super().check(settings)
+        if transformers_older_than("5.10"):
+            raise ValueError(
+                f"pruning {self.model.config.model_type} needs transformers >= 5.10: generate of older ones "
+                "can't take positions in three dimensions"
+            )
         if settings.selector.reads_scores and scored_block(self.model.model.visual) is None:
             raise ValueError(
                 "no block of this tower attends to whole images, so there are no scores to fill the budget "
