@@ -1,6 +1,8 @@
 # Everything runs in .venv, which the first target that needs it creates.
 #   make demo    prune a real photograph end to end, time it, draw the overlay
 #   make test    the test suite
+#   make test-matrix
+#                the patch's tests on older versions of transformers too; VERSIONS="5.0.0 5.18.0" chooses
 #   make lint    ruff and mypy
 #   make aot     compile every kernel for every supported GPU, without one
 #   make bench   microbenchmarks; without a GPU, PyTorch alone at small sizes
@@ -19,13 +21,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 RESULTS ?= bench/results
 COMMIT ?=
+VERSIONS ?=
 GPU_PYTEST = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m pytest
 TABLE := --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
 # A row started just before the deadline may still compile for a minute.
 RECORD = --record --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) --deadline 400 $(TABLE)
 
-.PHONY: demo test lint aot format bench clean gpu gpu-check gpu-tests gpu-micro-selection gpu-micro-received \
-        gpu-micro-reconstruction gpu-micro-coverage gpu-micro-slot-training gpu-micro-slots \
+.PHONY: demo test test-matrix lint aot format bench clean gpu gpu-check gpu-tests gpu-micro-selection \
+        gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage gpu-micro-slot-training gpu-micro-slots \
         gpu-micro-slots-kernels gpu-micro-slots-pruner gpu-micro-slots-compiled
 
 $(BIN)/python:
@@ -48,6 +51,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+test-matrix: $(VENV)/.dev
+	$(BIN)/python -m bench.matrix $(if $(VERSIONS),--versions $(VERSIONS))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -23,6 +23,11 @@ def needs_original() -> None:
         pytest.skip('positions="original" needs transformers >= 5.10')
 
 
+def needs_chunked_prefill() -> None:
+    if Version("5.23") > VERSION:
+        pytest.skip("before transformers 5.23, chunked prefill answers unlike greedy, unpatched as well")
+
+
 #: Older ones feed all embeddings again behind a cache.
 IMAGES_BEHIND_CACHE = Version("5.3") <= VERSION
 

@@ -20,7 +20,7 @@ from transformers import (
 
 import ocvtp
 from ocvtp.vlm.tower import root
-from tests.vlm.skips import needs_mm_route, needs_original
+from tests.vlm.skips import needs_chunked_prefill, needs_mm_route, needs_original
 from tests.vlm.tiny_llava import (
     GREEDY,
     IMAGE,
@@ -129,7 +129,7 @@ def test_prompt_lookup_equals_greedy(patched: Any) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 64])
 def test_chunked_prefill_equals_greedy(patched: Any, chunk: int) -> None:
-    needs_mm_route()
+    needs_chunked_prefill()
     inputs = prompt(TWO, pixels(2))
     want = patched.generate(**inputs, **GREEDY)
     assert torch.equal(patched.generate(**inputs, **GREEDY, prefill_chunk_size=chunk), want)

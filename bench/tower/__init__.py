@@ -1,0 +1,1 @@
+"""What each step of doing less in a vision tower saves."""
