@@ -98,6 +98,10 @@ class Adapter(Protocol):
         """Whether positions have three dimensions, which :meth:`positions` tells."""
 
     @property
+    def first_position(self) -> int:
+        """Position that ``forward`` gives the first token; ``generate`` counts from 0 in any case."""
+
+    @property
     def needs_mm_route(self) -> bool:
         """Whether features can't be handed over as embeddings."""
 
@@ -150,6 +154,7 @@ class Family:
     pixel_keys: Mapping[str, str] = {"image": "pixel_values"}
     vision_keys: tuple[str, ...] = ()
     mrope = False
+    first_position = 0
     needs_mm_route = False
     #: Options of :func:`ocvtp.apply` that not every family has, which this one has.
     options: frozenset[str] = frozenset()
@@ -192,12 +197,17 @@ class Family:
 
 #: ``config.model_type`` -> module of :mod:`ocvtp.vlm` and the adapter in it.
 ADAPTERS: dict[str, tuple[str, str]] = {
+    "gemma3": ("gemma", "Gemma3Adapter"),
+    "idefics3": ("idefics3", "Idefics3Adapter"),
+    "internvl": ("internvl", "InternVLAdapter"),
     "llava": ("llava", "LlavaAdapter"),
     "llava_next": ("llava_next", "LlavaNextAdapter"),
     "llava_onevision": ("llava_onevision", "LlavaOnevisionAdapter"),
+    "paligemma": ("gemma", "PaliGemmaAdapter"),
     "qwen2_vl": ("qwen", "QwenAdapter"),
     "qwen2_5_vl": ("qwen", "QwenAdapter"),
     "qwen3_vl": ("qwen", "QwenAdapter"),
+    "smolvlm": ("idefics3", "Idefics3Adapter"),
 }
 
 

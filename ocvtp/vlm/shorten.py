@@ -128,7 +128,10 @@ def shorten(
             hand_over(short, adapter, settings, ids, kept, frame.long_start if generating else 0)
         return ShortCall(ids, short, None)
 
+    shift = 0 if generating else adapter.first_position
     given = short.get("position_ids")
+    if shift and given is not None:
+        given = given - shift
     positions = (
         _mrope(adapter, frame, index, given, arguments)
         if adapter.mrope
@@ -165,7 +168,7 @@ def shorten(
     if positions is not None:
         if generating and prefix is not None:  # sliced off by generate; only the new ones count
             positions = torch.nn.functional.pad(positions, (prefix.index.shape[1], 0))
-        short["position_ids"] = positions
+        short["position_ids"] = positions + shift if shift else positions
     has_mask = arguments.get("attention_mask") is not None
     # A mask also says that gaps in the positions are no boundaries of packed sequences.
     gaps = positions is not None and not (adapter.mrope and same)

@@ -71,6 +71,9 @@ class Family:
         keep: a budget below all candidates.
         positions: numberings it can have.
         since: oldest transformers.
+        mrope: positions have three dimensions.
+        adaptive: images may keep different numbers of tokens (``keep="auto"``).
+        turns: a second turn means what it does in one prompt (a prefix LM attends both ways in the first).
         second: text and image of a second turn: ids (without the conversation before) and pixels.
     """
 
@@ -90,6 +93,8 @@ class Family:
     positions: Sequence[str] = ("compact", "original")
     since: str = "5.0"
     mrope: bool = False
+    adaptive: bool = True
+    turns: bool = True
 
     def pruner(self, **changes: Any) -> OCPruner:
         """A pruner that fits, always the same."""
