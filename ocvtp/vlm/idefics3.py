@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.merged import MergedFamily
+from ocvtp.vlm.versions import transformers_older_than
 
 
 class Idefics3Adapter(MergedFamily):
@@ -19,7 +20,11 @@ class Idefics3Adapter(MergedFamily):
 
     vision_keys = ("pixel_attention_mask",)
     tower_name = "vision_model"
-    stacked = False
+
+    @property
+    def stacked(self) -> bool:
+        """See :class:`~ocvtp.vlm.merged.MergedFamily`."""
+        return transformers_older_than("5.21")
 
     @property
     def unit(self) -> int:

@@ -27,12 +27,14 @@ class MergedFamily(Family):
 
     Attributes:
         tower_name: of the vision tower in ``model.model``.
-        stacked: whether the model's encoder returns one tensor for all pictures, so that all have to keep
-            equally many tokens.
     """
 
     tower_name = "vision_tower"
-    stacked = True
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the model's encoder returns one tensor, so that all pictures keep equally many tokens."""
+        return True
 
     def __init__(self, model: Any) -> None:
         if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), self.tower_name):
@@ -79,7 +81,8 @@ class MergedFamily(Family):
         tokens = self.facts({}).tokens
         assert tokens is not None
         settings.budget.check(tokens)
-        if self.stacked and settings.budget.keep == "auto":
+        stacked = self.stacked and settings.route == "mm_encoder_outputs"
+        if stacked and settings.budget.keep == "auto":
             raise ValueError(
                 f'keep="auto" gives images different numbers of tokens, which {self.model.config.model_type} '
                 "can't take: it stacks them"

@@ -72,7 +72,7 @@ class Family:
         positions: numberings it can have.
         since: oldest transformers.
         mrope: positions have three dimensions.
-        adaptive: images may keep different numbers of tokens (``keep="auto"``).
+        image_turns: oldest transformers where an image behind a cache is attended to as in one prompt.
         turns: a second turn means what it does in one prompt (a prefix LM attends both ways in the first).
         second: text and image of a second turn: ids (without the conversation before) and pixels.
     """
@@ -93,7 +93,7 @@ class Family:
     positions: Sequence[str] = ("compact", "original")
     since: str = "5.0"
     mrope: bool = False
-    adaptive: bool = True
+    image_turns: str = "5.0"
     turns: bool = True
 
     def pruner(self, **changes: Any) -> OCPruner:

@@ -1016,6 +1016,8 @@ GEMMA3 = Family(
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}"
         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
     ),
+    unit=2,
+    since="5.18",
 )
 
 PALIGEMMA2 = Family(
@@ -1092,6 +1094,7 @@ PALIGEMMA2 = Family(
         "processor_class": "PaliGemmaProcessor",
     },
     prompt="<image>caption en",
+    since="5.18",
 )
 
 FAMILIES: dict[str, Family] = {

@@ -197,9 +197,9 @@ def _family(make: Callable[..., Any], **more: Any) -> Family:
 
 
 FAMILIES = [
-    _family(internvl, adaptive=False),
+    _family(internvl),
     _family(idefics3),
     _family(smolvlm),
-    _family(gemma3, adaptive=False, since="5.18"),
-    _family(paligemma, unit=1, adaptive=False, since="5.18", turns=False),
+    _family(gemma3, since="5.18", image_turns="5.23"),
+    _family(paligemma, unit=1, since="5.18", turns=False),
 ]
