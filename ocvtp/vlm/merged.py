@@ -260,8 +260,9 @@ class Units:
 @lru_cache(maxsize=32)
 def members(side: int, unit: int) -> torch.Tensor:
     """``[units, unit * unit]``: the patches of each unit, both in raster order."""
-    patches = torch.arange(side * side).view(side // unit, unit, side // unit, unit)
-    return patches.transpose(1, 2).reshape((side // unit) ** 2, unit * unit)
+    with torch.inference_mode(False):  # what is made in it could never be used for training
+        patches = torch.arange(side * side).view(side // unit, unit, side // unit, unit)
+        return patches.transpose(1, 2).reshape((side // unit) ** 2, unit * unit)
 
 
 def _first(size: Any) -> Any:

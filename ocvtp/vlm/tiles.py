@@ -70,37 +70,42 @@ def packing(
         device: for the tensors.
         most: tiles' worth of tokens beyond which stitched tiles are shrunk; ``None``: never.
     """
-    grid_height, grid_width = best_grid(height, width, pinpoints)
-    down, across = grid_height // tile, grid_width // tile
-    rows, columns = down * side, across * side
-    top, left = _padding(height, width, rows, columns)
-    y, x = torch.meshgrid(torch.arange(top, rows - top), torch.arange(left, columns - left), indexing="ij")
-    of_tile = 1 + (y // side) * across + x // side
-    stitched = of_tile * side**2 + (y % side) * side + x % side
-    shrunk = _shrunk(stitched.shape[0], stitched.shape[1], side, most)
-    lines, length = stitched.shape if shrunk is None else shrunk
-    whole = torch.arange(side**2)
-    line = torch.arange(lines)[:, None]
-    slots = side**2 + line * (length + 1) + torch.arange(length)
-    made = Packing(
-        tiles=1 + down * across,
-        tokens=torch.cat([whole, stitched.flatten()]),
-        slots=torch.cat([whole, slots.flatten()]),
-        newlines=side**2 + line[:, 0] * (length + 1) + length,
-        rows=torch.cat([torch.full_like(whole, -1), line.expand(-1, length).flatten()]),
-        total=side**2 + lines * (length + 1),
-        stitched=(stitched.shape[0], stitched.shape[1]),
-        shrunk=shrunk,
-    )
-    return made.to(device)
+    # What is made under inference mode could never be used for training.
+    with torch.inference_mode(False):
+        grid_height, grid_width = best_grid(height, width, pinpoints)
+        down, across = grid_height // tile, grid_width // tile
+        rows, columns = down * side, across * side
+        top, left = _padding(height, width, rows, columns)
+        y, x = torch.meshgrid(
+            torch.arange(top, rows - top), torch.arange(left, columns - left), indexing="ij"
+        )
+        of_tile = 1 + (y // side) * across + x // side
+        stitched = of_tile * side**2 + (y % side) * side + x % side
+        shrunk = _shrunk(stitched.shape[0], stitched.shape[1], side, most)
+        lines, length = stitched.shape if shrunk is None else shrunk
+        whole = torch.arange(side**2)
+        line = torch.arange(lines)[:, None]
+        slots = side**2 + line * (length + 1) + torch.arange(length)
+        made = Packing(
+            tiles=1 + down * across,
+            tokens=torch.cat([whole, stitched.flatten()]),
+            slots=torch.cat([whole, slots.flatten()]),
+            newlines=side**2 + line[:, 0] * (length + 1) + length,
+            rows=torch.cat([torch.full_like(whole, -1), line.expand(-1, length).flatten()]),
+            total=side**2 + lines * (length + 1),
+            stitched=(stitched.shape[0], stitched.shape[1]),
+            shrunk=shrunk,
+        )
+        return made.to(device)
 
 
 @lru_cache(maxsize=16)
 def whole_picture(side: int, device: torch.device) -> Packing:
     """The packing of an image that is not cut: its tokens and one newline."""
-    tokens = torch.arange(side**2, device=device)
-    newline = torch.tensor([side**2], device=device)
-    return Packing(1, tokens, tokens, newline, torch.zeros_like(tokens), side**2 + 1)
+    with torch.inference_mode(False):
+        tokens = torch.arange(side**2, device=device)
+        newline = torch.tensor([side**2], device=device)
+        return Packing(1, tokens, tokens, newline, torch.zeros_like(tokens), side**2 + 1)
 
 
 def best_grid(height: int, width: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from packaging.version import Version
 from transformers import DynamicCache, LlamaForCausalLM
 
 import ocvtp
+from ocvtp.vlm import merged, qwen_geometry, tiles
 from ocvtp.vlm.adapter import adapter_for
 from tests.vlm.family import Family, Inputs, by_hand, families, joined
 from tests.vlm.skips import (
@@ -426,6 +427,19 @@ def test_half_precision(family: Family, dtype: torch.dtype) -> None:
     ocvtp.apply(model, family.pruner(), keep=family.keep)
     assert torch.isfinite(model(**batch).logits).all()
     assert model.generate(**batch, **GREEDY).shape[1] == batch["input_ids"].shape[1] + NEW
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_training_after_inference_mode(family: Family) -> None:
+    """Nothing that was made under inference mode is kept for later."""
+    for cached in (tiles.packing, tiles.whole_picture, merged.members, qwen_geometry.geometry):
+        cached.cache_clear()
+    model, row = family.model(), dict(_rows(family)["two"])
+    ocvtp.apply(model, family.pruner(), keep=family.keep)
+    with torch.inference_mode():
+        model.generate(**row, **GREEDY)
+    row["labels"] = torch.where(row["input_ids"] >= 100, -100, row["input_ids"])
+    model(**row).loss.backward()
 
 
 @pytest.mark.parametrize("family", CASES)
