@@ -48,7 +48,7 @@ def forward(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, Any
     try:
         output = original(**call.arguments)
     except BaseException:
-        _give_note_back(cache, note, prefix)
+        _note_failure(cache, note, prefix, ids)
         raise
     filled = _cache_in(output)
     if filled is not None:
@@ -103,7 +103,7 @@ def generate(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, An
     try:
         output = original(call.ids, **call.arguments)
     except BaseException:
-        _give_note_back(cache, note, prefix)
+        _note_failure(cache, note, prefix, ids)
         raise
     return _restore(output, ids, call, cache)
 
@@ -136,10 +136,19 @@ def _grown(note: CacheNote, rows: int, new: int) -> CacheNote:
     return replace(note, index=index, long=note.long + new, next_position=position)
 
 
-def _give_note_back(cache: Any, note: CacheNote | None, prefix: CacheNote | None) -> None:
-    """After a failed call, if it failed before it touched the cache."""
-    if note is not None and prefix is not None and cached_length(cache) == prefix.index.shape[1]:
+def _note_failure(
+    cache: Any, note: CacheNote | None, prefix: CacheNote | None, ids: torch.Tensor
+) -> None:
+    """After a failed call: what the cache held before. If it holds something else now, nobody can go on."""
+    if not cached_length(cache):
+        return
+    if prefix is None:
+        nothing = identity(ids.shape[0], 0, 0, ids.device)
+        write_note(cache, CacheNote(nothing, 0, None))
+    elif note is not None:
         write_note(cache, note)
+    elif cached_length(cache) != prefix.index.shape[1]:
+        write_note(cache, prefix)
 
 
 def _is_upstreams_business(ids: Any, arguments: Mapping[str, Any], pixels: bool) -> bool:

@@ -45,14 +45,19 @@ class CacheNote:
         lost = self.index.shape[1] - length
         if lost == 0:
             return self
-        tail = torch.arange(self.long - lost, self.long, device=self.index.device)
-        if lost < 0 or not bool((self.index[:, length:] == tail).all()):
+        if lost < 0 or not self._ends_in_text(lost):
             raise ValueError(
-                f"a pruned prompt filled this cache with {self.index.shape[1]} tokens and it now holds "
-                f"{length}; continue with the cache as generate returned it, or start with an empty one"
+                f"pruned prompts filled this cache with {self.index.shape[1]} tokens and it now holds "
+                f"{length}, perhaps from a call that failed; crop it to what it held, continue with the "
+                "cache as generate returned it, or start with an empty one"
             )
         position = None if self.next_position is None else self.next_position - lost
         return replace(self, index=self.index[:, :length], long=self.long - lost, next_position=position)
+
+    def _ends_in_text(self, columns: int) -> bool:
+        """Whether the last columns followed one another in the long sequence."""
+        tail = torch.arange(self.long - columns, self.long, device=self.index.device)
+        return bool((self.index[:, self.index.shape[1] - columns :] == tail).all())
 
     def to(self, device: torch.device) -> CacheNote:
         """The note on another device."""

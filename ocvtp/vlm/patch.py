@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
+import pickle
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -51,6 +53,19 @@ class Controller:
             )[1:]
             for name in _PATCHED
         }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
+        """For a copy of the model: it has a patch of its own."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
+
+    def __reduce__(self) -> Any:
+        """Methods of an instance don't survive pickling: the copy would silently not be pruned."""
+        raise pickle.PicklingError(
+            "a model patched by ocvtp can't be pickled: ocvtp.remove(model) first, and apply to the copy"
+        )
 
     def argument(self, method: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One argument of a call, by position or by name."""
@@ -291,9 +306,10 @@ def _install(model: Any, adapter: Adapter, settings: Settings) -> None:
         return
     if controller is not None:  # one of the two methods was replaced by its unpatched self
         remove(model)
-    model.__dict__[_CONTROLLER] = Controller(model, adapter, settings)
+    installed: dict[str, Any] = {_CONTROLLER: Controller(model, adapter, settings)}
     for name in _PATCHED:
-        model.__dict__[name] = types.MethodType(_wrapper(type(model), name), model)
+        installed[name] = types.MethodType(_wrapper(type(model), name), model)
+    model.__dict__.update(installed)  # all or nothing
 
 
 def _wrapper(cls: type, name: str) -> Any:
@@ -301,7 +317,10 @@ def _wrapper(cls: type, name: str) -> Any:
     run = _PATCHED[name]
 
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return run(self.__dict__[_CONTROLLER], args, kwargs)
+        controller = self.__dict__.get(_CONTROLLER)
+        if controller is None:  # somebody kept the method from before remove
+            return getattr(self, name)(*args, **kwargs)
+        return run(controller, args, kwargs)
 
     # generate inspects the signature of forward. The class's function has it whatever sits on the instance.
     functools.update_wrapper(patched, getattr(cls, name))
