@@ -207,6 +207,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "qwen2_vl": ("qwen", "QwenAdapter"),
     "qwen2_5_vl": ("qwen", "QwenAdapter"),
     "qwen3_vl": ("qwen", "QwenAdapter"),
+    "qwen3_vl_moe": ("qwen", "QwenAdapter"),
     "smolvlm": ("idefics3", "Idefics3Adapter"),
 }
 

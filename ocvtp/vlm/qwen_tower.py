@@ -18,7 +18,7 @@ from ocvtp.vlm.qwen_geometry import Geometry, Grid, as_grids, corners, geometry
 from ocvtp_kernels.received_attention import received_attention
 
 #: ``model_type`` of the towers, which newer releases end in ``_vision``.
-QWEN_TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+QWEN_TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 class QwenTowerRun:

@@ -13,6 +13,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from tests.vlm.tiny_llava import PAD, VOCAB, sharpen
@@ -102,17 +104,33 @@ def qwen2_5_vl(
     return _built(Qwen2_5_VLForConditionalGeneration, config, seed)
 
 
-def qwen3_vl(attention: str = "sdpa", *, seed: int = 0) -> Qwen3VLForConditionalGeneration:
-    vision = {
-        **_VISION,
-        "hidden_size": WIDTH,
-        "intermediate_size": 128,
-        "out_hidden_size": HIDDEN,
-        "num_position_embeddings": 49,
-        "deepstack_visual_indexes": STACKED,
+_QWEN3_VISION: dict[str, Any] = {
+    **_VISION,
+    "hidden_size": WIDTH,
+    "intermediate_size": 128,
+    "out_hidden_size": HIDDEN,
+    "num_position_embeddings": 49,
+    "deepstack_visual_indexes": STACKED,
+}
+
+
+def qwen3_vl_moe(attention: str = "sdpa", *, seed: int = 0) -> Qwen3VLMoeForConditionalGeneration:
+    text = {
+        **_text(mrope_interleaved=True),
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "decoder_sparse_step": 1,
     }
+    config = Qwen3VLMoeConfig(
+        vision_config=_QWEN3_VISION, text_config=text, attn_implementation=attention, **_IDS
+    )
+    return _built(Qwen3VLMoeForConditionalGeneration, config, seed)
+
+
+def qwen3_vl(attention: str = "sdpa", *, seed: int = 0) -> Qwen3VLForConditionalGeneration:
     config = Qwen3VLConfig(
-        vision_config=vision,
+        vision_config=_QWEN3_VISION,
         text_config=_text(mrope_interleaved=True),
         attn_implementation=attention,
         **_IDS,
@@ -121,7 +139,12 @@ def qwen3_vl(attention: str = "sdpa", *, seed: int = 0) -> Qwen3VLForConditional
 
 
 #: Family -> builder of its model.
-FAMILIES = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
+FAMILIES = {
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
+}
 
 
 def grid(*sizes: Sequence[int]) -> torch.Tensor:

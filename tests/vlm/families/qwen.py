@@ -39,7 +39,7 @@ def rows(model: Any) -> dict[str, Inputs]:
     count = units(grid(FRAMES))[0]
     video = [VISION_START, *[VIDEO] * count, VISION_END]
     beside: Inputs = {}
-    if model.config.model_type == "qwen3_vl":  # every frame after its timestamp
+    if model.config.model_type.startswith("qwen3_vl"):  # every frame after its timestamp
         one = [VISION_START, *[VIDEO] * (count // FRAMES[0]), VISION_END]
         video = [token for frame in range(FRAMES[0]) for token in [40 + frame, *one]]
     elif model.config.model_type == "qwen2_5_vl":
@@ -111,4 +111,5 @@ FAMILIES = [
     _family("qwen2_vl", since="5.10"),
     _family("qwen2_5_vl", since="5.10"),
     _family("qwen3_vl", since="5.18"),
+    _family("qwen3_vl_moe", since="5.18"),
 ]
