@@ -4,7 +4,7 @@
 #   make test-matrix
 #                the patch's tests on older versions of transformers too; VERSIONS="5.0.0 5.18.0" chooses
 #   make lint    ruff and mypy
-#   make aot     compile every kernel for every supported GPU, without one
+#   make aot     compile every kernel for every supported GPU, without one; TARGETS="sm_90 gfx942" chooses
 #   make bench   microbenchmarks; without a GPU, PyTorch alone at small sizes
 # On a machine with a GPU, in .venv or, where there is none, in python3 with torch, triton and pytest-benchmark:
 #   make gpu     GPU tests, then microbenchmarks, in parts of less than eight minutes that also run alone:
@@ -22,6 +22,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 RESULTS ?= bench/results
 COMMIT ?=
 VERSIONS ?=
+TARGETS ?=
 GPU_PYTEST = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m pytest
 TABLE := --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
 # A row started just before the deadline may still compile for a minute.
@@ -61,7 +62,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 aot: $(VENV)/.dev
-	$(BIN)/python -W ignore -m bench.aot
+	$(BIN)/python -W ignore -m bench.aot $(addprefix --target ,$(TARGETS))
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/micro $(TABLE)
