@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ocvtp
+from tests.vlm.family import Family, families
 from tests.vlm.tiny_llava import GREEDY, KEEP, llava, mixed, pruner
 
 pytestmark = [
@@ -62,4 +63,30 @@ def test_captured_and_overlapped_calls_keep_the_same_tokens() -> None:
         assert torch.equal(ocvtp.vlm.select(model, batch["pixel_values"]).indices, want)
     out = [model.generate(**batch, **GREEDY) for _ in range(2)]
     assert torch.equal(*out)
+    ocvtp.remove(model)
+
+
+@pytest.mark.parametrize("family", [pytest.param(family, id=family.name) for family in families()])
+@torch.no_grad()
+def test_every_family_on_a_gpu(family: Family) -> None:
+    """All kept: the same bits. Pruned: as on the CPU, alone as in a batch, and again when replayed."""
+    model, pruner, rows = family.model(), family.pruner(), list(family.rows().values())
+    batch = family.batch()
+    live = batch["attention_mask"].bool()
+    ocvtp.apply(model, pruner, keep=family.keep, backend="torch")
+    want = model(**batch).logits
+    ocvtp.remove(model)
+    model.cuda()
+    on_gpu = to_gpu(batch)
+    unpruned = model(**on_gpu).logits[live.cuda()]
+    ocvtp.apply(model, pruner, keep=1.0)
+    assert torch.equal(model(**on_gpu).logits[live.cuda()], unpruned)
+    ocvtp.apply(model, pruner, keep=family.keep, precision="fp32")
+    width = batch["input_ids"].shape[1]
+    for _ in range(3):  # as it is, captured, replayed
+        torch.testing.assert_close(model(**on_gpu).logits[:, -1].cpu(), want[:, -1], atol=1e-2, rtol=1e-2)
+        out = model.generate(**on_gpu, **GREEDY)
+        for i, row in enumerate(rows):
+            alone = model.generate(**to_gpu(row), **GREEDY)
+            assert torch.equal(alone[0, row["input_ids"].shape[1] :], out[i, width:])
     ocvtp.remove(model)
