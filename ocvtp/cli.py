@@ -79,7 +79,10 @@ SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 EncoderOption = Annotated[
     str,
-    typer.Option(help="Folder or Hub id of a vision encoder, or of a LLaVA that has one.", callback=_at_home),
+    typer.Option(
+        help="Folder or Hub id of a vision encoder, or of a vision-language model that has one.",
+        callback=_at_home,
+    ),
 ]
 ReadLayerOption = Annotated[
     int, typer.Option(min=0, help="Encoder layer, counted from 0, whose output the pruner reads.")
@@ -199,6 +202,10 @@ def features(
     limit: Annotated[int | None, typer.Option(min=1, help="First so many images only.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    side: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels along a picture's side, for models that see any size (Qwen-VL)."),
+    ] = None,
 ) -> None:
     """Store what a vision encoder makes of a folder of images, to train a pruner on."""
     from ocvtp.commands import features as command
@@ -215,6 +222,7 @@ def features(
             limit=limit,
             device=device,
             dtype=dtype,
+            side=side,
             console=Console(stderr=True),
         )
 

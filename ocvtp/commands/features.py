@@ -15,7 +15,7 @@ from ocvtp.commands.progress import busy, steps
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ocvtp.training.encoder import FeatureEncoder
+    from ocvtp.training.source import Encoder
 
 _SHOWN = 10  # bad images named one by one
 
@@ -32,6 +32,7 @@ def run(
     limit: int | None,
     device: str,
     dtype: str,
+    side: int | None,
     console: Console,
 ) -> None:
     """Extract, and say what was made and what was skipped."""
@@ -44,7 +45,7 @@ def run(
     with blamed_on_input(*mistakes):
         files = find_images(folder)[:limit]
         Index.begun(out)
-    made = load_encoder(encoder, layer, device, dtype, console)
+    made = load_encoder(encoder, layer, device, dtype, console, side)
     start = time.perf_counter()
 
     def rate(records: int) -> str:
@@ -75,21 +76,34 @@ def run(
             console.print(f"  and {len(result.bad) - _SHOWN} more")
 
 
-def load_encoder(source: str, layer: int, device: str, dtype: str, console: Console) -> FeatureEncoder:
+def load_encoder(
+    source: str, layer: int, device: str, dtype: str, console: Console, side: int | None = None
+) -> Encoder:
     """The encoder, from what a person typed."""
     from ocvtp.training.encoder import EncoderError, FeatureEncoder, vision_config
+    from ocvtp.training.pictures import PictureEncoder, is_pruned_family
 
     encoder_source(source)
     on = resolve_device(device)
     as_dtype = resolve_dtype(dtype, on)
     with blamed_on_input(EncoderError):
-        depth = vision_config(source).num_hidden_layers
-        if not 0 <= layer < depth:
-            raise UserError(f"--layer must be between 0 and {depth - 1}: {source} has {depth}; got {layer}")
+        pictures = is_pruned_family(source)
+        if side is not None and not pictures:
+            raise UserError(f"--side is for models that see pictures of any size; {source} tells its own")
+        if not pictures:
+            depth = vision_config(source).num_hidden_layers
+            if not 0 <= layer < depth:
+                raise UserError(
+                    f"--layer must be between 0 and {depth - 1}: {source} has {depth}; got {layer}"
+                )
         # transformers draws bars of its own while it downloads
         waiting = busy(console, f"loading {source}") if os.path.isdir(source) else contextlib.nullcontext()
+        made: Encoder
         with waiting:
-            made = FeatureEncoder(source, layer, on, as_dtype)
+            if pictures:
+                made = PictureEncoder(source, layer, on, as_dtype, side)
+            else:
+                made = FeatureEncoder(source, layer, on, as_dtype)
     if made.note:
         console.print(made.note, markup=False, highlight=False, soft_wrap=True)
     return made

@@ -52,6 +52,7 @@ class FeatureEncoder:
         tokens: N of every image.
         identity: what features depend on, JSON-ready: configuration and weights of the encoder (digests),
             preprocessing, layer, dtype.
+        unit: patches along the side of a token: 1.
         fingerprint: digest of the identity; equal fingerprints mean comparable features.
         note: what had to be assumed, or ``None``.
 
@@ -59,6 +60,8 @@ class FeatureEncoder:
         EncoderError: nothing there that can be loaded, weights missing from it, no such layer, or images
             seen in another way than as equal patches (video, tiles, merged patches, many sizes).
     """
+
+    unit = 1
 
     def __init__(
         self,
@@ -83,14 +86,14 @@ class FeatureEncoder:
         self.tokens = self._try()
         identity = {
             "model_type": config.model_type,
-            "config": _digest_json(_plain(config)),
-            "weights": _digest_weights(self._model),
+            "config": digest_json(plain(config)),
+            "weights": digest_weights(self._model),
             "preprocessing": preprocessing,
             "layer": layer,
             "dtype": str(dtype).removeprefix("torch."),
         }
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))  # as it is read back
-        self.fingerprint = _digest_json(self.identity)
+        self.fingerprint = digest_json(self.identity)
 
     def __call__(self, images: Sequence[Image]) -> torch.Tensor:
         """Patch tokens ``[b, N, C]`` float16 on the CPU; what comes before them in a row is left out.
@@ -200,7 +203,7 @@ def _load(source: str, config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModel
 
     try:
-        with _quiet(os.path.isdir(source)):
+        with quiet(os.path.isdir(source)):
             model, info = AutoModel.from_pretrained(
                 source, config=config, dtype=dtype, key_mapping={_TOWER_KEYS: ""}, output_loading_info=True
             )
@@ -216,7 +219,7 @@ def _load(source: str, config: Any, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(local: bool) -> Iterator[None]:
+def quiet(local: bool) -> Iterator[None]:
     """Of a vision-language model, transformers would list all the rest as unexpected.
 
     Its bars would draw over ours; from the Hub (not ``local``) they show the download, and stay.
@@ -242,22 +245,24 @@ def _blocks(model: torch.nn.Module, depth: int) -> torch.nn.ModuleList:
     return lists[0]
 
 
-class _Squash:
-    """What most encoders were trained with: a square, ImageNet statistics."""
+class Squash:
+    """What most encoders were trained with: a square; ImageNet statistics unless others are given."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, mean: tuple[float, ...] = _MEAN, std: tuple[float, ...] = _STD) -> None:
+        self.size, self.mean, self.std = size, mean, std
 
     def to_dict(self) -> dict[str, Any]:
-        return {"size": self.size, "resample": "bicubic", "mean": _MEAN, "std": _STD}
+        """JSON-ready."""
+        return {"size": self.size, "resample": "bicubic", "mean": self.mean, "std": self.std}
 
     def __call__(self, images: Sequence[Image], return_tensors: str) -> dict[str, torch.Tensor]:
+        """``pixel_values`` ``[b, 3, size, size]``, called like an image processor."""
         import numpy as np
         from PIL import Image
 
         square = (self.size, self.size)
         pixels = np.stack([np.asarray(image.resize(square, Image.Resampling.BICUBIC)) for image in images])
-        mean, std = np.asarray(_MEAN, np.float32), np.asarray(_STD, np.float32)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         scaled = (pixels.astype(np.float32) / 255 - mean) / std
         return {"pixel_values": torch.from_numpy(scaled).permute(0, 3, 1, 2).contiguous()}
 
@@ -270,7 +275,7 @@ def _processor(source: str, config: Any) -> tuple[Any, dict[str, Any], str | Non
     """
     from transformers import AutoImageProcessor
 
-    settings = _processor_settings(source)
+    settings = processor_settings(source)
     if settings is None:
         size = getattr(config, "image_size", None)
         if not isinstance(size, int):
@@ -279,9 +284,9 @@ def _processor(source: str, config: Any) -> tuple[Any, dict[str, Any], str | Non
                 "number: put its image processor there (image_processor.save_pretrained)"
             )
         note = f"{source} has no image processor: images are squashed to {size} x {size}, ImageNet statistics"
-        return _Squash(size), {"class": "squash", **_Squash(size).to_dict()}, note
+        return Squash(size), {"class": "squash", **Squash(size).to_dict()}, note
     try:
-        with _quiet(os.path.isdir(source)):
+        with quiet(os.path.isdir(source)):
             try:
                 processor = AutoImageProcessor.from_pretrained(source)
             except ImportError:  # transformers < 5.20 or so, without torchvision
@@ -308,7 +313,7 @@ def _on_pillow(source: str, kind: str) -> Any:
     )
 
 
-def _processor_settings(source: str) -> dict[str, Any] | None:
+def processor_settings(source: str) -> dict[str, Any] | None:
     """How a folder or Hub repository says that images are to be prepared; ``None`` if it does not.
 
     Raises:
@@ -345,16 +350,18 @@ def _settings(processor: Any) -> dict[str, Any]:
     return {"class": type(processor).__name__, **kept}
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def plain(config: Any) -> dict[str, Any]:
+    """What of a configuration decides features."""
     dropped = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
     return {k: v for k, v in config.to_dict().items() if k not in dropped}
 
 
-def _digest_json(values: Any) -> str:
+def digest_json(values: Any) -> str:
+    """Hex digest."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _digest_weights(model: torch.nn.Module) -> str:
+def digest_weights(model: torch.nn.Module) -> str:
     """Of names and bytes of all parameters and buffers, but for poolers, which some checkpoints lack: those
     would be drawn at random, and no feature depends on them."""
     total = hashlib.sha256()

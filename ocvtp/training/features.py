@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ocvtp import images
-from ocvtp.training.encoder import FeatureEncoder
+from ocvtp.training.source import Encoder
 from ocvtp.training.store import Bad, Index, Record, StoreError, sole_writer, write_shard
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Extracted:
 
 def extract(
     folder: Path,
-    encoder: FeatureEncoder,
+    encoder: Encoder,
     out: Path,
     *,
     crops: int = 1,
@@ -162,7 +162,7 @@ class ImageFeatures:
         ValueError: ``crops`` below 1.
     """
 
-    def __init__(self, folder: Path, encoder: FeatureEncoder, crops: int = 1) -> None:
+    def __init__(self, folder: Path, encoder: Encoder, crops: int = 1) -> None:
         _check_count("crops", crops)
         self.bad: dict[str, str] = {}
         self._encoder = encoder
@@ -173,7 +173,7 @@ class ImageFeatures:
             )
         self.images = [job.record.image for job in self._jobs]
         self.layer, self.fingerprint = encoder.layer, encoder.fingerprint
-        self.tokens, self.width = encoder.tokens, encoder.width
+        self.tokens, self.width, self.unit = encoder.tokens, encoder.width, encoder.unit
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -224,7 +224,7 @@ def _check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an int >= 1; got {value!r}")
 
 
-def _index(out: Path, encoder: FeatureEncoder) -> Index:
+def _index(out: Path, encoder: Encoder) -> Index:
     """The index to go on with, or that of a new store.
 
     Raises:
@@ -253,7 +253,7 @@ class _Writer:
     """
 
     def __init__(
-        self, out: Path, encoder: FeatureEncoder, index: Index, batch: int, shard_bytes: int, most: int
+        self, out: Path, encoder: Encoder, index: Index, batch: int, shard_bytes: int, most: int
     ) -> None:
         self.made = 0
         self._out, self._encoder, self._index, self._batch = out, encoder, index, batch

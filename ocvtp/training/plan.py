@@ -83,6 +83,7 @@ def default_config(source: FeatureSource, **changes: Any) -> PrunerConfig:
         "slot_dim": max(16, width // 2 // 16 * 16),
         "ffn_dim": 2 * width,
         "layer": source.layer,
+        "unit": source.unit,
         "decoder_layers": 4,
         "decoder_ffn_dim": 4 * width,
         "decoder_tokens": source.tokens,
@@ -120,6 +121,7 @@ def make_plan(
     for name, mine, theirs in (
         ("in_dim", config.in_dim, source.width),
         ("layer", config.layer, source.layer),
+        ("unit", config.unit, source.unit),
         ("decoder_tokens", config.decoder_tokens, source.tokens),
     ):
         if mine != theirs:

@@ -3,9 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Encoder(Protocol):
+    """Something that makes features of pictures.
+
+    Attributes:
+        name: for messages.
+        layer: 0-based, whose output features are.
+        width: C.
+        tokens: N of every picture.
+        unit: patches along the side of a token.
+        identity: what features depend on, JSON-ready.
+        fingerprint: digest of the identity.
+        note: what had to be assumed, or ``None``.
+    """
+
+    name: str
+    layer: int
+    width: int
+    tokens: int
+    unit: int
+    identity: dict[str, Any]
+    fingerprint: str
+    note: str | None
+
+    def __call__(self, images: Sequence[Image]) -> torch.Tensor:
+        """Tokens ``[b, N, C]`` float16 on the CPU."""
 
 
 class FeatureSource(Protocol):
@@ -22,6 +52,10 @@ class FeatureSource(Protocol):
     @property
     def layer(self) -> int:
         """0-based encoder layer whose output they are."""
+
+    @property
+    def unit(self) -> int:
+        """Patches along the side of a token, see :class:`~ocvtp.config.PrunerConfig`."""
 
     @property
     def fingerprint(self) -> str:

@@ -237,6 +237,7 @@ class FeatureStore:
         self.folder = Path(folder)
         index = Index.read(self.folder)
         self.tokens, self.width, self.layer = index.tokens, index.width, index.layer
+        self.unit = int(index.encoder.get("unit", 1))
         self.fingerprint = index.fingerprint
         self.encoder: Mapping[str, Any] = index.encoder
         self.bad: Mapping[str, str] = index.skipped

@@ -128,6 +128,17 @@ class Adapter(Protocol):
             ValueError: arguments that don't describe images of this model.
         """
 
+    @property
+    def tower(self) -> Any:
+        """The vision tower."""
+
+    @property
+    def picture_side(self) -> int | None:
+        """Pixels along the side of a picture; ``None`` where any size will do."""
+
+    def picture_features(self, pictures: torch.Tensor, layer: int) -> torch.Tensor:
+        """``[b, 3, side, side] -> [b, N, C]``: what a pruner reads of square pictures, to train one."""
+
     def output(self, kept: KeptRows, modality: str) -> Any:
         """The kept rows as the model's own encoder would return them."""
 

@@ -136,9 +136,7 @@ def _grown(note: CacheNote, rows: int, new: int) -> CacheNote:
     return replace(note, index=index, long=note.long + new, next_position=position)
 
 
-def _note_failure(
-    cache: Any, note: CacheNote | None, prefix: CacheNote | None, ids: torch.Tensor
-) -> None:
+def _note_failure(cache: Any, note: CacheNote | None, prefix: CacheNote | None, ids: torch.Tensor) -> None:
     """After a failed call: what the cache held before. If it holds something else now, nobody can go on."""
     if not cached_length(cache):
         return

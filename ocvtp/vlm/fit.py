@@ -6,8 +6,13 @@ from ocvtp.config import PrunerConfig
 from ocvtp.vlm.adapter import TowerFacts
 
 
-def check_fit(config: PrunerConfig, facts: TowerFacts) -> None:
+def check_fit(config: PrunerConfig, facts: TowerFacts, model: str = "MODEL") -> None:
     """Raise unless a pruner of this configuration reads what this encoder makes.
+
+    Args:
+        config: of the pruner.
+        facts: of the encoder.
+        model: where the model was loaded from.
 
     Raises:
         ValueError: another width, token unit or layer; the message has the commands that train one.
@@ -15,30 +20,37 @@ def check_fit(config: PrunerConfig, facts: TowerFacts) -> None:
     if config.in_dim != facts.width:
         raise ValueError(
             f"the pruner reads features of width {config.in_dim}, the {facts.tower} of this model makes them "
-            f"{facts.width} wide; {how_to_train(facts)}"
+            f"{facts.width} wide; {how_to_train(facts, model)}"
         )
     if config.unit != facts.unit:
         raise ValueError(
             f"the pruner reads tokens of {config.unit} x {config.unit} patches, this model chooses among "
-            f"tokens of {facts.unit} x {facts.unit}; {how_to_train(facts)}"
+            f"tokens of {facts.unit} x {facts.unit}; {how_to_train(facts, model)}"
         )
-    check_layers(config.layer, facts.consumed_layers)
+    if not 0 <= config.layer < max(facts.consumed_layers):
+        raise ValueError(f"{_too_late(config.layer, facts.consumed_layers)}; {how_to_train(facts, model)}")
 
 
 def check_layers(read: int | None, consumed: tuple[int, ...]) -> None:
-    """Raise ``ValueError`` unless the pruner reads a layer below the deepest consumed one."""
+    """Raise ``ValueError`` unless the pruner reads a layer below the deepest one a call consumes."""
     if read is not None and not 0 <= read < max(consumed):
         raise ValueError(
-            f"the pruner reads encoder layer {read}, which must be below the deepest layer the language "
-            f"model consumes ({max(consumed)}); use a pruner trained on an earlier layer, or another "
+            f"{_too_late(read, consumed)}; use a pruner trained on an earlier layer, or another "
             "vision_feature_layer"
         )
 
 
-def how_to_train(facts: TowerFacts) -> str:
-    """What to do for a pruner that fits."""
-    layer = min(8, max(facts.consumed_layers) - 1)
+def _too_late(read: int, consumed: tuple[int, ...]) -> str:
     return (
-        "use one trained for this encoder: ocvtp features IMAGES --encoder MODEL "
+        f"the pruner reads encoder layer {read}, which must be below the deepest layer the language model "
+        f"consumes ({max(consumed)})"
+    )
+
+
+def how_to_train(facts: TowerFacts, model: str) -> str:
+    """What to do for a pruner that fits."""
+    layer = max(0, min(8, max(facts.consumed_layers) - 1))
+    return (
+        f"use one trained for this encoder: ocvtp features IMAGES --encoder {model} "
         f"--layer {layer} --out FEATURES, then ocvtp train --features FEATURES --out PRUNER"
     )

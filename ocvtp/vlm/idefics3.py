@@ -35,13 +35,18 @@ class Idefics3Adapter(MergedFamily):
         """Real tiles of ``pixel_values`` ``[prompts, most tiles, 3, H, W]``.
 
         Raises:
-            ValueError: other shapes, or tiles that are padded themselves.
+            ValueError: other shapes, no real tile, or tiles that are padded themselves.
         """
         pixels, mask = arguments["pixel_values"], arguments.get("pixel_attention_mask")
         if pixels.ndim != 5:
             raise ValueError(f"pixel_values must be [prompts, tiles, 3, H, W]; got {list(pixels.shape)}")
         flat = pixels.flatten(0, 1).to(dtype=self.model.dtype)
         real = (flat != 0).flatten(1).any(1)
+        if not bool(real.any()):
+            raise ValueError(
+                "pixel_values are nothing but tiles of zeros, which only fill up a batch: leave them out of "
+                "a call without images"
+            )
         if mask is not None and not bool(mask.flatten(0, 1)[real].all()):
             raise ValueError(
                 "pixel_attention_mask marks padding inside a tile, whose tokens can't be chosen among: "

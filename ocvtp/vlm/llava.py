@@ -94,6 +94,21 @@ class LlavaAdapter(Family):
             raise ValueError("image_sizes belongs to Pixtral towers; this model's images have one size")
         return _Images(self, arguments["pixel_values"], arguments, settings)
 
+    @property
+    def tower(self) -> Any:
+        """See :class:`~ocvtp.vlm.adapter.Adapter`."""
+        return self.model.model.vision_tower
+
+    @property
+    def picture_side(self) -> int:
+        """See :class:`~ocvtp.vlm.adapter.Adapter`."""
+        return int(self.model.config.vision_config.image_size)
+
+    def picture_features(self, pictures: torch.Tensor, layer: int) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.adapter.Adapter`."""
+        prefix, _ = self.prefix({})
+        return run_tower(self.tower, pictures, {layer}).outputs[layer][:, prefix:]
+
     def consumed(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
         """Layers the projector reads, in its order; ``hidden_states[i + 1]`` is the output of layer ``i``."""
         wanted = arguments.get("vision_feature_layer")

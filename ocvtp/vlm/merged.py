@@ -111,6 +111,18 @@ class MergedFamily(Family):
             )
         return Units(self, pixels, arguments, settings)
 
+    @property
+    def picture_side(self) -> int:
+        """See :class:`~ocvtp.vlm.adapter.Adapter`."""
+        return int(_first(self.model.config.vision_config.image_size))
+
+    def picture_features(self, pictures: torch.Tensor, layer: int) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.adapter.Adapter`."""
+        hidden = self.embed(pictures)
+        for one in itertools.islice(self.layers(), layer + 1):
+            hidden = self.run_layer(one, hidden)
+        return grouped(hidden[:, self.prefix({}) :], self.side, self.unit).mean(2)
+
     def output(self, kept: KeptRows, modality: str) -> Any:
         """See :class:`~ocvtp.vlm.adapter.Adapter`."""
         made = super().output(kept, modality)
@@ -248,13 +260,16 @@ class Units:
 
     def _grouped(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[pictures, tokens, C] -> [pictures, units, unit * unit, C]``."""
-        side, unit = self._family.side, self._family.unit
-        patches = hidden[:, self._prefix :]
-        blocks = patches.unflatten(1, (side // unit, unit, side // unit, unit))
-        return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return grouped(hidden[:, self._prefix :], self._family.side, self._family.unit)
 
     def _of(self, tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         return tensor if len(which) == len(self.segments) else tensor[list(which)]
+
+
+def grouped(patches: torch.Tensor, side: int, unit: int) -> torch.Tensor:
+    """``[pictures, side * side, C] -> [pictures, units, unit * unit, C]``."""
+    blocks = patches.unflatten(1, (side // unit, unit, side // unit, unit))
+    return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 @lru_cache(maxsize=32)

@@ -65,7 +65,7 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         config: Any = getattr(options.pruner, "config", None)
         if not hasattr(config, "in_dim") or not hasattr(config, "layer"):
             raise TypeError(f"pruner must be an ocvtp.OCPruner; got {type(options.pruner).__name__}")
-        check_fit(config, facts)
+        check_fit(config, facts, model.config._name_or_path or "MODEL")
     selector = _selector(options)
     settings = Settings(
         selector=selector,

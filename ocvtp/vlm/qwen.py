@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,15 @@ import torch
 from ocvtp.vlm.adapter import Family, TowerFacts, Vision, device_of
 from ocvtp.vlm.errors import UnsupportedModelError
 from ocvtp.vlm.fit import check_layers
-from ocvtp.vlm.qwen_geometry import as_grids
+from ocvtp.vlm.qwen_geometry import as_grids, patchify
 from ocvtp.vlm.qwen_tower import QWEN_TOWERS, QwenTowerRun, run_qwen_tower, scored_block
 from ocvtp.vlm.rows import KeptRows, Piece, Segment
 from ocvtp.vlm.settings import Settings
 from ocvtp.vlm.versions import transformers_older_than
+
+
+class _Enough(Exception):
+    """The features are there: the blocks that follow need not run."""
 
 
 class QwenAdapter(Family):
@@ -101,6 +106,35 @@ class QwenAdapter(Family):
         if grids is None:
             raise ValueError(f"{key} is missing: pass everything that the processor made")
         return _Units(self, arguments[self.pixel_keys[modality]], grids, settings)
+
+    @property
+    def tower(self) -> Any:
+        """See :class:`~ocvtp.vlm.adapter.Adapter`."""
+        return self.model.model.visual
+
+    @property
+    def picture_side(self) -> None:
+        """See :class:`~ocvtp.vlm.adapter.Adapter`."""
+
+    def picture_features(self, pictures: torch.Tensor, layer: int) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.adapter.Adapter`.
+
+        Raises:
+            ValueError: pictures of which no whole units can be made.
+        """
+        found: list[torch.Tensor] = []
+
+        def enough(_: int, features: torch.Tensor) -> None:
+            found.append(features)
+            raise _Enough
+
+        config = self.tower.config
+        merge, side = int(config.spatial_merge_size), int(config.patch_size)
+        patches = patchify(pictures, side, merge, int(config.temporal_patch_size))
+        rows, columns = pictures.shape[2] // side, pictures.shape[3] // side
+        with contextlib.suppress(_Enough):
+            run_qwen_tower(self.tower, patches, [[1, rows, columns]] * len(pictures), {layer}, enough)
+        return found[0].unflatten(0, (len(pictures), -1))
 
     def output(self, kept: KeptRows, modality: str) -> Any:
         """See :class:`~ocvtp.vlm.adapter.Adapter`."""

@@ -75,6 +75,32 @@ def as_grids(grid_thw: torch.Tensor | Sequence[Sequence[int]], merge: int) -> tu
     return grids
 
 
+def patchify(pictures: torch.Tensor, patch: int, merge: int, frames: int) -> torch.Tensor:
+    """Still pictures as a processor delivers them: patches unit by unit, each seen ``frames`` times.
+
+    Args:
+        pictures: ``[b, 3, H, W]``, normalised.
+        patch: pixels along the side of a patch.
+        merge: patches along the side of a unit.
+        frames: that a patch spans.
+
+    Returns:
+        ``[b * patches, 3 * frames * patch ** 2]``.
+
+    Raises:
+        ValueError: sides that are not whole units.
+    """
+    height, width = pictures.shape[2:]
+    if height % (patch * merge) or width % (patch * merge):
+        raise ValueError(f"pictures of {width} x {height} pixels have no whole units of {patch * merge}")
+    rows, columns = height // (patch * merge), width // (patch * merge)
+    cut = pictures.unflatten(3, (columns, merge, patch)).unflatten(2, (rows, merge, patch))
+    # [b, 3, rows, merge, patch, columns, merge, patch] -> a row of values for each patch
+    ordered = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
+    repeated = ordered.expand(*ordered.shape[:6], frames, *ordered.shape[7:])
+    return repeated.reshape(-1, 3 * frames * patch * patch)
+
+
 @lru_cache(maxsize=8)
 def geometry(grids: tuple[Grid, ...], merge: int, window: int | None, pinned: bool) -> Geometry:
     """Orders, bounds and positions of the patches of ``grids``.

@@ -181,7 +181,7 @@ class TestBadInput:
         assert "no model folder" in change(2, "models/of/mine")
         assert "can't load the model" in change(2, tmp_path)  # a folder without config.json
         transformers.BertConfig().save_pretrained(tmp_path)
-        assert "'bert' model; ocvtp prunes these: llava" in change(2, tmp_path)
+        assert "'bert' model; ocvtp prunes these: gemma3, " in change(2, tmp_path)
 
     def test_device_and_dtype(self, change: object) -> None:
         assert "unknown device 'tpu9'" in change(6, "tpu9")

@@ -18,7 +18,7 @@ RECIPE = Recipe(epochs=3, batch_size=4, slots=(2, 4, 8), warmup_epochs=1, valida
 class Fake:
     """A ``FeatureSource``: two records of every photograph, tokens around a few centres."""
 
-    tokens, width, layer = 12, 16, 3
+    tokens, width, layer, unit = 12, 16, 3, 1
 
     def __init__(self, records: int = 40, fingerprint: str = "f" * 64) -> None:
         draw = torch.Generator().manual_seed(0)

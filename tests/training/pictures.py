@@ -50,7 +50,7 @@ class FakeEncoder:
     Real encoders differ in the last bit by that: batches that are cut otherwise after a restart must show.
     """
 
-    tokens, width, layer, name, note = 4, 3, 2, "fake", None
+    tokens, width, layer, unit, name, note = 4, 3, 2, 1, "fake", None
 
     def __init__(self, **identity: object) -> None:
         self.identity = {

@@ -282,7 +282,7 @@ class TestRefused:
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
     ) -> None:
         monkeypatch.setattr(
-            "ocvtp.training.encoder._Squash.__call__",
+            "ocvtp.training.encoder.Squash.__call__",
             lambda *_, **__: {"pixel_values": torch.zeros(shape)},
         )
         with pytest.raises(EncoderError, match=r"makes \[.*\] of 2 images, not \[2, 3, H, W\]"):
