@@ -183,7 +183,7 @@ class Family:
         for name in ("layout", "newlines", "frames", "tower"):
             if name not in self.options and getattr(settings, name) != Settings.default(name):
                 raise ValueError(
-                    f"{name}={getattr(settings, name)!r} means nothing for {self.model.config.model_type}"
+                    f"{name}={getattr(settings, name)!r} is not available for {self.model.config.model_type}"
                 )
 
     def output(self, kept: KeptRows, modality: str) -> Any:
