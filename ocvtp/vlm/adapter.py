@@ -118,6 +118,9 @@ class Adapter(Protocol):
     def check(self, settings: Settings) -> None:
         """Raise ``ValueError`` for settings that this family can't serve."""
 
+    def check_call(self, arguments: Mapping[str, Any], *, generating: bool) -> None:
+        """Raise ``ValueError`` for a call with pixels that this family can't serve."""
+
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
         """``(path, module, method)`` of upstream methods that the patch goes around."""
 
@@ -185,6 +188,9 @@ class Family:
                 raise ValueError(
                     f"{name}={getattr(settings, name)!r} is not available for {self.model.config.model_type}"
                 )
+
+    def check_call(self, arguments: Mapping[str, Any], *, generating: bool) -> None:
+        """See :class:`Adapter`."""
 
     def output(self, kept: KeptRows, modality: str) -> Any:
         """See :class:`Adapter`."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -15,15 +17,24 @@ class PaliGemmaAdapter(MergedFamily):
     first_position = 1
     needs_mm_route = True  # its generate takes no embeddings
 
+    def check_call(self, arguments: Mapping[str, Any], *, generating: bool) -> None:
+        """Raise ``ValueError`` for an image behind a cache in ``forward``.
+
+        Behind one, upstream lets new tokens attend both ways only if it sees pixels, and it sees none.
+        """
+        used = getattr(arguments.get("past_key_values"), "is_initialized", False)
+        if used and not generating and arguments.get("token_type_ids") is not None:
+            raise ValueError(
+                "an image behind a cache can't be pruned with token_type_ids: pass the whole prompt with an "
+                "empty cache"
+            )
+
     def project_all(self, patches: torch.Tensor) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.merged.MergedFamily`."""
         rows: torch.Tensor = self.model.model.multi_modal_projector(patches)
-        if hasattr(self.model.get_input_embeddings(), "embed_scale"):
-            return rows
-        # Releases whose language model scales embeddings, features among them, undo it beforehand.
-        return rows / (self.model.config.text_config.hidden_size**0.5)
+        return rows
 
-    def project(self, units: torch.Tensor) -> torch.Tensor | None:
+    def project(self, units: torch.Tensor) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.merged.MergedFamily`."""
         return self.project_all(units.flatten(2))
 
@@ -36,6 +47,7 @@ class Gemma3Adapter(MergedFamily):
     """
 
     needs_mm_route = True  # its generate takes no embeddings
+    projects_units = False
 
     @property
     def unit(self) -> int:

@@ -26,6 +26,11 @@ class Idefics3Adapter(MergedFamily):
         """See :class:`~ocvtp.vlm.merged.MergedFamily`."""
         return transformers_older_than("5.21")
 
+    def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
+        """See :class:`~ocvtp.vlm.adapter.Adapter`."""
+        connector = self.model.model.connector
+        return [*super().bypassed_methods(), ("model.connector.forward", connector, "forward")]
+
     @property
     def unit(self) -> int:
         """See :class:`~ocvtp.vlm.merged.MergedFamily`."""

@@ -27,9 +27,11 @@ class MergedFamily(Family):
 
     Attributes:
         tower_name: of the vision tower in ``model.model``.
+        projects_units: whether kept units can be projected without the rest of their picture.
     """
 
     tower_name = "vision_tower"
+    projects_units = True
 
     @property
     def stacked(self) -> bool:
@@ -94,6 +96,7 @@ class MergedFamily(Family):
             ("get_image_features", self.model, "get_image_features"),
             ("model.get_image_features", self.model.model, "get_image_features"),
             (f"model.{self.tower_name}.forward", self.tower, "forward"),
+            (f"model.{self.tower_name}.encoder.forward", tower_root(self.tower).encoder, "forward"),
         ]
 
     def vision(self, modality: str, arguments: Mapping[str, Any], settings: Settings) -> Vision:
@@ -174,9 +177,9 @@ class MergedFamily(Family):
         """``[pictures, patches, C] -> [pictures, units, D]``, computed as upstream does."""
         raise NotImplementedError
 
-    def project(self, units: torch.Tensor) -> torch.Tensor | None:
-        """``[pictures, k, unit * unit, C] -> [pictures, k, D]``; ``None``: only whole pictures can be."""
-        return None
+    def project(self, units: torch.Tensor) -> torch.Tensor:
+        """``[pictures, k, unit * unit, C] -> [pictures, k, D]``, if :attr:`projects_units`."""
+        raise NotImplementedError
 
 
 def tower_root(tower: Any) -> Any:
@@ -247,13 +250,11 @@ class Units:
         assert self._last is not None
         patches = self._of(self._last, which)[:, self._prefix :]
         index = indices.to(patches.device)
-        if indices.shape[1] < len(self._members):
+        if self._family.projects_units and indices.shape[1] < len(self._members):
             members = self._members.to(patches.device, non_blocking=True)[index].flatten(1)
             kept = patches.gather(1, members[:, :, None].expand(-1, -1, patches.shape[2]))
             units = self._family.norm(kept, self._arguments).unflatten(1, (index.shape[1], -1))
-            rows = self._family.project(units)
-            if rows is not None:
-                return [Piece(rows, indices)]
+            return [Piece(self._family.project(units), indices)]
         # As upstream does, to the bit.
         rows = self._family.project_all(self._family.norm(patches, self._arguments))
         return [Piece(rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2])), indices)]

@@ -117,6 +117,8 @@ def shorten(
         if arguments.get(name) is not None:
             raise ValueError(f"{name} can't be combined with token pruning")
     frame = _frame(ids, arguments.get("attention_mask"), prefix, generating=generating)
+    if any(arguments.get(key) is not None for key in adapter.pixel_keys.values()):
+        adapter.check_call(arguments, generating=generating)
     kept = encode(adapter, arguments, settings, clock)
     consumed = {*adapter.pixel_keys.values(), *adapter.vision_keys} if kept else set()
     short = {name: value for name, value in arguments.items() if name not in consumed}

@@ -7,11 +7,13 @@ from typing import Any, Literal
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     Gemma2Config,
     GemmaConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     SiglipVisionConfig,
+    StaticCache,
 )
 
 import ocvtp
@@ -155,3 +157,55 @@ def test_learning_from_answers() -> None:
             torch.testing.assert_close(losses[-1], loss.detach(), atol=1e-4, rtol=1e-4)
     batch = joined(list(answered().values()), "right")
     torch.testing.assert_close(model(**batch).loss.detach(), torch.stack(losses).mean(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "adapted",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+)
+@torch.no_grad()
+def test_adapted_embeddings(adapted: dict[str, Any]) -> None:
+    needs_mm_route()
+    peft = pytest.importorskip("peft")
+    model, row = paligemma(), FAMILY.rows()["two"]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **adapted)).eval()
+    want = wrapped(**row).logits
+    ocvtp.apply(wrapped.get_base_model(), FAMILY.pruner(), keep=1.0)
+    assert torch.equal(wrapped(**row).logits, want)
+
+
+@torch.no_grad()
+def test_an_image_behind_a_cache_is_refused() -> None:
+    """``forward`` knows by the pixels that the new tokens attend both ways."""
+    needs_mm_route()
+    model, row = paligemma(), dict(FAMILY.rows()["one"])
+    ocvtp.apply(model, FAMILY.pruner(), keep=5)
+    cache = DynamicCache(config=model.config.get_text_config())
+    before = torch.tensor([[1, 21, 22]])
+    model(input_ids=before, token_type_ids=torch.zeros_like(before), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="behind a cache"):
+        model(**row, past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 3
+    row.pop("token_type_ids")  # without, all is causal
+    model(**row, past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_used_before_is_refused() -> None:
+    """Empty again, but for upstream it isn't new."""
+    needs_mm_route()
+    model, row = paligemma(), dict(FAMILY.rows()["one"])
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    empty = model(**row, past_key_values=cache, use_cache=True).logits
+    cache.reset()
+    assert torch.equal(model(**row, past_key_values=cache, use_cache=True).logits, empty)
+    cache.reset()
+    ocvtp.apply(model, FAMILY.pruner(), keep=1.0)
+    with pytest.raises(ValueError, match="behind a cache"):
+        model(**row, past_key_values=cache, use_cache=True)
+    assert torch.equal(
+        model.generate(**row, **GREEDY, past_key_values=cache), model.generate(**row, **GREEDY)
+    )
