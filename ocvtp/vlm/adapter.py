@@ -250,3 +250,22 @@ def device_of(tower: torch.nn.Module) -> torch.device:
     """Where a tower computes, as far as it can be told: weights that are offloaded lie nowhere."""
     device = next(tower.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def read_parameter(module: Any, name: str) -> torch.Tensor:
+    """A parameter of the module itself, also where accelerate keeps it elsewhere until ``forward`` runs.
+
+    Raises:
+        ValueError: it has no values, and no accelerate hook says where they are.
+    """
+    parameter: torch.Tensor = getattr(module, name)
+    if not parameter.is_meta:
+        return parameter
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        weights = getattr(one, "weights_map", None)
+        if weights is not None:
+            return torch.as_tensor(weights[name])
+    raise ValueError(
+        f"{type(module).__name__}.{name} has no values (it is on the meta device): load the weights"
+    )

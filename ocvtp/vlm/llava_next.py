@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ocvtp.vlm.adapter import Family, TowerFacts, Vision
+from ocvtp.vlm.adapter import Family, TowerFacts, Vision, read_parameter
 from ocvtp.vlm.llava import LlavaAdapter, Pictures
 from ocvtp.vlm.rows import Piece, Segment
 from ocvtp.vlm.settings import Newlines, Settings
@@ -106,7 +106,7 @@ class Tiled(Pictures):
                 "tiles can be packed if all patches and nothing else are features of the tower; this "
                 f"vision_feature_select_strategy leaves {self.patches + self.class_rows} of each tile"
             )
-        self._newline = adapter.model.model.image_newline
+        self._newline = read_parameter(adapter.model.model, "image_newline")
         self._newlines: Newlines = settings.newlines
         self._official = settings.layout == "official"
         self.packings = packings

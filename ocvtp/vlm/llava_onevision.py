@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ocvtp.vlm.adapter import Vision
+from ocvtp.vlm.adapter import Vision, read_parameter
 from ocvtp.vlm.llava import Pictures
 from ocvtp.vlm.llava_next import LlavaNextAdapter, Tiled
 from ocvtp.vlm.rows import KeptRows, Piece, Segment
@@ -129,7 +129,7 @@ class _Videos(Pictures):
         super().__init__(adapter, pixel_values.flatten(0, 1), arguments, settings)
         if self.shape is None:
             raise ValueError("frames can be shrunk if their features are those of all patches")
-        self._newline = adapter.model.model.image_newline
+        self._newline = read_parameter(adapter.model.model, "image_newline")
         videos, frames = pixel_values.shape[:2]
         self._side = math.ceil(self.shape[0] / 2)
         self._tokens = self._side**2  # of a frame
