@@ -1,0 +1,59 @@
+"""Pictures with questions by split and number: the same everywhere; no split shares a seed with another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from bench.testbed.paint import paint
+from bench.testbed.questions import KINDS, Question, ask, held_out
+from bench.testbed.scenes import Scene, sample
+
+#: ``unseen`` asks about things whose colour and shape never met in training.
+Split = Literal["train", "validation", "test", "unseen"]
+_SPLITS: dict[str, int] = {"train": 1, "validation": 2, "test": 3, "unseen": 4}
+_WORLD = 20261123  # all splits' seeds grow from it
+_TRIES = 8  # kinds tried for every question asked for, before a scene is given up as too bare
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture and what is asked about it.
+
+    Attributes:
+        scene: what is in it.
+        pixels: ``[128, 128, 3]`` uint8.
+        owner: ``[128, 128]`` int8, the thing at every pixel or -1.
+        questions: about it.
+    """
+
+    scene: Scene
+    pixels: np.ndarray
+    owner: np.ndarray
+    questions: tuple[Question, ...]
+
+
+def example(split: Split, index: int, questions: int) -> Example:
+    """The picture ``index`` of a split, with at most so many different questions.
+
+    Raises:
+        ValueError: no such split, or a negative index.
+    """
+    if split not in _SPLITS or index < 0:
+        raise ValueError(f"no picture {index} in split {split!r}; splits: {', '.join(_SPLITS)}")
+    rng = np.random.default_rng([_WORLD, _SPLITS[split], index])
+    unseen = split == "unseen"
+    scene = sample(rng, unseen)
+    focus = held_out(scene) if unseen else list(range(len(scene.things)))
+    found: dict[str, Question] = {}
+    kinds = [KINDS[i] for i in rng.permutation(len(KINDS))]
+    for turn in range(_TRIES * questions if focus else 0):
+        question = ask(scene, rng, kinds[turn % len(kinds)], focus)
+        if question is not None:
+            found.setdefault(question.text, question)
+        if len(found) == questions:
+            break
+    pixels, owner = paint(scene)
+    return Example(scene, pixels, owner, tuple(found.values()))

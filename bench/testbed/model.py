@@ -1,0 +1,74 @@
+"""The architecture: LLaVA's, with everything small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bench.testbed.language import BEGIN, END, IMAGE, PAD, WORDS
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model.
+
+    Attributes:
+        side: pixels of a picture.
+        patch: pixels of a patch.
+        width: of the vision tower.
+        layers: of the tower; the language model reads the last one's output.
+        heads: of the tower.
+        text_width: of the language model.
+        text_layers: of it.
+        text_heads: of it.
+    """
+
+    side: int = 128
+    patch: int = 8
+    width: int = 192
+    layers: int = 6
+    heads: int = 6
+    text_width: int = 192
+    text_layers: int = 4
+    text_heads: int = 6
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.side // self.patch
+
+
+def build(size: Size) -> Any:
+    """A ``LlavaForConditionalGeneration`` with fresh weights, from torch's global generator."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    ids = {word: number for number, word in enumerate(WORDS)}
+    special = {"pad_token_id": ids[PAD], "bos_token_id": ids[BEGIN], "eos_token_id": ids[END]}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=size.width,
+            intermediate_size=4 * size.width,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            image_size=size.side,
+            patch_size=size.patch,
+            projection_dim=size.width,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=size.text_width,
+            intermediate_size=round(size.text_width * 8 / 3 / 32) * 32,
+            num_hidden_layers=size.text_layers,
+            num_attention_heads=size.text_heads,
+            num_key_value_heads=size.text_heads,
+            max_position_embeddings=1024,
+            **special,
+        ),
+        image_token_index=ids[IMAGE],
+        image_seq_length=size.grid**2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        **special,
+    )
+    return LlavaForConditionalGeneration(config)
