@@ -1,8 +1,8 @@
 """Many questions about one picture in one sequence: its tokens, which dominate, are computed once.
 
 A sequence is the beginning, the picture's tokens, and one segment for each question. A segment sees what
-comes before the segments and itself, and its positions go on where the picture's end, so that every question is
-computed as if it stood there alone.
+comes before the segments and itself, and its positions go on where the picture's end, so that every question
+is computed as if it stood there alone.
 """
 
 from __future__ import annotations
