@@ -314,16 +314,34 @@ def train(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="The overlay's folder.", callback=_at_home)] = Path("ocvtp-demo"),
+    out: Annotated[Path, typer.Option(help="The overlays' folder.", callback=_at_home)] = Path("ocvtp-demo"),
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Ask the small model about this picture.", callback=_at_home_if_given),
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="Ask the small model this.")] = None,
+    speed: Annotated[
+        bool | None,
+        typer.Option("--speed/--no-speed", help="Time the large model; default: unless you ask something."),
+    ] = None,
     keep: KeepOption = DEFAULT_KEEP,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each kind.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default all.")] = None,
 ) -> None:
-    """Prune a photograph end to end with a random LLaVA-1.5-shaped model, and time it."""
+    """Ask a small trained model before and after pruning, then time a large one of random weights."""
     from ocvtp.commands import demo as command
 
     with told_plainly():
-        command.run(out=out, keep=keep, repeats=repeats, threads=threads, console=Console())
+        command.run_all(
+            out=out,
+            image=image,
+            question=question,
+            speed=speed,
+            keep=keep,
+            repeats=repeats,
+            threads=threads,
+            console=Console(),
+        )
 
 
 @app.command()

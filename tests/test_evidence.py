@@ -258,10 +258,10 @@ def test_best_of_seeds_is_best_for_every_image() -> None:
 
 def test_blocks_are_replaced_and_missing_ones_named() -> None:
     text = "a <!-- x -->1<!-- /x --> b"
-    assert report.replace_blocks(text, {"x": "2"}) == "a <!-- x -->\n\n2\n\n<!-- /x --> b"
+    assert replace_blocks(text, {"x": "2"}) == "a <!-- x -->\n\n2\n\n<!-- /x --> b"
     for broken in ("a", "<!-- x --> 1", "<!-- /x -->"):
         with pytest.raises(ValueError, match="no place for 'x'"):
-            report.replace_blocks(broken, {"x": "2"})
+            replace_blocks(broken, {"x": "2"})
 
 
 def test_a_chart_shows_every_line() -> None:

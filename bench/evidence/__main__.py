@@ -18,12 +18,13 @@ import torch
 from matplotlib.figure import Figure
 
 from bench.agreement import Encoder, find_photographs, split
-from bench.evidence.plot import Panel, chart
-from bench.evidence.report import find, replace_blocks, tables
+from bench.chart import Panel, chart
+from bench.evidence.report import find, tables
 from bench.evidence.rows import ALWAYS, BUDGETS, Row, all_rows
 from bench.evidence.selectors import RANDOM
 from bench.evidence.views import views
 from bench.harness import device_slug, provenance
+from bench.markdown import replace_blocks
 from ocvtp import OCPruner
 
 _ROOT = Path(__file__).parents[2]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from bench.evidence.rows import ALWAYS, BUDGETS, Row
 from bench.evidence.selectors import PUBLISHED, RIVALS, VARIANTS
+from bench.markdown import table
 
 Line = tuple[str, str | None, str]
 """What a line is called, and whose row it is: pruner and method."""
@@ -50,7 +51,7 @@ def _errors(rows: Sequence[Row], wanted: Sequence[Line], measure: str) -> str:
                     spread = f" ± {getattr(row, f'spread_{what}'):.3f}"
                 cells.append(f"{getattr(row, f'{measure}_{what}'):.3f}{spread}")
         lines.append(cells)
-    return markdown(head, lines)
+    return table(head, lines)
 
 
 def _slots(rows: Sequence[Row], pruners: Sequence[str]) -> str:
@@ -65,31 +66,9 @@ def _slots(rows: Sequence[Row], pruners: Sequence[str]) -> str:
             row = find(rows, pruner, PUBLISHED, percent)
             cells += [f"{row.live:.1f}", f"{row.distinct:.1f}"]
         lines.append(cells)
-    return markdown(head, lines)
+    return table(head, lines)
 
 
 def find(rows: Iterable[Row], pruner: str | None, method: str, percent: int) -> Row:
     """The row of that name and budget."""
     return next(r for r in rows if (r.pruner, r.method, r.percent) == (pruner, method, percent))
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table, its first column to the left and all numbers to the right."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
-
-
-def replace_blocks(text: str, blocks: dict[str, str]) -> str:
-    """``text`` with what stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` replaced, for each block.
-
-    Raises:
-        ValueError: a block that the text has no place for.
-    """
-    for name, block in blocks.items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, found, rest = text.partition(start)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise ValueError(f"no place for {name!r}: the document needs {start} and {end}")
-        text = f"{before}{start}\n\n{block}\n\n{end}{after}"
-    return text

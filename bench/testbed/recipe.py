@@ -61,18 +61,22 @@ class Recipe:
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
-        """From a JSON file.
+        """From a JSON file; errors as :meth:`from_dict`."""
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """From what :meth:`to_dict` made, or a part of it.
 
         Raises:
             ValueError: a field that there is not, or no stage.
         """
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
-            raise ValueError(f"{path} has unknown field(s) {unknown}")
+            raise ValueError(f"a recipe has no field(s) {unknown}")
         if not values.get("stages"):
-            raise ValueError(f"{path} has no stages")
-        values["stages"] = tuple(Stage(**stage) for stage in values["stages"])
-        return cls(**{**values, "size": Size(**values.get("size", {}))})
+            raise ValueError("a recipe needs stages")
+        stages = tuple(Stage(**stage) for stage in values["stages"])
+        return cls(**{**values, "stages": stages, "size": Size(**values.get("size", {}))})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

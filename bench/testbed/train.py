@@ -23,7 +23,7 @@ from bench.testbed.packing import Batch, pack
 from bench.testbed.recipe import Recipe, Stage
 from ocvtp.atomic import write_atomic, write_json
 
-_CHECKPOINT, _LOG, _RUN = "checkpoint.pt", "log.jsonl", "run.json"
+CHECKPOINT, LOG, RUN = "checkpoint.pt", "log.jsonl", "run.json"
 _CLIP = 1.0
 _LEAST_STRETCH = 0.05
 _VALIDATION_BATCH = 20
@@ -98,19 +98,29 @@ class Run:
         self._resume()
 
     def _resume(self) -> None:
-        about = self._out / _RUN
+        about = self._out / RUN
         if about.exists():
             before = json.loads(about.read_text())
             if before["recipe"] != self._recipe.to_dict():
                 raise ValueError(f"{self._out} holds a run of another recipe: choose another folder")
         else:
             write_json(about, {**provenance(self._device), "recipe": self._recipe.to_dict()})
-        if (self._out / _CHECKPOINT).exists():
-            saved = torch.load(self._out / _CHECKPOINT, map_location=self._device, weights_only=True)
+        if (self._out / CHECKPOINT).exists():
+            saved = torch.load(self._out / CHECKPOINT, map_location=self._device, weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.head.load_state_dict(saved["head"])
             self._stage, self._step, self._seconds = saved["stage"], saved["step"], saved["seconds"]
             self._saved = saved["optimiser"]
+
+    @property
+    def done(self) -> bool:
+        """Whether all stages are."""
+        return self._stage == len(self._recipe.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Spent training, over all starts."""
+        return self._seconds
 
     def train(self, limit: float | None = None) -> bool:
         """Go on for at most ``limit`` seconds; whether all stages are done."""
@@ -204,7 +214,7 @@ class Run:
 
     def _log(self, stage: Stage, values: dict[str, Any]) -> None:
         line = {"stage": stage.name, "step": self._step, "seconds": round(self._seconds), **values}
-        with (self._out / _LOG).open("a", encoding="utf-8") as file:
+        with (self._out / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
 
@@ -217,7 +227,7 @@ class Run:
             "step": self._step,
             "seconds": self._seconds,
         }
-        write_atomic(self._out / _CHECKPOINT, lambda partial: torch.save(state, partial))
+        write_atomic(self._out / CHECKPOINT, lambda partial: torch.save(state, partial))
 
 
 def _plain(examples: Examples) -> Iterator[Batch]:

@@ -1,8 +1,9 @@
-"""``ocvtp demo``: the main job on a real photograph, with nothing to download.
+"""``ocvtp demo``: what pruning does to answers and to speed, with nothing to download.
 
-The model has LLaVA-1.5's vision geometry (CLIP-L/14-336, 576 tokens) and a language model of half a billion
-parameters. Its weights are random, so what it says and which patches it keeps mean nothing; how long it takes
-does not depend on the values.
+Answers come from a small model that was trained (:mod:`ocvtp.commands.answers`), times from a large one that
+was not, on a real photograph. The large one has LLaVA-1.5's vision geometry (CLIP-L/14-336, 576 tokens) and a
+language model of half a billion parameters. Its weights are random, so what it says and which patches it
+keeps mean nothing; how long it takes does not depend on the values.
 """
 
 from __future__ import annotations
@@ -90,6 +91,56 @@ class Comparison:
         return statistics.median(self.unpruned) / statistics.median(self.pruned)
 
 
+def run_all(
+    *,
+    out: Path,
+    image: Path | None,
+    question: str | None,
+    speed: bool | None,
+    keep: int,
+    repeats: int,
+    threads: int | None,
+    console: Console,
+) -> None:
+    """Answers of the small model, then times of the large one.
+
+    Args:
+        out: folder for the overlays.
+        image: to ask the small model about; default: its scenes.
+        question: to ask; default: those of the scenes.
+        speed: whether to time the large model; by default unless something is asked.
+        keep: tokens of the large model's 576; the small one keeps the same share.
+        repeats: timed runs of each kind.
+        threads: of PyTorch; default: all.
+        console: to print on.
+
+    Raises:
+        UserError: as :func:`run` and :func:`ocvtp.commands.answers.run`, before anything slow.
+    """
+    from ocvtp.commands import answers
+
+    _check_request(out, keep, LLAVA_SHAPED)
+    own = image is not None or question is not None
+    speed = not own if speed is None else speed
+    if speed:
+        _photograph()
+    assets = answers.find_assets()
+    if assets is None and own:
+        raise UserError(
+            "the demo's small model is in the repository's assets/, not in this installation: "
+            "clone the repository and install with: pip install -e '.[demo]'"
+        )
+    if assets is None:
+        console.print(
+            "no assets/ here (it is in the repository): the answers of the small model are left out"
+        )
+    else:
+        share = keep / LLAVA_SHAPED.image_tokens
+        answers.run(assets, out=out, share=share, image=image, question=question, console=console)
+    if speed:
+        run(out=out, keep=keep, repeats=repeats, threads=threads, console=console)
+
+
 def run(
     *,
     out: Path,
@@ -104,13 +155,8 @@ def run(
     Raises:
         UserError: an impossible budget or output folder, or scikit-image is not installed.
     """
-    check_keep(keep)
-    if keep > size.image_tokens:
-        raise UserError(f"--keep must be at most {size.image_tokens}, the tokens of one image; got {keep}")
+    path = _check_request(out, keep, size)
     photograph = _photograph()
-    make_folder(out)
-    path = out / "overlay.png"
-    check_writable(path)
 
     import torch
 
@@ -147,6 +193,17 @@ def run(
     picture.save(path)
     console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return comparisons
+
+
+def _check_request(out: Path, keep: int, size: DemoSize) -> Path:
+    """Where the overlay will go."""
+    check_keep(keep)
+    if keep > size.image_tokens:
+        raise UserError(f"--keep must be at most {size.image_tokens}, the tokens of one image; got {keep}")
+    make_folder(out)
+    path = out / "overlay.png"
+    check_writable(path)
+    return path
 
 
 def _photograph() -> Image:

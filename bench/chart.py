@@ -1,4 +1,4 @@
-"""Coverage against the budget, as a picture."""
+"""Lines against the budget, as a picture."""
 
 from __future__ import annotations
 

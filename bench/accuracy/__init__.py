@@ -1,0 +1,1 @@
+"""What a small vision-language model still answers when vision tokens are dropped, and by whom."""

@@ -1,0 +1,162 @@
+"""Accuracy against tokens kept: ``python -m bench.accuracy``.
+
+Answers generated questions with the small vision-language model of ``assets/testbed``, with every selector
+and budget, after checking that the product gives the same answers as this harness.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.accuracy import gate, measure, testset
+from bench.accuracy.answers import correct, correct_blind
+from bench.accuracy.loading import ASSETS, MODEL, load_model, load_pruners
+from bench.accuracy.relation import relations
+from bench.accuracy.report import picture, tables
+from bench.accuracy.selectors import ours, rivals
+from bench.harness import device_slug, provenance
+from bench.markdown import replace_blocks
+from bench.testbed.examples import Split
+from ocvtp import OCPruner
+
+_ROOT = Path(__file__).parents[2]
+_DOCUMENT = _ROOT / "docs" / "accuracy.md"
+_PICTURE = _ROOT / "docs" / "accuracy.png"
+_RESULTS = _ROOT / "bench" / "results"
+_SPLITS: tuple[Split, ...] = ("test", "unseen")
+_GATE_PICTURES = 6
+_GATE_KEEP = 28
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Check, measure; what a record holds.
+
+    Raises:
+        GateError: the product answers otherwise than the harness.
+        SystemExit: pruners of different layers.
+    """
+    device = torch.device(arguments.device)
+    model, processor = load_model(arguments.model, device)
+    pruners = load_pruners(dict(arguments.pruner), device)
+    layers = {pruner.config.layer for pruner in pruners.values()}
+    if len(layers) != 1:
+        raise SystemExit(f"all pruners must read the same layer; these read {sorted(layers)}")
+    layer = layers.pop()
+    selectors = [*rivals(layer), *ours(pruners)]
+    words = processor.tokenizer.get_vocab()
+    checked = _gate(model, processor, words, pruners, layer)
+    print(f"{checked} answers of the product and of this benchmark agree", flush=True)
+    blind = None if arguments.blind is None else load_model(arguments.blind, device)[0]
+    rows: list[measure.Row] = []
+    sets = {}
+    for split in _SPLITS:
+        test = testset.build(model, words, split, arguments.pictures, arguments.questions, [layer])
+        sets[split] = {"pictures": len(test), "questions": len(test.kinds)}
+        rows.append(measure.plain_row(test, measure.UNPRUNED, correct(model, test, None)))
+        rows.append(measure.plain_row(test, measure.GUESSED, correct(model, test, None, shift=1)))
+        if blind is not None:
+            rows.append(measure.plain_row(test, measure.BLIND, correct_blind(blind, test)))
+        rows += measure.rows(model, test, selectors, layer, _say if arguments.verbose else _nothing)
+    return {
+        **provenance(device, arguments.commit),
+        "gate": {"answers": checked},
+        "sets": sets,
+        "layer": layer,
+        "tokens": model.config.image_seq_length,
+        "pruners": {name: _training(path) for name, path in arguments.pruner},
+        "rows": [row.to_dict() for row in rows],
+        "relations": [
+            asdict(r) for r in relations([r for r in rows if r.split == "test" and r.percent < 100])
+        ],
+    }
+
+
+def _gate(model: Any, processor: Any, words: dict[str, int], pruners: dict[str, OCPruner], layer: int) -> int:
+    test = testset.build(model, words, "validation", _GATE_PICTURES, 4, [layer])
+    everybody = {selector.name: selector for selector in rivals(layer)}
+    cases: list[tuple[Any, Any, dict[str, Any], int]] = [
+        (everybody["uniform grid"], "grid", {}, _GATE_KEEP),
+        (everybody["attention top-k"], "attention", {}, _GATE_KEEP),
+    ]
+    for selector in ours(pruners):
+        rounds = int(selector.name.split()[1]) if "round" in selector.name else 0
+        cases.append((selector, pruners[selector.group], {"refine": rounds}, _GATE_KEEP))
+    return gate.check(model, processor, test, cases)
+
+
+def _training(folder: Path) -> Any:
+    file = folder / "training.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+
+
+def _nothing(what: str) -> None:
+    pass
+
+
+def write(record: dict[str, Any], results: Path, document: Path, image: Path) -> None:
+    """Record, tables inside the document, and the picture."""
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
+    document.write_text(
+        replace_blocks(document.read_text(encoding="utf-8"), tables(record)), encoding="utf-8"
+    )
+    picture(record).savefig(image)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    return (name, Path(folder)) if equals else (Path(text).resolve().name, Path(text))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print tables; with ``--record`` also renew the document, its picture and the figures."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shipped = [("seed 0", ASSETS / "testbed-pruner"), ("seed 1", ASSETS / "testbed-pruner-1")]
+    parser.add_argument("--model", type=Path, default=MODEL, help="default: assets/testbed")
+    parser.add_argument(
+        "--pruner",
+        type=_named,
+        nargs="+",
+        default=shipped,
+        help="FOLDER or NAME=FOLDER; default: the shipped",
+    )
+    parser.add_argument("--blind", type=Path, help="folder of a model trained without pictures")
+    parser.add_argument("--pictures", type=int, default=500, help="of each split; default: 500")
+    parser.add_argument("--questions", type=int, default=8, help="about each picture; default: 8")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of PyTorch")
+    parser.add_argument("--commit", help="of this tree, where git can't tell")
+    parser.add_argument("--verbose", action="store_true", help="say what is being measured")
+    parser.add_argument("--record", action="store_true", help="renew record, document and picture")
+    parser.add_argument("--results", type=Path, default=_RESULTS, help="default: bench/results")
+    parser.add_argument("--document", type=Path, default=_DOCUMENT, help="default: docs/accuracy.md")
+    parser.add_argument("--picture", type=Path, default=_PICTURE, help="default: docs/accuracy.png")
+    arguments = parser.parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    record = run(arguments)
+    for name, markdown in tables(record).items():
+        print(f"\n{name}\n\n{markdown}")
+    if arguments.record:
+        slug = device_slug(torch.device(arguments.device))
+        write(record, arguments.results / slug, arguments.document, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

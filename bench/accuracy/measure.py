@@ -1,0 +1,168 @@
+"""Every selector at every budget: accuracy by kind and size, and what kept tokens are worth themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.accuracy.answers import correct
+from bench.accuracy.selectors import Selector
+from bench.accuracy.statistics import Estimate, estimate
+from bench.accuracy.testset import TestSet
+from bench.testbed.questions import KINDS
+from bench.testbed.scenes import SIZES
+from ocvtp import metrics
+
+#: Shares of the tokens that are kept, in percent.
+BUDGETS = (5, 11, 22, 33)
+#: Lines that are no selector's.
+UNPRUNED, GUESSED, BLIND = "all tokens", "another picture's tokens", "no picture, trained without"
+
+
+@dataclass
+class Row:
+    """A selector at a budget on a split.
+
+    Attributes:
+        split: of the questions.
+        method: its name.
+        group: which of several trainings, or "".
+        percent: of the tokens, kept.
+        keep: tokens kept.
+        seeds: draws averaged over.
+        accuracy: of all questions, with its 95 % interval over pictures.
+        seed_spread: standard deviation of the accuracy over seeds.
+        kinds: accuracy by kind of question.
+        sizes: accuracy by size of the smallest thing asked about.
+        over_random: accuracy beyond that of random tokens, on the same questions.
+        coverage_read: coverage error of the features that the pruner reads, mean over pictures.
+        coverage_consumed: of the features that the language model reads.
+        shown: share of questions all of whose things have a kept token on them.
+        if_shown: accuracy on those.
+        if_not: accuracy on the others.
+    """
+
+    split: str
+    method: str
+    group: str
+    percent: int
+    keep: int
+    seeds: int
+    accuracy: Estimate
+    seed_spread: float
+    kinds: dict[str, Estimate]
+    sizes: dict[str, Estimate]
+    over_random: Estimate | None
+    coverage_read: float | None
+    coverage_consumed: float | None
+    shown: float | None
+    if_shown: float | None
+    if_not: float | None
+    by_picture: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """Accuracy and coverage errors of every picture; not recorded."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; an interval is a list of mean, low and high, or nothing where there was no question."""
+        return {name: value for name, value in vars(self).items() if name != "by_picture"}
+
+
+def keep_of(percent: int, tokens: int) -> int:
+    """Tokens that a budget is."""
+    return max(1, round(percent / 100 * tokens))
+
+
+def plain_row(test: TestSet, method: str, right: np.ndarray) -> Row:
+    """A line without a selector."""
+    return _row(test, method, "", 100, test.tokens.shape[1], right[None])
+
+
+def rows(
+    model: Any,
+    test: TestSet,
+    selectors: Sequence[Selector],
+    layer: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[Row]:
+    """One row for every selector and budget; the selector called "random" must come first.
+
+    Args:
+        model: of the test bed.
+        test: pictures and questions.
+        selectors: to measure.
+        layer: "features read" of every row alike.
+        say: told what is being measured.
+    """
+    for percent in BUDGETS:
+        keep = keep_of(percent, test.tokens.shape[1])
+        chance: np.ndarray | None = None
+        for selector in selectors:
+            say(f"{test.split}, {percent} %: {selector.name} {selector.group}")
+            kept = [selector.choose(test, keep, seed) for seed in range(selector.seeds)]
+            right = np.stack([correct(model, test, indices) for indices in kept])
+            row = _row(test, selector.name, selector.group, percent, keep, right)
+            if selector.name == "random":
+                chance = right.mean(0)
+            if chance is not None and selector.name != "random":
+                row.over_random = estimate(right.mean(0) - chance, test.picture_of)
+            _add_measures(row, test, layer, kept, right)
+            yield row
+
+
+def _row(test: TestSet, method: str, group: str, percent: int, keep: int, right: np.ndarray) -> Row:
+    """Of ``right`` ``[seeds, Q]``."""
+    mean, picture = right.mean(0), test.picture_of
+    return Row(
+        split=test.split,
+        method=method,
+        group=group,
+        percent=percent,
+        keep=keep,
+        seeds=len(right),
+        accuracy=estimate(mean, picture),
+        seed_spread=float(right.mean(1).std(ddof=1)) if len(right) > 1 else 0.0,
+        kinds={kind: _where(mean, picture, test.kinds == kind) for kind in KINDS},
+        sizes=_by_size(test, mean),
+        over_random=None,
+        coverage_read=None,
+        coverage_consumed=None,
+        shown=None,
+        if_shown=None,
+        if_not=None,
+        by_picture={"accuracy": _picture_means(mean, picture, len(test))},
+    )
+
+
+def _where(values: np.ndarray, picture: np.ndarray, which: np.ndarray) -> Estimate:
+    return estimate(values[which], picture[which])
+
+
+def _by_size(test: TestSet, mean: np.ndarray) -> dict[str, Estimate]:
+    radii, found = test.radii(), {}
+    for name, (least, most) in SIZES.items():
+        found[name] = _where(mean, test.picture_of, (radii >= least) & (radii <= most))
+    return found
+
+
+def _add_measures(
+    row: Row, test: TestSet, layer: int, kept: Sequence[torch.Tensor], right: np.ndarray
+) -> None:
+    for name, x in (("coverage_read", test.layers[layer]), ("coverage_consumed", test.tokens)):
+        each = torch.stack([metrics.coverage(x, indices) for indices in kept]).double().mean(0).cpu().numpy()
+        setattr(row, name, float(each.mean()))
+        row.by_picture[name] = each
+    shown = np.stack([test.shown(indices) for indices in kept])
+    row.by_picture["shown"] = _picture_means(shown.mean(0), test.picture_of, len(test))
+    row.shown = float(shown.mean())
+    row.if_shown = float(right[shown].mean()) if shown.any() else None
+    row.if_not = float(right[~shown].mean()) if (~shown).any() else None
+
+
+def _picture_means(values: np.ndarray, picture: np.ndarray, pictures: int) -> np.ndarray:
+    """``[pictures]``; NaN where a picture has no question."""
+    counts = np.bincount(picture, minlength=pictures)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(picture, weights=values.astype(float), minlength=pictures) / counts

@@ -1,0 +1,78 @@
+"""Everybody who chooses tokens here, under one signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bench.accuracy.testset import TestSet
+from ocvtp import OCPruner, Selection, methods
+
+#: Refinement rounds of our pruner; none is the published rule.
+ROUNDS = (0, 1, 2, 3)
+#: Draws of whatever draws at random.
+SEEDS = 5
+_BATCH = 50
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Chooses tokens of test pictures.
+
+    Attributes:
+        name: in tables.
+        choose: of pictures, a budget and a seed: ``[P, keep]`` indices.
+        seeds: draws that differ.
+        group: lines of one name and several groups are one method trained several times.
+        reads: the layer it reads, or ``None`` for what is consumed.
+    """
+
+    name: str
+    choose: Callable[[TestSet, int, int], torch.Tensor]
+    seeds: int = 1
+    group: str = ""
+    reads: int | None = None
+
+
+def rivals(layer: int) -> list[Selector]:
+    """Without training; those that compare features read the same layer as the pruner."""
+
+    def by_features(name: str, select: Callable[[torch.Tensor, int], Selection]) -> Selector:
+        return Selector(name, lambda test, keep, seed: select(test.layers[layer], keep).indices, reads=layer)
+
+    return [
+        Selector("random", _random, seeds=SEEDS),
+        Selector("uniform grid", lambda t, keep, _: methods.grid(t.tokens, keep, shape=t.shape).indices),
+        Selector("attention top-k", lambda t, keep, _: methods.attention_top_k(t.received, keep).indices),
+        by_features("farthest point", methods.farthest_point),
+        by_features("k-medoids", methods.k_medoids),
+        by_features("greedy DPP", methods.greedy_dpp),
+    ]
+
+
+def _random(test: TestSet, keep: int, seed: int) -> torch.Tensor:
+    return methods.random_tokens(test.tokens, keep, seed=seed * len(test)).indices
+
+
+def ours(pruners: Mapping[str, OCPruner]) -> list[Selector]:
+    """Each pruner as published, and with rounds of refinement."""
+
+    def with_rounds(group: str, pruner: OCPruner, rounds: int) -> Selector:
+        def choose(test: TestSet, keep: int, seed: int) -> torch.Tensor:
+            x, scores = test.layers[pruner.config.layer], test.received
+            parts = [
+                pruner(x[i : i + _BATCH], keep, scores[i : i + _BATCH], seed=seed, refine=rounds).indices
+                for i in range(0, len(x), _BATCH)
+            ]
+            return torch.cat(parts)
+
+        return Selector(ours_name(rounds), choose, group=group, reads=pruner.config.layer)
+
+    return [with_rounds(group, pruner, n) for n in ROUNDS for group, pruner in pruners.items()]
+
+
+def ours_name(rounds: int) -> str:
+    """In tables."""
+    return "ours, as published" if rounds == 0 else f"ours, {rounds} round{'s' * (rounds > 1)}"

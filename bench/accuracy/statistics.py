@@ -1,0 +1,49 @@
+"""Confidence intervals by resampling pictures: questions about one picture stand and fall together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+_RESAMPLES = 2000
+_TAILS = (2.5, 97.5)
+
+
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def estimate(values: np.ndarray, picture: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean of ``values`` ``[Q]`` over questions, of pictures ``picture`` ``[Q]``; NaN without questions."""
+    if not len(values):
+        return Estimate(np.nan, np.nan, np.nan)
+    _, number = np.unique(picture, return_inverse=True)
+    sums = np.bincount(number, weights=values.astype(float))
+    counts = np.bincount(number).astype(float)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(_RESAMPLES, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.percentile(means, _TAILS)
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's; equal values share a rank."""
+    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, number, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = counts.cumsum()
+    return (ends - (counts - 1) / 2)[number]
+
+
+def within(x: np.ndarray, y: np.ndarray) -> float:
+    """Correlation of ``[M, P]`` over M within each of P, the differences between the P taken off."""
+    x = x - x.mean(0)
+    y = y - y.mean(0)
+    return float((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()))

@@ -1,0 +1,134 @@
+"""Test pictures as a tower sees them once, with their questions, so that every selector is asked the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.testbed.examples import Example, Split, example
+from bench.testbed.packing import Batch, normalise, pack
+from ocvtp.vlm.tower import run_tower
+
+_TOWER_BATCH = 25
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Pictures of a split.
+
+    Attributes:
+        split: of the pictures.
+        examples: pictures and questions.
+        layers: outputs of encoder layers, ``[P, N, C]``, by number; class token dropped.
+        consumed: number of the layer the language model reads.
+        received: ``[P, N]`` attention that tokens receive in the consumed layer.
+        patch: pixels of a token.
+        vocabulary: number of every word.
+    """
+
+    __test__ = False  # nothing for pytest
+
+    split: Split
+    examples: Sequence[Example]
+    layers: dict[int, torch.Tensor]
+    consumed: int
+    received: torch.Tensor
+    patch: int
+    vocabulary: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """``[P, N, C]``: what the projector reads."""
+        return self.layers[self.consumed]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        side = round(self.tokens.shape[1] ** 0.5)
+        return side, side
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """Questions of some pictures, packed."""
+        some = self.examples[start:stop]
+        return pack(some, self.vocabulary, self.patch, [1.0] * len(some))
+
+    @property
+    def picture_of(self) -> np.ndarray:
+        """``[Q]``: the picture that a question is about."""
+        return np.repeat(np.arange(len(self)), [len(one.questions) for one in self.examples])
+
+    @property
+    def kinds(self) -> np.ndarray:
+        """``[Q]``: kinds of the questions."""
+        return np.array([question.kind for one in self.examples for question in one.questions])
+
+    def radii(self) -> np.ndarray:
+        """``[Q]``: radius in pixels of the smallest thing a question is about; NaN where it is about none."""
+        return np.array(
+            [
+                min((one.scene.things[i].radius for i in question.targets), default=np.nan)
+                for one in self.examples
+                for question in one.questions
+            ]
+        )
+
+    def shown(self, kept: torch.Tensor) -> np.ndarray:
+        """``[Q]``: whether each thing a question is about has a kept token on it, of ``[P, keep]`` indices.
+
+        A token is on the thing that has most of its pixels, and at least a sixteenth of them.
+        """
+        answers = []
+        side = self.shape[1]
+        for one, indices in zip(self.examples, kept.tolist(), strict=True):
+            on = set()
+            for index in indices:
+                row, column = divmod(index, side)
+                owners = one.owner[
+                    row * self.patch : (row + 1) * self.patch, column * self.patch : (column + 1) * self.patch
+                ]
+                counts = np.bincount(owners[owners >= 0], minlength=len(one.scene.things))
+                if counts.max(initial=0) >= owners.size / 16:
+                    on.add(int(counts.argmax()))
+            answers += [set(question.targets) <= on for question in one.questions]
+        return np.array(answers)
+
+
+@torch.no_grad()
+def build(
+    model: Any, vocabulary: dict[str, int], split: Split, pictures: int, questions: int, layers: Sequence[int]
+) -> TestSet:
+    """See the first pictures of a split.
+
+    Args:
+        model: ``LlavaForConditionalGeneration`` of the test bed.
+        vocabulary: number of every word.
+        split: of the pictures.
+        pictures: how many.
+        questions: asked about every picture, at most.
+        layers: that selectors read.
+    """
+    config = model.config
+    depth = config.vision_config.num_hidden_layers
+    consumed = config.vision_feature_layer % (depth + 1) - 1
+    examples = [example(split, i, questions) for i in range(pictures)]
+    taps = {*layers, consumed}
+    outputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in taps}
+    received = []
+    tower = model.model.vision_tower
+    for start in range(0, pictures, _TOWER_BATCH):
+        some = examples[start : start + _TOWER_BATCH]
+        pixels = normalise(np.stack([one.pixels for one in some])).to(model.device, model.dtype)
+        run = run_tower(tower, pixels, taps)
+        for layer in taps:
+            outputs[layer].append(run.outputs[layer][:, 1:])
+        received.append(run.received_attention("auto")[:, 1:])
+    seen = {layer: torch.cat(parts) for layer, parts in outputs.items()}
+    patch = config.vision_config.patch_size
+    return TestSet(split, examples, seen, consumed, torch.cat(received), patch, vocabulary)

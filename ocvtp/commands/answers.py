@@ -1,0 +1,240 @@
+"""The demo's questions and answers: a small model that was really trained, before and after pruning.
+
+The model, its pruner and the scenes lie in the repository's ``assets/``: generated pictures of coloured
+shapes are all it has seen, and some hundred words all it knows.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ocvtp.commands.errors import UserError
+from ocvtp.commands.loading import load_image, load_pruner, load_weights
+from ocvtp.commands.output import check_writable
+from ocvtp.commands.progress import busy, steps
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ocvtp import OCPruner
+
+_OVERLAY = "answers.png"
+_TIMED = 7  # of each kind, in turns
+
+
+def find_assets() -> Path | None:
+    """The repository's ``assets/``, if this is an installation from one (``pip install -e``)."""
+    folder = Path(__file__).parents[2] / "assets"
+    return folder if (folder / "testbed" / "config.json").exists() else None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a picture.
+
+    Attributes:
+        picture: number of it.
+        question: in words.
+        expected: the right answer, if anybody knows it.
+        before: the model's answer with all tokens.
+        after: with the kept ones.
+    """
+
+    picture: int
+    question: str
+    expected: str | None
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the demo's first part found.
+
+    Attributes:
+        asked: every question.
+        tokens: of a picture.
+        keep: of them, kept.
+        before: seconds to the first word with all tokens, run by run.
+        after: with the kept ones.
+    """
+
+    asked: list[Asked]
+    tokens: int
+    keep: int
+    before: list[float]
+    after: list[float]
+
+
+def run(
+    assets: Path,
+    *,
+    out: Path,
+    share: float,
+    image: Path | None,
+    question: str | None,
+    console: Console,
+) -> Answers:
+    """Ask, print, draw ``answers.png`` into the folder ``out``.
+
+    Args:
+        assets: with ``testbed``, ``testbed-pruner`` and ``scenes``.
+        out: an existing folder.
+        share: of the tokens, kept.
+        image: the user's; default: the scenes that come with the model.
+        question: the user's; default: those that come with the scenes.
+        console: to print on.
+
+    Raises:
+        UserError: an image that can't be read, an image without a question, or words that the model does
+            not know.
+    """
+    import torch
+
+    import ocvtp
+
+    if image is not None and question is None:
+        raise UserError('--image needs --question, say --question "what color is the circle?"')
+    path = out / _OVERLAY
+    check_writable(path)
+    pictures, asked = _questions(assets, image, question)
+    source = str(assets / "testbed")
+    model = load_weights(source, torch.device("cpu"), torch.float32, console)
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(source)
+    asked = [(number, _known(processor, words), answer) for number, words, answer in asked]
+    pruner = load_pruner(str(assets / "testbed-pruner"))
+    tokens = int(model.config.image_seq_length)
+    keep = max(1, round(share * tokens))
+    found = []
+    with steps(console, "asking", len(asked)) as step:
+        for number, words, answer in asked:
+            step(words)
+            inputs = _inputs(processor, pictures[number], words)
+            before = _say(model, processor, inputs)
+            with ocvtp.pruned(model, pruner, keep=keep):
+                after = _say(model, processor, inputs)
+            found.append(Asked(number, words, answer, before, after))
+    first = _inputs(processor, pictures[0], asked[0][1])
+    answers = Answers(found, tokens, keep, *_time(model, pruner, first, keep))
+    _show(answers, image is not None, console)
+    with busy(console, "drawing"):
+        _draw(model, pruner, processor, pictures[0], keep, path)
+    console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return answers
+
+
+def _questions(
+    assets: Path, image: Path | None, question: str | None
+) -> tuple[list[Image], list[tuple[int, str, str | None]]]:
+    """Pictures, and questions as number of the picture, words and right answer."""
+    if image is not None:
+        assert question is not None
+        return [load_image(image)], [(0, question, None)]
+    scenes = assets / "scenes"
+    listed = json.loads((scenes / "questions.json").read_text(encoding="utf-8"))
+    pictures = [load_image(scenes / scene["picture"]) for scene in listed]
+    if question is not None:
+        return pictures[:1], [(0, question, None)]
+    asked = [(i, each["question"], each["answer"]) for i, s in enumerate(listed) for each in s["questions"]]
+    return pictures, asked
+
+
+def _known(processor: Any, question: str) -> str:
+    """The question in words that the model knows.
+
+    Raises:
+        UserError: it does not know some.
+    """
+    words = question.lower().strip().rstrip("?").strip() + "?"
+    tokenizer = processor.tokenizer
+    vocabulary = tokenizer.get_vocab()
+    unknown = [word for word in words[:-1].split() if word not in vocabulary]
+    if unknown or words == "?":
+        known = sorted(w for w in vocabulary if w.isascii() and w.replace("-", "").isalnum())
+        raise UserError(
+            f"the demo's model does not know {', '.join(map(repr, unknown)) or 'an empty question'}; "
+            f"its words are: {' '.join(known)}"
+        )
+    return words
+
+
+def _inputs(processor: Any, picture: Image, question: str) -> dict[str, Any]:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    made: dict[str, Any] = processor(images=picture, text=text, return_tensors="pt")
+    return made
+
+
+def _say(model: Any, processor: Any, inputs: dict[str, Any]) -> str:
+    output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    said: str = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return said.strip()
+
+
+def _time(model: Any, pruner: OCPruner, inputs: dict[str, Any], keep: int) -> tuple[list[float], list[float]]:
+    """Seconds to the first word, unpruned and pruned in turns."""
+    import ocvtp
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        return time.perf_counter() - start
+
+    before, after = [], []
+    for _ in range(_TIMED):
+        before.append(seconds())
+        with ocvtp.pruned(model, pruner, keep=keep):
+            after.append(seconds())
+    return before, after
+
+
+def _show(answers: Answers, own: bool, console: Console) -> None:
+    all_, kept = f"all {answers.tokens} tokens", f"{answers.keep} tokens"
+    console.print(
+        "[bold]A small model that was trained[/] on generated scenes "
+        "(assets/README.md); its answers mean something:"
+    )
+    table = Table("question", *(() if own or answers.asked[0].expected is None else ("truth",)), all_, kept)
+    for one in answers.asked:
+        if one.picture == 0:
+            truth = () if one.expected is None or own else (one.expected,)
+            table.add_row(one.question, *truth, _marked(one.before, one), _marked(one.after, one))
+    console.print(table)
+    judged = [one for one in answers.asked if one.expected is not None]
+    if judged:
+        right = [sum(getattr(one, when) == one.expected for one in judged) for when in ("before", "after")]
+        console.print(
+            f"of {len(judged)} questions about {1 + max(one.picture for one in judged)} scenes, "
+            f"{right[0]} right with {all_}, {right[1]} with {kept} (docs/accuracy.md has thousands)"
+        )
+    if own:
+        console.print("It has seen nothing but coloured shapes: of photographs it knows no better.")
+    before, after = (1e3 * statistics.median(runs) for runs in (answers.before, answers.after))
+    console.print(
+        f"first word after {before:.0f} ms with all tokens, {after:.0f} ms with {answers.keep}: a model this "
+        "small has little to save; for speed, see the large one"
+    )
+
+
+def _marked(said: str, one: Asked) -> str:
+    return said if one.expected in (None, said) else f"[red]{said}[/]"
+
+
+def _draw(model: Any, pruner: OCPruner, processor: Any, picture: Image, keep: int, path: Path) -> None:
+    import ocvtp
+    from ocvtp.commands.visualize import draw
+
+    images = processor.image_processor
+    pixels = images(images=picture, return_tensors="pt")["pixel_values"]
+    with ocvtp.pruned(model, pruner, keep=keep):
+        draw(model, pixels, images).save(path)
