@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
 from bench.agreement import Encoder, find_photographs
+from bench.chart import Panel, chart
 from bench.evidence import __main__ as command
-from bench.evidence import plot, report, rows, selectors
+from bench.evidence import report, rows, selectors
 from bench.evidence.selectors import RIVALS, VARIANTS, Choice
 from bench.evidence.views import Views
+from bench.markdown import replace_blocks
 from ocvtp import OCPruner, PrunerConfig, methods, metrics
 from ocvtp.training.recipe import Recipe
 from tests.conftest import DATA, make_pruner, relative_error
@@ -266,9 +268,7 @@ def test_blocks_are_replaced_and_missing_ones_named() -> None:
 
 def test_a_chart_shows_every_line() -> None:
     lines = {f"line {i}": [(0.0, float(i)), (1.0, float(i + 1))] for i in range(5)}
-    figure = plot.chart(
-        [plot.Panel("a", lines), plot.Panel("b", dict(reversed(lines.items())))], "x", "y", [0, 1]
-    )
+    figure = chart([Panel("a", lines), Panel("b", dict(reversed(lines.items())))], "x", "y", [0, 1])
     first, second = ({line.get_label(): line for line in axes.lines} for axes in figure.axes)
     assert first.keys() == second.keys() == lines.keys()
     for name, points in lines.items():

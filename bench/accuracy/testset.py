@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from bench.testbed.examples import Example, Split, example
-from bench.testbed.packing import Batch, normalise, pack
+from bench.testbed.model import Size
+from bench.testbed.packing import Batch, normalise, pack, shown
 from ocvtp.vlm.tower import run_tower
 
 _TOWER_BATCH = 25
@@ -26,7 +27,7 @@ class TestSet:
         layers: outputs of encoder layers, ``[P, N, C]``, by number; class token dropped.
         consumed: number of the layer the language model reads.
         received: ``[P, N]`` attention that tokens receive in the consumed layer.
-        patch: pixels of a token.
+        size: of the model.
         vocabulary: number of every word.
     """
 
@@ -37,7 +38,7 @@ class TestSet:
     layers: dict[int, torch.Tensor]
     consumed: int
     received: torch.Tensor
-    patch: int
+    size: Size
     vocabulary: dict[str, int]
 
     def __len__(self) -> int:
@@ -51,13 +52,12 @@ class TestSet:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
-        side = round(self.tokens.shape[1] ** 0.5)
-        return side, side
+        return self.size.grid, self.size.grid
 
     def batch(self, start: int, stop: int) -> Batch:
         """Questions of some pictures, packed."""
         some = self.examples[start:stop]
-        return pack(some, self.vocabulary, self.patch, [1.0] * len(some))
+        return pack(some, self.vocabulary, self.size, [1.0] * len(some))
 
     @property
     def picture_of(self) -> np.ndarray:
@@ -82,20 +82,11 @@ class TestSet:
     def shown(self, kept: torch.Tensor) -> np.ndarray:
         """``[Q]``: whether each thing a question is about has a kept token on it, of ``[P, keep]`` indices.
 
-        A token is on the thing that has most of its pixels, and at least a sixteenth of them.
+        See :func:`bench.testbed.packing.shown`.
         """
         answers = []
-        side = self.shape[1]
-        for one, indices in zip(self.examples, kept.tolist(), strict=True):
-            on = set()
-            for index in indices:
-                row, column = divmod(index, side)
-                owners = one.owner[
-                    row * self.patch : (row + 1) * self.patch, column * self.patch : (column + 1) * self.patch
-                ]
-                counts = np.bincount(owners[owners >= 0], minlength=len(one.scene.things))
-                if counts.max(initial=0) >= owners.size / 16:
-                    on.add(int(counts.argmax()))
+        for one, indices in zip(self.examples, kept.cpu().numpy(), strict=True):
+            on = set(shown(one, self.size.side, self.size.patch)[indices].tolist())
             answers += [set(question.targets) <= on for question in one.questions]
         return np.array(answers)
 
@@ -117,6 +108,7 @@ def build(
     config = model.config
     depth = config.vision_config.num_hidden_layers
     consumed = config.vision_feature_layer % (depth + 1) - 1
+    size = Size(side=config.vision_config.image_size, patch=config.vision_config.patch_size)
     examples = [example(split, i, questions) for i in range(pictures)]
     taps = {*layers, consumed}
     outputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in taps}
@@ -124,11 +116,10 @@ def build(
     tower = model.model.vision_tower
     for start in range(0, pictures, _TOWER_BATCH):
         some = examples[start : start + _TOWER_BATCH]
-        pixels = normalise(np.stack([one.pixels for one in some])).to(model.device, model.dtype)
+        pixels = normalise([one.pixels for one in some], size.side).to(model.device, model.dtype)
         run = run_tower(tower, pixels, taps)
         for layer in taps:
             outputs[layer].append(run.outputs[layer][:, 1:])
         received.append(run.received_attention("auto")[:, 1:])
     seen = {layer: torch.cat(parts) for layer, parts in outputs.items()}
-    patch = config.vision_config.patch_size
-    return TestSet(split, examples, seen, consumed, torch.cat(received), patch, vocabulary)
+    return TestSet(split, examples, seen, consumed, torch.cat(received), size, vocabulary)

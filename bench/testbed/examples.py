@@ -35,8 +35,14 @@ class Example:
     questions: tuple[Question, ...]
 
 
-def example(split: Split, index: int, questions: int) -> Example:
-    """The picture ``index`` of a split, with at most so many different questions.
+def example(split: Split, index: int, questions: int, crowded: bool = False) -> Example:
+    """The picture ``index`` of a split.
+
+    Args:
+        split: of it.
+        index: of it.
+        questions: at most so many, all different.
+        crowded: full of things, see :func:`bench.testbed.scenes.sample`.
 
     Raises:
         ValueError: no such split, or a negative index.
@@ -45,7 +51,7 @@ def example(split: Split, index: int, questions: int) -> Example:
         raise ValueError(f"no picture {index} in split {split!r}; splits: {', '.join(_SPLITS)}")
     rng = np.random.default_rng([_WORLD, _SPLITS[split], index])
     unseen = split == "unseen"
-    scene = sample(rng, unseen)
+    scene = sample(rng, unseen, crowded)
     focus = held_out(scene) if unseen else list(range(len(scene.things)))
     found: dict[str, Question] = {}
     kinds = [KINDS[i] for i in rng.permutation(len(KINDS))]

@@ -85,7 +85,6 @@ def build_processor(side: int, patch: int) -> Any:
     """For pictures of ``side`` pixels, cut in patches of ``patch``."""
     import transformers
 
-    # Pixel for pixel: no picture of the test bed is resized.
     images = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     return transformers.LlavaProcessor(
         image_processor=images(

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from bench.testbed.language import BEGIN, END, IMAGE, PAD, WORDS
+from ocvtp.vlm.tower import root
+
+_SLOWEST = 100.0  # the longest wave's length in patches, over 2 pi
+_AMPLITUDE = 0.3  # about as large as what the pixels say
 
 
 @dataclass(frozen=True)
@@ -71,4 +77,19 @@ def build(size: Size) -> Any:
         tie_word_embeddings=False,
         **special,
     )
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    _place(model, size)
+    return model
+
+
+def _place(model: Any, size: Size) -> None:
+    """Let position embeddings begin as waves along both sides; as noise, near and far take long to learn."""
+    frequencies = _SLOWEST ** -(torch.arange(size.width // 4) / (size.width // 4))
+    row, column = torch.meshgrid(torch.arange(size.grid), torch.arange(size.grid), indexing="ij")
+    waves = [
+        wave(at.flatten()[:, None] * frequencies) for at in (column, row) for wave in (torch.sin, torch.cos)
+    ]
+    with torch.no_grad():
+        root(model.model.vision_tower).embeddings.position_embedding.weight[1:] = _AMPLITUDE * torch.cat(
+            waves, 1
+        )

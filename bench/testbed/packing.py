@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from bench.testbed.examples import Example
 from bench.testbed.language import ANSWER
+from bench.testbed.model import Size
 from bench.testbed.scenes import COLORS, LETTERS, SHAPE_NAMES, SIDE, SIZES, TEXTURES
 
 #: What is said of every patch in the tower's own training; each has a last class for "nothing there".
@@ -26,8 +28,8 @@ DENSE = {
     "size": tuple(SIZES),
     "letter": LETTERS,
 }
-#: Pixels of a thing that a patch must show to be told its name.
-_LEAST_PIXELS = 4
+#: Share of a patch's pixels that must be a thing's for the patch to show it.
+LEAST_SHARE = 1 / 16
 _IGNORED = -100
 
 
@@ -70,14 +72,14 @@ class Batch:
 
 
 def pack(
-    examples: Sequence[Example], vocabulary: dict[str, int], patch: int, stretch: Sequence[float]
+    examples: Sequence[Example], vocabulary: dict[str, int], size: Size, stretch: Sequence[float]
 ) -> Batch:
     """Make a batch.
 
     Args:
         examples: pictures with questions.
         vocabulary: number of every word.
-        patch: pixels of a patch.
+        size: of the model.
         stretch: for every picture.
     """
     rows = [_Row() for _ in examples]
@@ -90,9 +92,9 @@ def pack(
             answers.append((number, len(row.ids) - 2))
             kinds.append(question.kind)
     length = max(1, *(len(row.ids) for row in rows))
-    dense = [_dense(one, patch) for one in examples]
+    dense = [_dense(one, size) for one in examples]
     return Batch(
-        pixels=normalise(np.stack([one.pixels for one in examples])),
+        pixels=normalise([one.pixels for one in examples], size.side),
         ids=_padded([row.ids for row in rows], length, vocabulary["<pad>"]),
         segments=_padded([row.segments for row in rows], length, -1),
         positions=_padded([row.positions for row in rows], length, 0),
@@ -105,10 +107,27 @@ def pack(
     )
 
 
-def normalise(pictures: np.ndarray) -> torch.Tensor:
-    """``[B, H, W, 3]`` uint8 as the processor of :mod:`bench.testbed.language` would: ``[B, 3, H, W]``."""
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+def normalise(pictures: Sequence[np.ndarray], side: int) -> torch.Tensor:
+    """Pictures ``[H, W, 3]`` uint8 as the processor of :mod:`bench.testbed.language` makes them.
+
+    Returns:
+        ``[B, 3, side, side]`` float32.
+    """
+    if side != SIDE:
+        larger = [Image.fromarray(one).resize((side, side), Image.Resampling.BICUBIC) for one in pictures]
+        pictures = [np.asarray(one) for one in larger]
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     return (pixels - 0.5) / 0.25
+
+
+def shown(one: Example, side: int, patch: int) -> np.ndarray:
+    """``[N]``: the thing that has most of a patch's pixels, if at least a sixteenth of them; else -1."""
+    nearest = (2 * np.arange(side) + 1) * SIDE // (2 * side)
+    owner = one.owner[np.ix_(nearest, nearest)]
+    grid = side // patch
+    blocks = owner.reshape(grid, patch, grid, patch).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
+    counts = np.stack([(blocks == i).sum(1) for i in range(len(one.scene.things))], axis=1)
+    return np.where(counts.max(1) >= LEAST_SHARE * patch**2, counts.argmax(1), -1)
 
 
 def _encode(text: str, vocabulary: dict[str, int]) -> list[int]:
@@ -137,16 +156,15 @@ def _padded(rows: list[list[int]], length: int, filler: int) -> torch.Tensor:
     return torch.tensor([row + [filler] * (length - len(row)) for row in rows], dtype=torch.int64)
 
 
-def _dense(one: Example, patch: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    grid = SIDE // patch
-    blocks = one.owner.reshape(grid, patch, grid, patch).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
-    counts = np.stack([(blocks == i).sum(1) for i in range(len(one.scene.things))], axis=1)
-    shown = np.where(counts.max(1) >= _LEAST_PIXELS, counts.argmax(1), -1)
+def _dense(one: Example, size: Size) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    grid = size.grid
+    seen = shown(one, size.side, size.patch)
     labels, things = {}, one.scene.things
     for name, values in DENSE.items():
         codes = [values.index(v) if (v := getattr(thing, name)) else len(values) for thing in things]
-        labels[name] = torch.from_numpy(np.array([*codes, len(values)])[shown])
+        labels[name] = torch.from_numpy(np.array([*codes, len(values)])[seen])
     y, x = np.divmod(np.arange(grid * grid), grid)
-    middles = np.array([[t.x / patch, t.y / patch, np.log(t.radius)] for t in things] + [[0.0] * 3])[shown]
+    unit = SIDE / grid
+    middles = np.array([[t.x / unit, t.y / unit, np.log(t.radius)] for t in things] + [[0.0] * 3])[seen]
     places = middles - np.stack([x + 0.5, y + 0.5, np.zeros(grid * grid)], axis=1)
     return labels, torch.from_numpy(places).float()

@@ -20,8 +20,10 @@ class Stage:
         batch: pictures of a step.
         questions: asked about every picture; none trains the tower alone.
         dense: weight of naming what every patch shows.
-        learning_rate: at its highest.
+        learning_rate: at its highest, of AdamW, which trains vectors, embeddings and what reads them out.
+        muon: the same of Muon, which trains the matrices inside layers.
         warmup: steps until then.
+        crowded: whether pictures are full of things.
     """
 
     name: str
@@ -30,7 +32,9 @@ class Stage:
     questions: int
     dense: float
     learning_rate: float
+    muon: float
     warmup: int = 100
+    crowded: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Recipe:
         seed: of fresh weights and of the stretching of positions.
         size: of the model.
         stages: one after the other; each sees pictures that no stage before it saw.
-        weight_decay: on matrices.
+        weight_decay: on matrices, in AdamW.
         stretched: share of pictures whose tokens stand closer together than one position (down to a
             twentieth). A large language model has met an image and a question at any distance; this one
             would only know the one, and pruning changes it.

@@ -14,11 +14,13 @@ SHAPE_NAMES = tuple(SHAPES)
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white")
 TEXTURES = ("plain", "striped", "dotted", "checked")
 #: Radius in pixels, least and most, by the word for it; the gaps keep the words apart.
-SIZES = {"tiny": (3.5, 4.8), "small": (6.8, 9.0), "large": (12.5, 17.0)}
+SIZES = {"tiny": (4.2, 5.4), "small": (7.4, 9.4), "large": (12.8, 17.0)}
 #: Colour and shape that never meet in training and test scenes: one shape of every colour.
 HELD_OUT = frozenset((color, SHAPE_NAMES[(3 * i + 2) % 8]) for i, color in enumerate(COLORS))
 _MOST_THINGS = 8
+_CROWD = 20
 _LETTER_CHANCE = 0.75
+_MOST_LETTERS = 3
 _EDGE = 1.5  # pixels between things, and to the border
 _TRIES = 60
 
@@ -63,20 +65,28 @@ class Scene:
     seed: int
 
 
-def sample(rng: np.random.Generator, unseen: bool = False) -> Scene:
+def sample(rng: np.random.Generator, unseen: bool = False, crowded: bool = False) -> Scene:
     """Draw a scene.
 
     Args:
         rng: all chance comes from it.
         unseen: with things of :data:`HELD_OUT`, two or three; otherwise there is none of them.
+        crowded: with as many things as find room, and letters on most that have room for one: much to learn
+            from one picture.
     """
+    if crowded:
+        return _scene(rng, [_kind(rng, list(COLORS), list(SHAPE_NAMES), False) for _ in range(_CROWD)], True)
     count = int(rng.integers(3, _MOST_THINGS + 1))
     # Few colours and shapes in one scene make for groups to count and for near misses.
     colors = _some(rng, COLORS, int(rng.integers(2, 7)))
     shapes = _some(rng, SHAPE_NAMES, int(rng.integers(2, 7)))
     wanted = int(rng.integers(2, 4)) if unseen else 0
     kinds = [_kind(rng, colors, shapes, held_out=i < wanted) for i in range(count)]
-    letters = _letters(rng)
+    return _scene(rng, kinds, False)
+
+
+def _scene(rng: np.random.Generator, kinds: list[tuple[str, str, str]], crowded: bool) -> Scene:
+    letters = _some(rng, LETTERS, len(LETTERS)) if crowded else _letters(rng)
     placed: list[Thing] = []
     # The largest first: they would find no room later.
     for color, shape, size in sorted(kinds, key=lambda kind: -SIZES[kind[2]][1]):
@@ -111,7 +121,7 @@ def _kind(
 def _letters(rng: np.random.Generator) -> list[str]:
     if rng.random() > _LETTER_CHANCE:
         return []
-    return _some(rng, LETTERS, int(rng.integers(1, 4)))
+    return _some(rng, LETTERS, int(rng.integers(1, _MOST_LETTERS + 1)))
 
 
 def _place(rng: np.random.Generator, placed: list[Thing], color: str, shape: str, size: str) -> Thing | None:
