@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "pruners": {name: _training(path) for name, path in arguments.pruner},
         "rows": [row.to_dict() for row in rows],
         "relations": [
-            asdict(r) for r in relations([r for r in rows if r.split == "test" and r.percent < 100])
+            measure.without_nan(asdict(r))
+            for r in relations([r for r in rows if r.split == "test" and r.percent < 100])
         ],
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +68,16 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; an interval is a list of mean, low and high, or nothing where there was no question."""
-        return {name: value for name, value in vars(self).items() if name != "by_picture"}
+        return {name: without_nan(value) for name, value in vars(self).items() if name != "by_picture"}
+
+
+def without_nan(value: Any) -> Any:
+    """The same with ``None`` for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: without_nan(each) for name, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def keep_of(percent: int, tokens: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,9 +77,9 @@ def _find(rows: Rows, key: tuple[str, str], percent: int) -> dict[str, Any]:
 
 
 def _percent(estimate: Sequence[float]) -> str:
-    """Mean and half of the 95 % interval."""
+    """Mean and half of the 95 % interval; empty if there was no question."""
     mean, low, high = estimate
-    return "" if math.isnan(mean) else f"{100 * mean:.1f} ± {50 * (high - low):.1f}"
+    return "" if mean is None else f"{100 * mean:.1f} ± {50 * (high - low):.1f}"
 
 
 def _accuracy(rows: Rows) -> str:
@@ -134,6 +133,6 @@ def _relations(relations: Rows) -> str:
         cells = [_MEASURES[measure]]
         for percent in BUDGETS:
             one = next(r for r in relations if (r["measure"], r["percent"]) == (measure, percent))
-            cells += [f"{one['between']:+.2f}", f"{one['within']:+.2f}"]
+            cells += ["" if one[how] is None else f"{one[how]:+.2f}" for how in ("between", "within")]
         lines.append(cells)
     return table(head, lines)

@@ -32,8 +32,8 @@ def estimate(values: np.ndarray, picture: np.ndarray, seed: int = 0) -> Estimate
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's; equal values share a rank."""
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+    """Spearman's; equal values share a rank. NaN where all are equal."""
+    return within(_ranks(x)[:, None], _ranks(y)[:, None])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -43,7 +43,11 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def within(x: np.ndarray, y: np.ndarray) -> float:
-    """Correlation of ``[M, P]`` over M within each of P, the differences between the P taken off."""
+    """Correlation of ``[M, P]`` over M within each of P, the differences between the P taken off.
+
+    NaN where nothing varies.
+    """
     x = x - x.mean(0)
     y = y - y.mean(0)
-    return float((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()))
+    spread = np.sqrt((x * x).sum() * (y * y).sum())
+    return float((x * y).sum() / spread) if spread else np.nan

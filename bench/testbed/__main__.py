@@ -1,6 +1,7 @@
 """A small vision-language model, from nothing to what is shipped: ``python -m bench.testbed COMMAND``.
 
 train      train it; goes on where it stopped when started again with the same folder
+           (several processes: torchrun --standalone --nproc-per-node 2 -m bench.testbed train ...)
 pictures   write scenes as PNG files, for ocvtp features
 ship       from a finished run and trained pruners to assets/
 """
@@ -24,7 +25,8 @@ _ASSETS = _HERE.parents[1] / "assets"
 def _train(arguments: argparse.Namespace) -> None:
     run = Run(Recipe.read(arguments.recipe), arguments.out, torch.device(arguments.device), arguments.workers)
     done = run.train(None if arguments.minutes is None else 60 * arguments.minutes)
-    print("done" if done else "stopped: start again with the same folder to go on")
+    if run.first:
+        print("done" if done else "stopped: start again with the same folder to go on")
 
 
 def _pictures(arguments: argparse.Namespace) -> None:

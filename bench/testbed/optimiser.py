@@ -36,7 +36,9 @@ class Optimiser:
                 f"training the test bed needs torch.optim.Muon: torch >= 2.9, not {torch.__version__}"
             )
         self._stage = stage
-        inside, matrices, vectors = [], [], []
+        inside: list[torch.nn.Parameter] = []
+        matrices: list[torch.nn.Parameter] = []
+        vectors: list[torch.nn.Parameter] = []
         for name, parameter in [*model.named_parameters(), *head.named_parameters()]:
             if parameter.ndim == 2 and ".layers." in name:
                 inside.append(parameter)

@@ -56,6 +56,11 @@ class Run:
         self._resume()
 
     @property
+    def first(self) -> bool:
+        """Whether this process speaks for all of them."""
+        return self._team.first
+
+    @property
     def done(self) -> bool:
         """Whether all stages are."""
         return self._stage == len(self._recipe.stages)

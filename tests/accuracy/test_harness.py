@@ -1,0 +1,221 @@
+"""The accuracy benchmark on a small untrained model: what it counts, what stops it, what it writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.accuracy import __main__ as command
+from bench.accuracy import gate, measure, relation, selectors, testset
+from bench.accuracy.answers import correct
+from bench.accuracy.report import picture, tables
+from bench.accuracy.selectors import Selector, ours, rivals
+from bench.testbed.language import WORDS, build_processor
+from bench.testbed.model import Size, build
+from bench.testbed.network import answer
+from ocvtp import OCPruner, PrunerConfig
+from ocvtp_kernels.selection import gather_tokens
+
+VOCABULARY = {word: number for number, word in enumerate(WORDS)}
+SIZE = Size(width=48, layers=3, heads=3, text_width=32, text_layers=2, text_heads=2)
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    return build(SIZE).eval()
+
+
+@pytest.fixture(scope="module")
+def test(model: Any) -> testset.TestSet:
+    return testset.build(model, VOCABULARY, "test", 6, 5, [LAYER])
+
+
+@pytest.fixture(scope="module")
+def pruner() -> OCPruner:
+    torch.manual_seed(1)
+    return OCPruner(
+        PrunerConfig(in_dim=48, hidden_dim=96, slot_dim=24, ffn_dim=48, layer=LAYER, decoder_layers=0)
+    ).eval()
+
+
+def test_the_tower_is_seen_as_the_model_sees_it(model: Any, test: testset.TestSet) -> None:
+    pixels = test.batch(0, 6).pixels
+    with torch.no_grad():
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(test.layers[LAYER], states[LAYER + 1][:, 1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(test.tokens, states[-1][:, 1:], rtol=1e-5, atol=1e-5)
+    assert test.consumed == 2
+    assert test.received.shape == (6, 256)
+
+
+def test_all_tokens_kept_is_nothing_pruned(model: Any, test: testset.TestSet) -> None:
+    everything = torch.arange(256).expand(6, -1)
+    np.testing.assert_array_equal(correct(model, test, everything), correct(model, test, None))
+
+
+def test_questions_are_judged_one_by_one(model: Any, test: testset.TestSet) -> None:
+    """In the order of the pictures and their questions."""
+    kept = rivals(LAYER)[1].choose(test, 20, 0)
+    batch = test.batch(0, 6)
+    with torch.no_grad():
+        tokens = model.model.multi_modal_projector(gather_tokens(test.tokens, kept))
+        said = said_for(model, tokens, batch)
+    right = correct(model, test, kept)
+    assert len(right) == len(test.kinds) == len(test.picture_of) == len(test.radii()) == 30
+    truth = [VOCABULARY[question.answer] for one in test.examples for question in one.questions]
+    np.testing.assert_array_equal(right, np.array(said) == np.array(truth))
+
+
+def said_for(model: Any, tokens: torch.Tensor, batch: Any) -> list[int]:
+    row, column = batch.answers.T
+    return answer(model, tokens, batch)[row, column].argmax(-1).tolist()
+
+
+def test_shown_is_what_is_on_the_kept_patches(test: testset.TestSet) -> None:
+    nothing_kept_but = torch.tensor([[17]] * 6)
+    for one, found in zip(
+        test.examples, np.split(test.shown(nothing_kept_but), range(5, 30, 5)), strict=True
+    ):
+        pixels = one.owner[8:16, 8:16]
+        counts = [(pixels == i).sum() for i in range(len(one.scene.things))]
+        on = {int(np.argmax(counts))} if max(counts) >= 4 else set()
+        assert found.tolist() == [set(question.targets) <= on for question in one.questions]
+    assert test.shown(torch.arange(256).expand(6, -1)).all()
+
+
+def test_every_selector_keeps_as_many_of_every_picture(test: testset.TestSet, pruner: OCPruner) -> None:
+    for selector in [*rivals(LAYER), *ours({"one": pruner})]:
+        for seed in range(min(2, selector.seeds)):
+            kept = selector.choose(test, 13, seed)
+            assert kept.shape == (6, 13)
+            assert (kept.diff(dim=1) > 0).all(), selector.name
+    draws = [rivals(LAYER)[0].choose(test, 13, seed) for seed in (0, 1)]
+    assert not torch.equal(*draws)
+
+
+def test_refinement_lowers_the_coverage_error(test: testset.TestSet, pruner: OCPruner) -> None:
+    found = [
+        row.coverage_read
+        for row in measure.rows(build(SIZE).eval(), test, ours({"one": pruner}), LAYER)
+        if row.percent == 11
+    ]
+    assert len(found) == len(selectors.ROUNDS)
+    assert all(a is not None and b is not None and a >= b for a, b in itertools.pairwise(found))
+    assert found[0] != found[1]
+
+
+def test_the_gate_passes_the_product_and_stops_a_wrong_selection(
+    model: Any, test: testset.TestSet, pruner: OCPruner
+) -> None:
+    processor = build_processor(SIZE.side, SIZE.patch)
+    published = ours({"one": pruner})[0]
+    assert gate.check(model, processor, test, [(published, pruner, {"refine": 0}, 13)]) == 30
+    torch.manual_seed(7)
+    sharp = build(SIZE).eval()  # an untrained model says one word to everything; this one looks
+    with torch.no_grad():
+        for parameter in sharp.model.multi_modal_projector.parameters():
+            parameter.mul_(60)
+    seen = testset.build(sharp, VOCABULARY, "test", 6, 5, [LAYER])
+    shuffled = Selector("shuffled", lambda t, keep, seed: published.choose(t, keep, seed).roll(1, 0))
+    assert gate.check(sharp, processor, seen, [(published, pruner, {"refine": 0}, 5)]) == 30
+    with pytest.raises(gate.GateError, match=r"shuffled at 5: .* of 30 answers differ"):
+        gate.check(sharp, processor, seen, [(shuffled, pruner, {"refine": 0}, 5)])
+
+
+def test_rows_compare_with_random_on_the_same_questions(
+    model: Any, test: testset.TestSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two selectors that are one: no difference, and an interval of no width."""
+    monkeypatch.setattr(measure, "BUDGETS", (11,))
+    grid = rivals(LAYER)[1]
+    twins = [Selector("random", grid.choose), Selector("another", grid.choose)]
+    first, second = measure.rows(model, test, twins, LAYER)
+    assert first.over_random is None
+    assert second.over_random == (0, 0, 0)
+    assert second.accuracy == first.accuracy
+    assert first.keep == 28
+    weighted = sum(first.kinds[kind].mean * (test.kinds == kind).sum() for kind in set(test.kinds)) / len(
+        test.kinds
+    )
+    assert weighted == pytest.approx(first.accuracy.mean)
+
+
+def test_a_measure_that_tells_accuracy(model: Any, test: testset.TestSet) -> None:
+    """Rows whose accuracy falls as the coverage error rises: a relation of 1, both ways of looking."""
+    pictures = np.linspace(0.1, 0.4, 6)
+    made = []
+    for percent in measure.BUDGETS:
+        for step in range(4):
+            row = measure.plain_row(test, f"{step}", np.zeros(30))
+            row.percent = percent
+            row.accuracy = measure.Estimate(0.9 - 0.1 * step, 0, 1)
+            row.coverage_read = row.coverage_consumed = 0.2 + 0.1 * step
+            row.shown = 0.5
+            row.by_picture = {
+                "accuracy": pictures - 0.05 * step,
+                "coverage_read": pictures + 0.1 * step,
+                "coverage_consumed": pictures[::-1] + 0.1 * step,
+                "shown": np.full(6, 0.5) + 0.01 * (step % 2),
+            }
+            made.append(row)
+    found = {(r.percent, r.measure): r for r in relation.relations(made)}
+    assert found[11, "coverage_read"].between == pytest.approx(1)
+    assert found[11, "coverage_read"].within == pytest.approx(1)
+    assert found[11, "coverage_consumed"].within == pytest.approx(1)
+
+
+def test_from_the_command_to_the_document(
+    model: Any, pruner: OCPruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    build_processor(SIZE.side, SIZE.patch).save_pretrained(tmp_path / "model")
+    pruner.save_pretrained(tmp_path / "pruner")
+    document = tmp_path / "accuracy.md"
+    names = ("accuracy", "unseen", "kinds", "sizes", "measures", "relations")
+    document.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in names))
+    monkeypatch.setattr(command, "rivals", lambda layer: rivals(layer)[:2])
+    monkeypatch.setattr(command, "_gate", lambda *_: 1)
+    monkeypatch.setattr(selectors, "SEEDS", 2)
+    monkeypatch.setattr(selectors, "ROUNDS", (0, 1))
+    command.main(
+        [
+            *("--model", str(tmp_path / "model"), "--pruner", f"mine={tmp_path / 'pruner'}"),
+            *("--blind", str(tmp_path / "model"), "--pictures", "3", "--questions", "4", "--device", "cpu"),
+            *("--record", "--results", str(tmp_path), "--document", str(document)),
+            *("--picture", str(tmp_path / "accuracy.png"), "--commit", "abc"),
+        ]
+    )
+    (file,) = tmp_path.rglob("accuracy.json")
+    record = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert record["commit"] == "abc"
+    assert {row["split"] for row in record["rows"]} == {"test", "unseen"}
+    for markdown in tables(record).values():
+        assert markdown in document.read_text()
+    assert "ours, 1 round (mine)" in document.read_text()
+    assert "no picture, trained without" in document.read_text()
+    lines = {line.get_label() for line in picture(record).axes[0].lines}
+    ours_drawn = {"ours, as published (mine)", "ours, 1 round (mine)"}
+    assert lines == {"random", "uniform grid", "all tokens"} | ours_drawn
+
+
+def test_pruners_of_different_layers_are_refused(model: Any, pruner: OCPruner, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    build_processor(SIZE.side, SIZE.patch).save_pretrained(tmp_path / "model")
+    pruner.save_pretrained(tmp_path / "a")
+    other = OCPruner(PrunerConfig(in_dim=48, hidden_dim=96, slot_dim=24, ffn_dim=48, layer=0))
+    other.save_pretrained(tmp_path / "b")
+    with pytest.raises(SystemExit, match="same layer"):
+        command.main(
+            [
+                *("--model", str(tmp_path / "model"), "--device", "cpu"),
+                *("--pruner", str(tmp_path / "a"), str(tmp_path / "b")),
+            ]
+        )
