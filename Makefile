@@ -6,10 +6,13 @@
 #   make lint    ruff and mypy
 #   make aot     compile every kernel for every supported GPU, without one; TARGETS="sm_90 gfx942" chooses
 #   make bench   microbenchmarks; without a GPU, PyTorch alone at small sizes
+#   make accuracy
+#                what a small model still answers with fewer tokens, by who chooses them: 10 minutes on two cores
 # On a machine with a GPU, in .venv or, where there is none, in python3 with torch, triton and pytest-benchmark:
 #   make gpu     GPU tests, then microbenchmarks, in parts of less than eight minutes that also run alone:
 #                gpu-tests, gpu-micro-selection, gpu-micro-received, gpu-micro-reconstruction, gpu-micro-coverage,
-#                gpu-micro-slot-training, and gpu-micro-slots,
+#                gpu-micro-slot-training, gpu-accuracy, gpu-testbed (trains a larger test bed; run it again to get
+#                further), and gpu-micro-slots,
 #                itself three parts that add up to one file if the commit is known and clean:
 #                gpu-micro-slots-kernels, gpu-micro-slots-pruner, gpu-micro-slots-compiled (torch.compile's autotuning
 #                is kept on disk: run it again to get further)
@@ -30,7 +33,7 @@ RECORD = --record --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) --dead
 
 .PHONY: demo test test-matrix lint aot format bench clean gpu gpu-check gpu-tests gpu-micro-selection \
         gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage gpu-micro-slot-training gpu-micro-slots \
-        gpu-micro-slots-kernels gpu-micro-slots-pruner gpu-micro-slots-compiled
+        gpu-micro-slots-kernels gpu-micro-slots-pruner gpu-micro-slots-compiled gpu-accuracy gpu-testbed accuracy
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' || \
@@ -67,6 +70,9 @@ aot: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/micro $(TABLE)
 
+accuracy: $(VENV)/.dev
+	$(BIN)/python -m bench.accuracy
+
 gpu:
 	$(MAKE) gpu-tests
 	$(MAKE) gpu-micro-selection
@@ -75,6 +81,8 @@ gpu:
 	$(MAKE) gpu-micro-coverage
 	$(MAKE) gpu-micro-slot-training
 	$(MAKE) gpu-micro-slots
+	$(MAKE) gpu-accuracy
+	$(MAKE) gpu-testbed
 
 gpu-check:
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
@@ -111,6 +119,14 @@ gpu-micro-slots-pruner: gpu-check
 
 gpu-micro-slots-compiled: gpu-check
 	$(GPU_PYTEST) bench/micro/test_slot_attention.py -k compiled $(RECORD)
+
+gpu-accuracy: gpu-check
+	$(GPU_PYTHON) -m bench.accuracy --device cuda --record --no-document --results $(RESULTS) \
+	  $(if $(COMMIT),--commit $(COMMIT))
+
+gpu-testbed: gpu-check
+	$(GPU_PYTHON) -m bench.testbed train --recipe bench/testbed/recipe-large.json --out build/testbed-large \
+	  --device cuda --workers 12 --minutes 7 $(if $(COMMIT),--commit $(COMMIT))
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

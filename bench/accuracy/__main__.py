@@ -106,10 +106,8 @@ def _nothing(what: str) -> None:
     pass
 
 
-def write(record: dict[str, Any], results: Path, document: Path, image: Path) -> None:
-    """Record, tables inside the document, and the picture."""
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
+def renew(record: dict[str, Any], document: Path, image: Path) -> None:
+    """Tables inside the document, and its picture."""
     document.write_text(
         replace_blocks(document.read_text(encoding="utf-8"), tables(record)), encoding="utf-8"
     )
@@ -147,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", action="store_true", help="renew record, document and picture")
     parser.add_argument("--results", type=Path, default=_RESULTS, help="default: bench/results")
     parser.add_argument("--document", type=Path, default=_DOCUMENT, help="default: docs/accuracy.md")
+    parser.add_argument("--no-document", dest="document", action="store_const", const=None, help="leave it")
     parser.add_argument("--picture", type=Path, default=_PICTURE, help="default: docs/accuracy.png")
     arguments = parser.parse_args(argv)
     if arguments.threads:
@@ -155,8 +154,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, markdown in tables(record).items():
         print(f"\n{name}\n\n{markdown}")
     if arguments.record:
-        slug = device_slug(torch.device(arguments.device))
-        write(record, arguments.results / slug, arguments.document, arguments.picture)
+        folder = arguments.results / device_slug(torch.device(arguments.device))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.record and arguments.document:
+        renew(record, arguments.document, arguments.picture)
 
 
 if __name__ == "__main__":

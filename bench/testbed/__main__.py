@@ -23,7 +23,8 @@ _ASSETS = _HERE.parents[1] / "assets"
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    run = Run(Recipe.read(arguments.recipe), arguments.out, torch.device(arguments.device), arguments.workers)
+    recipe, device = Recipe.read(arguments.recipe), torch.device(arguments.device)
+    run = Run(recipe, arguments.out, device, arguments.workers, arguments.commit)
     done = run.train(None if arguments.minutes is None else 60 * arguments.minutes)
     if run.first:
         print("done" if done else "stopped: start again with the same folder to go on")
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train.add_argument("--recipe", type=Path, default=_HERE / "recipe.json", help="default: %(default)s")
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train.add_argument("--workers", type=int, default=1, help="processes that make pictures; default: 1")
+    train.add_argument("--commit", help="of this tree, where git can't tell")
     train.add_argument("--minutes", type=float, help="stop after so many, to go on later")
     train.set_defaults(run_command=_train)
     pictures = commands.add_parser("pictures", help="write scenes as PNG files")

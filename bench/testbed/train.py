@@ -39,12 +39,20 @@ class Run:
         out: folder, made or gone on in.
         device: to train on.
         workers: processes that make pictures, for every process that trains.
+        commit: of this tree, where git can't tell.
 
     Raises:
         ValueError: the folder holds a run of another recipe.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, device: torch.device, workers: int = 1) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        device: torch.device,
+        workers: int = 1,
+        commit: str | None = None,
+    ) -> None:
         self._recipe, self._out, self._device, self._workers = recipe, out, device, workers
         self._team = Team(device)
         torch.manual_seed(recipe.seed)
@@ -53,7 +61,7 @@ class Run:
         self._stage, self._step = 0, 0
         self._seconds = 0.0
         self._saved: list[dict[str, Any]] | None = None
-        self._resume()
+        self._resume(commit)
 
     @property
     def first(self) -> bool:
@@ -70,7 +78,7 @@ class Run:
         """Spent training, over all starts."""
         return self._seconds
 
-    def _resume(self) -> None:
+    def _resume(self, commit: str | None) -> None:
         about = self._out / RUN
         if about.exists():
             before = json.loads(about.read_text())
@@ -78,7 +86,7 @@ class Run:
                 raise ValueError(f"{self._out} holds a run of another recipe: choose another folder")
         elif self._team.first:
             self._out.mkdir(parents=True, exist_ok=True)
-            record = {**provenance(self._device), "processes": self._team.size}
+            record = {**provenance(self._device, commit), "processes": self._team.size}
             write_json(about, {**record, "recipe": self._recipe.to_dict()})
         if (self._out / CHECKPOINT).exists():
             saved = torch.load(self._out / CHECKPOINT, map_location=self._device, weights_only=True)

@@ -1,0 +1,66 @@
+"""What is shipped: small, whole, loadable, and of a known commit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ocvtp import OCPruner
+
+ASSETS = Path(__file__).parents[2] / "assets"
+PRUNERS = ("testbed-pruner", "testbed-pruner-1")
+
+
+def test_every_file_has_its_checksum() -> None:
+    lines = (ASSETS / "SHA256SUMS").read_text().splitlines()
+    listed = dict(reversed(line.split("  ")) for line in lines)
+    files = {path.relative_to(ASSETS).as_posix() for path in ASSETS.rglob("*") if path.is_file()}
+    assert set(listed) == files - {"SHA256SUMS"}
+    for name, digest in listed.items():
+        assert hashlib.sha256((ASSETS / name).read_bytes()).hexdigest() == digest, name
+
+
+def test_weights_are_small_and_in_half_precision() -> None:
+    weights = sorted(ASSETS.rglob("*.safetensors"))
+    assert len(weights) == 3
+    assert sum(path.stat().st_size for path in weights) < 12e6
+    for path in weights:
+        if "pruner" in path.parent.name:
+            assert path.stat().st_size < 4e6
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                assert file.get_tensor(key).dtype == torch.float16
+    assert not [p for p in ASSETS.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_the_model_comes_from_a_clean_commit() -> None:
+    about = json.loads((ASSETS / "testbed" / "training.json").read_text())
+    assert re.fullmatch(r"(.*-g)?[0-9a-f]{7,}", about["commit"]), about["commit"]
+    assert about["recipe"]["seed"] == 0
+    recipe = json.loads((ASSETS.parent / "bench" / "testbed" / "recipe.json").read_text())
+    assert about["recipe"]["stages"] == [{"warmup": 100, "crowded": False, **s} for s in recipe["stages"]]
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_pruners_belong_to_the_model(name: str) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    from ocvtp import vlm
+
+    model = LlavaForConditionalGeneration.from_pretrained(ASSETS / "testbed", dtype=torch.float32)
+    pruner = OCPruner.from_pretrained(str(ASSETS / name))
+    report = vlm.apply(model, pruner, keep=28)
+    assert (report.tokens_before, report.tokens_after, report.read_layer) == (256, 28, 2)
+    about = json.loads((ASSETS / name / "training.json").read_text())
+    assert about
+
+
+def test_the_two_pruners_differ() -> None:
+    first, second = (OCPruner.from_pretrained(str(ASSETS / name)) for name in PRUNERS)
+    assert not torch.equal(first.slot_mean, second.slot_mean)
