@@ -19,12 +19,18 @@ class Panel(NamedTuple):
 
 
 def chart(panels: Sequence[Panel], x_label: str, y_label: str, x_ticks: Sequence[float]) -> Figure:
-    """Panels side by side, one legend below; a name has the same colour in all of them."""
+    """Panels side by side, one legend below; a name has the same colour in all of them.
+
+    Raises:
+        ValueError: more names than colours.
+    """
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    if len(names) > len(_COLOURS):
+        raise ValueError(f"{len(names)} lines could not be told apart; there are {len(_COLOURS)} colours")
     figure = Figure(figsize=(5.2 * len(panels), 4.6), dpi=110, layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, line in panel.lines.items():
-            colour = _COLOURS[names.index(name) % len(_COLOURS)]
+            colour = _COLOURS[names.index(name)]
             axes.plot(*zip(*line, strict=True), "o-", color=colour, label=name, markersize=4, linewidth=1.8)
         axes.set(title=panel.title, xlabel=x_label, ylabel=y_label, xticks=list(x_ticks))
         axes.grid(axis="y", alpha=0.3)

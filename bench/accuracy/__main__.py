@@ -18,10 +18,11 @@ import torch
 
 from bench.accuracy import gate, measure, testset
 from bench.accuracy.answers import correct, correct_blind
+from bench.accuracy.guess import guessed
 from bench.accuracy.loading import ASSETS, MODEL, load_model, load_pruners
 from bench.accuracy.relation import relations
 from bench.accuracy.report import picture, tables
-from bench.accuracy.selectors import ours, rivals
+from bench.accuracy.selectors import Selector, ours, rivals
 from bench.harness import device_slug, provenance
 from bench.markdown import replace_blocks
 from bench.testbed.examples import Split
@@ -34,6 +35,7 @@ _RESULTS = _ROOT / "bench" / "results"
 _SPLITS: tuple[Split, ...] = ("test", "unseen")
 _GATE_PICTURES = 6
 _GATE_KEEP = 28
+_GATE_BUDGETS = (13, 56, 84)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -61,9 +63,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         test = testset.build(model, words, split, arguments.pictures, arguments.questions, [layer])
         sets[split] = {"pictures": len(test), "questions": len(test.kinds)}
         rows.append(measure.plain_row(test, measure.UNPRUNED, correct(model, test, None)))
-        rows.append(measure.plain_row(test, measure.GUESSED, correct(model, test, None, shift=1)))
+        rows.append(measure.plain_row(test, measure.GUESSED, guessed(test)))
         if blind is not None:
             rows.append(measure.plain_row(test, measure.BLIND, correct_blind(blind, test)))
+        rows.append(measure.plain_row(test, measure.OTHER, correct(model, test, None, shift=1)))
         rows += measure.rows(model, test, selectors, layer, _say if arguments.verbose else _nothing)
     return {
         **provenance(device, arguments.commit),
@@ -83,13 +86,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _gate(model: Any, processor: Any, words: dict[str, int], pruners: dict[str, OCPruner], layer: int) -> int:
     test = testset.build(model, words, "validation", _GATE_PICTURES, 4, [layer])
     everybody = {selector.name: selector for selector in rivals(layer)}
+    everything = Selector("all tokens", lambda t, keep, _: torch.arange(keep).expand(len(t), -1))
+    own = ours(pruners)
     cases: list[tuple[Any, Any, dict[str, Any], int]] = [
+        (everything, "grid", {}, test.tokens.shape[1]),
         (everybody["uniform grid"], "grid", {}, _GATE_KEEP),
         (everybody["attention top-k"], "attention", {}, _GATE_KEEP),
+        *((each, pruners[each.group], {"refine": each.rounds}, _GATE_KEEP) for each in own),
+        *((own[0], pruners[own[0].group], {"refine": 0}, keep) for keep in _GATE_BUDGETS),
     ]
-    for selector in ours(pruners):
-        rounds = int(selector.name.split()[1]) if "round" in selector.name else 0
-        cases.append((selector, pruners[selector.group], {"refine": rounds}, _GATE_KEEP))
     return gate.check(model, processor, test, cases)
 
 
@@ -115,8 +120,12 @@ def renew(record: dict[str, Any], document: Path, image: Path) -> None:
 
 
 def _named(text: str) -> tuple[str, Path]:
+    """``NAME=FOLDER``, or a folder, which is called by its name; a run's by the run's."""
     name, equals, folder = text.partition("=")
-    return (name, Path(folder)) if equals else (Path(text).resolve().name, Path(text))
+    if equals:
+        return name, Path(folder)
+    path = Path(text).resolve()
+    return (path.parent.name if path.name == "pruner" else path.name), Path(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -148,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-document", dest="document", action="store_const", const=None, help="leave it")
     parser.add_argument("--picture", type=Path, default=_PICTURE, help="default: docs/accuracy.png")
     arguments = parser.parse_args(argv)
+    names = [name for name, _ in arguments.pruner]
+    if len(set(names)) < len(names):
+        parser.error(f"two pruners have one name ({', '.join(names)}): say --pruner NAME=FOLDER NAME=FOLDER")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     record = run(arguments)

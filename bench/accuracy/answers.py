@@ -25,7 +25,7 @@ def correct(model: Any, test: TestSet, kept: torch.Tensor | None, shift: int = 0
         model: of the test bed.
         test: pictures and questions.
         kept: ``[P, keep]`` indices, ascending; ``None`` for all tokens.
-        shift: questions are asked about another picture, so many further: what can be guessed.
+        shift: the tokens are those of another picture, so many before: it answers about that one.
     """
     results = []
     tokens = test.tokens if kept is None else gather_tokens(test.tokens, kept)

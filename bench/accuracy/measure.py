@@ -21,7 +21,9 @@ from ocvtp import metrics
 #: Shares of the tokens that are kept, in percent.
 BUDGETS = (5, 11, 22, 33)
 #: Lines that are no selector's.
-UNPRUNED, GUESSED, BLIND = "all tokens", "another picture's tokens", "no picture, trained without"
+UNPRUNED, GUESSED, OTHER = "all tokens", "words alone: the commonest answer", "another picture's tokens"
+BLIND = "words alone: a model trained so"
+_ANY_SIZE = ("color", "shape", "position")
 
 
 @dataclass
@@ -38,13 +40,14 @@ class Row:
         accuracy: of all questions, with its 95 % interval over pictures.
         seed_spread: standard deviation of the accuracy over seeds.
         kinds: accuracy by kind of question.
-        sizes: accuracy by size of the smallest thing asked about.
+        sizes: accuracy by size of the thing asked about, of the kinds that ask about one thing of any size
+            (color, shape, position).
         over_random: accuracy beyond that of random tokens, on the same questions.
         coverage_read: coverage error of the features that the pruner reads, mean over pictures.
         coverage_consumed: of the features that the language model reads.
-        shown: share of questions all of whose things have a kept token on them.
+        shown: of the questions about things, the share whose things have a kept token on them.
         if_shown: accuracy on those.
-        if_not: accuracy on the others.
+        if_not: accuracy on the others that are about things.
     """
 
     split: str
@@ -152,8 +155,9 @@ def _where(values: np.ndarray, picture: np.ndarray, which: np.ndarray) -> Estima
 
 def _by_size(test: TestSet, mean: np.ndarray) -> dict[str, Estimate]:
     radii, found = test.radii(), {}
+    comparable = np.isin(test.kinds, _ANY_SIZE)
     for name, (least, most) in SIZES.items():
-        found[name] = _where(mean, test.picture_of, (radii >= least) & (radii <= most))
+        found[name] = _where(mean, test.picture_of, comparable & (radii >= least) & (radii <= most))
     return found
 
 
@@ -164,8 +168,10 @@ def _add_measures(
         each = torch.stack([metrics.coverage(x, indices) for indices in kept]).double().mean(0).cpu().numpy()
         setattr(row, name, float(each.mean()))
         row.by_picture[name] = each
-    shown = np.stack([test.shown(indices) for indices in kept])
-    row.by_picture["shown"] = _picture_means(shown.mean(0), test.picture_of, len(test))
+    about = test.asked_about_things()
+    shown = np.stack([test.shown(indices) for indices in kept])[:, about]
+    right = right[:, about]
+    row.by_picture["shown"] = _picture_means(shown.mean(0), test.picture_of[about], len(test))
     row.shown = float(shown.mean())
     row.if_shown = float(right[shown].mean()) if shown.any() else None
     row.if_not = float(right[~shown].mean()) if (~shown).any() else None

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from bench.accuracy.measure import BUDGETS, UNPRUNED
 from bench.accuracy.relation import MEASURES
+from bench.accuracy.selectors import ours_name
 from bench.chart import Panel, chart
 from bench.markdown import table
 
@@ -18,8 +19,17 @@ _MEASURES = {
     "coverage_consumed": "coverage error, features consumed",
     "shown": "things asked about with a kept token on them",
 }
-#: Lines of the picture; more could not be told apart.
-_DRAWN = ("random", "uniform grid", "attention top-k", "farthest point", "k-medoids", "greedy DPP")
+#: Lines of the picture, of the first training; more could not be told apart.
+_DRAWN = (
+    "random",
+    "uniform grid",
+    "attention top-k",
+    "farthest point",
+    "k-medoids",
+    "greedy DPP",
+    ours_name(0),
+    ours_name(1),
+)
 
 Rows = Sequence[dict[str, Any]]
 
@@ -48,7 +58,7 @@ def picture(record: dict[str, Any]) -> Figure:
         lines = {
             _label(row): [(p, 100 * _find(rows, _key(row), p)["accuracy"][0]) for p in BUDGETS]
             for row in _at(rows, BUDGETS[0])
-            if row["method"] in _DRAWN or (row["group"] in ("", _groups(rows)[0]))
+            if row["method"] in _DRAWN and row["group"] in ("", _groups(rows)[0])
         }
         everything = 100 * next(row for row in rows if row["method"] == UNPRUNED)["accuracy"][0]
         lines[UNPRUNED] = [(p, everything) for p in BUDGETS]
@@ -127,12 +137,17 @@ def _measures(rows: Rows) -> str:
 
 
 def _relations(relations: Rows) -> str:
-    head = ["accuracy goes with", *(f"{p} %, {how}" for p in BUDGETS for how in ("between", "within"))]
+    head = [
+        "accuracy goes with",
+        *(f"{p} %, {how}" for p in BUDGETS for how in ("between", "rivals", "within")),
+    ]
     lines = []
     for measure in MEASURES:
         cells = [_MEASURES[measure]]
         for percent in BUDGETS:
             one = next(r for r in relations if (r["measure"], r["percent"]) == (measure, percent))
-            cells += ["" if one[how] is None else f"{one[how]:+.2f}" for how in ("between", "within")]
+            cells += ["" if one[how] is None else f"{one[how]:+.2f}" for how in ("between", "rivals")]
+            mean, low, high = one["within"]
+            cells.append("" if mean is None else f"{mean:+.2f} ± {(high - low) / 2:.2f}")
         lines.append(cells)
     return table(head, lines)

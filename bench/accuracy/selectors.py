@@ -12,7 +12,8 @@ from ocvtp import OCPruner, Selection, methods
 
 #: Refinement rounds of our pruner; none is the published rule.
 ROUNDS = (0, 1, 2, 3)
-#: Draws of whatever draws at random.
+#: Draws of random tokens. Ours draws the noise of its slots once: what it gains or loses by chance shows
+#: between its two trainings.
 SEEDS = 5
 _BATCH = 50
 
@@ -26,21 +27,21 @@ class Selector:
         choose: of pictures, a budget and a seed: ``[P, keep]`` indices.
         seeds: draws that differ.
         group: lines of one name and several groups are one method trained several times.
-        reads: the layer it reads, or ``None`` for what is consumed.
+        rounds: of refinement, if it is ours.
     """
 
     name: str
     choose: Callable[[TestSet, int, int], torch.Tensor]
     seeds: int = 1
     group: str = ""
-    reads: int | None = None
+    rounds: int = 0
 
 
 def rivals(layer: int) -> list[Selector]:
     """Without training; those that compare features read the same layer as the pruner."""
 
     def by_features(name: str, select: Callable[[torch.Tensor, int], Selection]) -> Selector:
-        return Selector(name, lambda test, keep, seed: select(test.layers[layer], keep).indices, reads=layer)
+        return Selector(name, lambda test, keep, seed: select(test.layers[layer], keep).indices)
 
     return [
         Selector("random", _random, seeds=SEEDS),
@@ -68,7 +69,7 @@ def ours(pruners: Mapping[str, OCPruner]) -> list[Selector]:
             ]
             return torch.cat(parts)
 
-        return Selector(ours_name(rounds), choose, group=group, reads=pruner.config.layer)
+        return Selector(ours_name(rounds), choose, group=group, rounds=rounds)
 
     return [with_rounds(group, pruner, n) for n in ROUNDS for group, pruner in pruners.items()]
 

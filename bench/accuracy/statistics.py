@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 _RESAMPLES = 2000
+_FEW_RESAMPLES = 500
 _TAILS = (2.5, 97.5)
 
 
@@ -29,6 +31,14 @@ def estimate(values: np.ndarray, picture: np.ndarray, seed: int = 0) -> Estimate
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.percentile(means, _TAILS)
     return Estimate(float(values.mean()), float(low), float(high))
+
+
+def interval(value: Callable[[np.ndarray], float], pictures: int, seed: int = 0) -> Estimate:
+    """A figure of all pictures, and its 95 % interval; ``value`` takes the numbers of the pictures drawn."""
+    rng = np.random.default_rng(seed)
+    drawn = [value(rng.integers(pictures, size=pictures)) for _ in range(_FEW_RESAMPLES)]
+    low, high = np.percentile(drawn, _TAILS)
+    return Estimate(value(np.arange(pictures)), float(low), float(high))
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:

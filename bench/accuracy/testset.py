@@ -79,15 +79,24 @@ class TestSet:
             ]
         )
 
-    def shown(self, kept: torch.Tensor) -> np.ndarray:
-        """``[Q]``: whether each thing a question is about has a kept token on it, of ``[P, keep]`` indices.
+    def asked_about_things(self) -> np.ndarray:
+        """``[Q]``: whether a question is about any thing; not so where the answer is that there is none."""
+        return np.array([bool(question.targets) for one in self.examples for question in one.questions])
 
+    def shown(self, kept: torch.Tensor) -> np.ndarray:
+        """``[Q]``: whether what a question is about has a kept token on it, of ``[P, keep]`` indices.
+
+        Every thing it is about, or one of those whose existence is asked for; false where it is about none.
         See :func:`bench.testbed.packing.shown`.
         """
         answers = []
         for one, indices in zip(self.examples, kept.cpu().numpy(), strict=True):
             on = set(shown(one, self.size.side, self.size.patch)[indices].tolist())
-            answers += [set(question.targets) <= on for question in one.questions]
+            for question in one.questions:
+                targets = set(question.targets)
+                answers.append(
+                    bool(on & targets) if question.kind == "existence" else bool(targets) and targets <= on
+                )
         return np.array(answers)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from bench.testbed import export
 from bench.testbed.recipe import Recipe
+from bench.testbed.team import own_device
 from bench.testbed.train import Run
 
 _HERE = Path(__file__).parent
@@ -23,7 +24,7 @@ _ASSETS = _HERE.parents[1] / "assets"
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    recipe, device = Recipe.read(arguments.recipe), torch.device(arguments.device)
+    recipe, device = Recipe.read(arguments.recipe), own_device(arguments.device)
     run = Run(recipe, arguments.out, device, arguments.workers, arguments.commit)
     done = run.train(None if arguments.minutes is None else 60 * arguments.minutes)
     if run.first:

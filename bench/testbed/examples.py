@@ -11,7 +11,7 @@ from bench.testbed.paint import paint
 from bench.testbed.questions import KINDS, Question, ask, held_out
 from bench.testbed.scenes import Scene, sample
 
-#: ``unseen`` asks about things whose colour and shape never met in training.
+#: ``unseen`` asks about things whose colour and shape never meet in training, or says there is no such thing.
 Split = Literal["train", "validation", "test", "unseen"]
 _SPLITS: dict[str, int] = {"train": 1, "validation": 2, "test": 3, "unseen": 4}
 _WORLD = 20261123  # all splits' seeds grow from it
@@ -47,19 +47,35 @@ def example(split: Split, index: int, questions: int, crowded: bool = False) -> 
     Raises:
         ValueError: no such split, or a negative index.
     """
-    if split not in _SPLITS or index < 0:
-        raise ValueError(f"no picture {index} in split {split!r}; splits: {', '.join(_SPLITS)}")
-    rng = np.random.default_rng([_WORLD, _SPLITS[split], index])
+    rng = _rng(split, index)
     unseen = split == "unseen"
     scene = sample(rng, unseen, crowded)
+    asked = _ask_all(scene, rng, questions, unseen)
+    pixels, owner = paint(scene)
+    return Example(scene, pixels, owner, asked)
+
+
+def questions_of(split: Split, index: int, questions: int) -> tuple[Question, ...]:
+    """Those of :func:`example`, without painting."""
+    rng = _rng(split, index)
+    unseen = split == "unseen"
+    return _ask_all(sample(rng, unseen), rng, questions, unseen)
+
+
+def _rng(split: Split, index: int) -> np.random.Generator:
+    if split not in _SPLITS or index < 0:
+        raise ValueError(f"no picture {index} in split {split!r}; splits: {', '.join(_SPLITS)}")
+    return np.random.default_rng([_WORLD, _SPLITS[split], index])
+
+
+def _ask_all(scene: Scene, rng: np.random.Generator, questions: int, unseen: bool) -> tuple[Question, ...]:
     focus = held_out(scene) if unseen else list(range(len(scene.things)))
     found: dict[str, Question] = {}
     kinds = [KINDS[i] for i in rng.permutation(len(KINDS))]
     for turn in range(_TRIES * questions if focus else 0):
-        question = ask(scene, rng, kinds[turn % len(kinds)], focus)
+        question = ask(scene, rng, kinds[turn % len(kinds)], focus, unseen)
         if question is not None:
             found.setdefault(question.text, question)
         if len(found) == questions:
             break
-    pixels, owner = paint(scene)
-    return Example(scene, pixels, owner, tuple(found.values()))
+    return tuple(found.values())

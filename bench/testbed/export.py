@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -15,6 +16,7 @@ from bench.testbed.examples import Split, example
 from bench.testbed.language import build_processor
 from bench.testbed.recipe import Recipe
 from bench.testbed.train import CHECKPOINT, LOG, RUN, Run
+from ocvtp.atomic import write_atomic
 
 SUMS = "SHA256SUMS"
 _DEMO_SCENES = 6
@@ -51,12 +53,12 @@ def _lines(log: Path) -> list[dict[str, Any]]:
 
 
 def pictures(split: Split, count: int, out: Path) -> None:
-    """The first pictures of a split as PNG files, say to train a pruner on."""
+    """The first pictures of a split as PNG files, say to train a pruner on. Those there are painted anew."""
     out.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         file = out / f"{index:06d}.png"
-        if not file.exists():
-            Image.fromarray(example(split, index, 0).pixels).save(file)
+        picture = Image.fromarray(example(split, index, 0).pixels)
+        write_atomic(file, functools.partial(picture.save, format="PNG"))
 
 
 def scenes(out: Path) -> None:

@@ -35,9 +35,38 @@ class Question:
     targets: tuple[int, ...] = ()
 
 
-def ask(scene: Scene, rng: np.random.Generator, kind: str, focus: Sequence[int]) -> Question | None:
-    """A question of this kind about one of the things in ``focus``, or ``None`` if the scene allows none."""
-    return _KINDS[kind](scene, rng, focus)
+def ask(
+    scene: Scene, rng: np.random.Generator, kind: str, focus: Sequence[int], unseen: bool = False
+) -> Question | None:
+    """A question of this kind, or ``None`` if the scene allows none.
+
+    Args:
+        scene: asked about.
+        rng: all chance comes from it.
+        kind: of :data:`KINDS`.
+        focus: numbers of things of which the question is about one.
+        unseen: where the answer is that there is none, what there is none of is a pair of
+            :data:`HELD_OUT`; otherwise those are never spoken of.
+    """
+    question = _KINDS[kind](scene, rng, focus)
+    if unseen and question is not None and not set(question.targets) & set(focus):
+        return _no_such_pair(scene, rng, kind)
+    return question
+
+
+def _no_such_pair(scene: Scene, rng: np.random.Generator, kind: str) -> Question | None:
+    """Of a pair that never meets in training, nor in this scene."""
+    pairs = [
+        {"color": c, "shape": s}
+        for c, s in sorted(HELD_OUT)
+        if not _matching(scene, {"color": c, "shape": s})
+    ]
+    if kind not in ("existence", "count") or not pairs:
+        return None
+    values = pairs[int(rng.integers(len(pairs)))]
+    if kind == "count":
+        return Question(kind, f"how many {_words(values, plural=True)} are there?", "0")
+    return Question(kind, f"is there a {_words(values)}?", "no")
 
 
 def held_out(scene: Scene) -> list[int]:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
 from torch import distributed
+
+
+def own_device(name: str) -> torch.device:
+    """The device of that name; of several processes on GPUs, each has its own."""
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None and distributed.is_torchelastic_launched():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun tells no other way
+        torch.cuda.set_device(device)
+    return device
 
 
 class Team:

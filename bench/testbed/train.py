@@ -59,7 +59,7 @@ class Run:
         self.model = build(recipe.size).to(device)
         self.head = DenseHead(recipe.size.width).to(device)
         self._stage, self._step = 0, 0
-        self._seconds = 0.0
+        self._seconds, self._clock = 0.0, 0.0
         self._saved: list[dict[str, Any]] | None = None
         self._resume(commit)
 
@@ -75,25 +75,45 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Spent training, over all starts."""
+        """Spent training, over all starts; without what was lost when one was killed."""
         return self._seconds
 
     def _resume(self, commit: str | None) -> None:
         about = self._out / RUN
+        start = {**provenance(self._device, commit), "processes": self._team.size}
+        starts = []
         if about.exists():
             before = json.loads(about.read_text())
             if before["recipe"] != self._recipe.to_dict():
                 raise ValueError(f"{self._out} holds a run of another recipe: choose another folder")
-        elif self._team.first:
-            self._out.mkdir(parents=True, exist_ok=True)
-            record = {**provenance(self._device, commit), "processes": self._team.size}
-            write_json(about, {**record, "recipe": self._recipe.to_dict()})
+            starts = before["starts"]
         if (self._out / CHECKPOINT).exists():
-            saved = torch.load(self._out / CHECKPOINT, map_location=self._device, weights_only=True)
+            saved = torch.load(self._out / CHECKPOINT, map_location="cpu", weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.head.load_state_dict(saved["head"])
             self._stage, self._step, self._seconds = saved["stage"], saved["step"], saved["seconds"]
             self._saved = saved["optimiser"]
+        if self._team.first and not self.done:
+            self._out.mkdir(parents=True, exist_ok=True)
+            write_json(about, {"recipe": self._recipe.to_dict(), "starts": [*starts, start]})
+            self._forget_later_lines()
+
+    def _forget_later_lines(self) -> None:
+        """Take off the log what a killed run wrote after its last checkpoint, and will do again."""
+        log = self._out / LOG
+        if not log.exists():
+            return
+        order = {stage.name: number for number, stage in enumerate(self._recipe.stages)}
+        kept = []
+        for text in log.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:  # cut off in the middle
+                break
+            if (order[line["stage"]], line["step"]) > (self._stage, self._step):
+                break
+            kept.append(text + "\n")
+        write_atomic(log, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
 
     def train(self, limit: float | None = None) -> bool:
         """Go on for at most ``limit`` seconds; whether all stages are done."""
@@ -102,6 +122,7 @@ class Run:
             if not self._train_stage(self._recipe.stages[self._stage], end):
                 return False
             self._stage, self._step = self._stage + 1, 0
+            self._count_seconds()
             self._save(None)
         return True
 
@@ -111,7 +132,7 @@ class Run:
             optimiser.load_state_dict(self._saved)
             self._saved = None
         values: dict[str, list[float]] = defaultdict(list)
-        begun = time.monotonic()
+        self._clock = time.monotonic()
         self.model.train()
         for batch in self._batches(stage):
             for name, value in self._learn(batch, stage, optimiser).items():
@@ -119,8 +140,7 @@ class Run:
             self._step += 1
             last = self._step == stage.steps
             if self._step % _LOG_EVERY == 0 or last:
-                self._seconds += time.monotonic() - begun
-                begun = time.monotonic()
+                self._count_seconds()
                 self._log(stage, {name: float(np.mean(each)) for name, each in values.items()})
                 values.clear()
             regular = self._step % self._recipe.validate_every == 0
@@ -128,11 +148,17 @@ class Run:
                 self._log(stage, {"validation": self.validate()})
             stop = not last and self._team.any(time.monotonic() > end, self._device)
             if regular or stop:
+                self._count_seconds()
                 self._save(optimiser)
             if stop:
                 self._saved = optimiser.state_dict()
                 return False
         return True
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self._seconds += now - self._clock
+        self._clock = now
 
     def _learn(self, batch: Batch, stage: Stage, optimiser: Optimiser) -> dict[str, float]:
         """One step; its losses."""

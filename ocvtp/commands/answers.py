@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ocvtp.commands.errors import UserError
-from ocvtp.commands.loading import load_image, load_pruner, load_weights
+from ocvtp.commands.loading import load_image, load_processor, load_pruner, load_weights
 from ocvtp.commands.output import check_writable
 from ocvtp.commands.progress import busy, steps
 
@@ -107,11 +107,9 @@ def run(
     check_writable(path)
     pictures, asked = _questions(assets, image, question)
     source = str(assets / "testbed")
-    model = load_weights(source, torch.device("cpu"), torch.float32, console)
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(source)
+    processor = load_processor(source)
     asked = [(number, _known(processor, words), answer) for number, words, answer in asked]
+    model = load_weights(source, torch.device("cpu"), torch.float32, console)
     pruner = load_pruner(str(assets / "testbed-pruner"))
     tokens = int(model.config.image_seq_length)
     keep = max(1, round(share * tokens))
@@ -155,17 +153,18 @@ def _known(processor: Any, question: str) -> str:
     Raises:
         UserError: it does not know some.
     """
-    words = question.lower().strip().rstrip("?").strip() + "?"
     tokenizer = processor.tokenizer
-    vocabulary = tokenizer.get_vocab()
-    unknown = [word for word in words[:-1].split() if word not in vocabulary]
-    if unknown or words == "?":
-        known = sorted(w for w in vocabulary if w.isascii() and w.replace("-", "").isalnum())
+    known = {word.lower(): word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens}
+    known["a"] = "a"  # the article, not the letter
+    words = question.strip().rstrip("?").lower().split()
+    unknown = [word for word in words if word not in known]
+    if unknown or not words:
+        listed = sorted(word for word in known.values() if word.replace("-", "").isalnum())
         raise UserError(
             f"the demo's model does not know {', '.join(map(repr, unknown)) or 'an empty question'}; "
-            f"its words are: {' '.join(known)}"
+            f"its words are: {' '.join(listed)}"
         )
-    return words
+    return " ".join(known[word] for word in words) + "?"
 
 
 def _inputs(processor: Any, picture: Image, question: str) -> dict[str, Any]:
@@ -222,7 +221,7 @@ def _show(answers: Answers, own: bool, console: Console) -> None:
     before, after = (1e3 * statistics.median(runs) for runs in (answers.before, answers.after))
     console.print(
         f"first word after {before:.0f} ms with all tokens, {after:.0f} ms with {answers.keep}: a model this "
-        "small has little to save; for speed, see the large one"
+        "small has little to save"
     )
 
 

@@ -135,6 +135,10 @@ def run_all(
             "no assets/ here (it is in the repository): the answers of the small model are left out"
         )
     else:
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
         share = keep / LLAVA_SHAPED.image_tokens
         answers.run(assets, out=out, share=share, image=image, question=question, console=console)
     if speed:

@@ -60,12 +60,20 @@ def test_a_picture_and_a_question_of_ones_own(tmp_path: Path) -> None:
     assert (tmp_path / "answers.png").exists()
 
 
-@pytest.mark.parametrize("question", ["is there a unicorn?", "?", "  "])
+@pytest.mark.parametrize(
+    "question", ["is there a unicorn?", "?", "  ", "<image> where is the circle?", "</s>"]
+)
 def test_words_it_does_not_know(tmp_path: Path, question: str) -> None:
     said = run("demo", "--question", question, "--out", tmp_path, code=2)
     assert "does not know" in said
     assert "top-left" in said
     assert ("'unicorn'" in said) == ("unicorn" in question)
+
+
+def test_spelling_does_not_matter(tmp_path: Path) -> None:
+    found = silent(out=tmp_path, question=" Where is   the circle ")
+    assert [one.question for one in found.asked] == ["where is the circle?"]
+    assert silent(out=tmp_path, question="can you see b").asked[0].question == "can you see B?"
 
 
 def test_a_picture_needs_a_question(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from bench.testbed import __main__ as command
 from bench.testbed import export
 from bench.testbed.examples import example
 from bench.testbed.recipe import Recipe, Stage
-from bench.testbed.train import CHECKPOINT, LOG, Run
+from bench.testbed.train import CHECKPOINT, LOG, RUN, Run
 
 CPU = torch.device("cpu")
 TINY = {
@@ -82,6 +83,31 @@ def test_a_finished_run_stays_finished_and_other_recipes_are_refused(tmp_path: P
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     with pytest.raises(ValueError, match="another recipe"):
         Run(recipe(seed=4), tmp_path, CPU)
+
+
+def test_a_run_that_was_killed_leaves_a_log_that_can_be_read(tmp_path: Path) -> None:
+    """A line cut in two, and lines of steps after the last checkpoint, which will be done again."""
+    run = Run(recipe(), tmp_path, CPU, workers=0)
+    while not run.train(limit=0.0) and run._stage == 0:
+        pass
+    log = tmp_path / LOG
+    log.write_text(log.read_text() + '{"stage": "joint", "step": 2}\n{"stage": "joint", "st')
+    Run(recipe(), tmp_path, CPU, workers=0).train()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    order = [(line["stage"] == "joint", line["step"], "validation" in line) for line in lines]
+    assert order == sorted(set(order))
+    starts = json.loads((tmp_path / RUN).read_text())["starts"]
+    assert [start["processes"] for start in starts] == [1, 1]
+
+
+def test_seconds_count_every_start(tmp_path: Path) -> None:
+    spent, done = 0.0, False
+    while not done:
+        run = Run(recipe(), tmp_path, CPU, workers=0)
+        start = time.monotonic()
+        done = run.train(limit=0.0)
+        spent += time.monotonic() - start
+    assert 0.5 * spent < run.seconds <= spent
 
 
 def test_the_log_has_losses_and_validation_by_kind(tmp_path: Path) -> None:
