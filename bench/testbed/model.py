@@ -35,7 +35,7 @@ class Size:
     layers: int = 6
     heads: int = 6
     text_width: int = 192
-    text_layers: int = 4
+    text_layers: int = 5
     text_heads: int = 6
 
     @property

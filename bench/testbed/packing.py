@@ -46,8 +46,8 @@ class Batch:
         answers: ``[Q, 2]`` int64, for every question its row and the column whose output is the answer.
         kinds: of the questions, Q of them.
         labels: ``[B, N]`` int64 for every name of :data:`DENSE`.
-        places: ``[B, N, 3]``: from the patch to the middle of its thing, in patches, and the logarithm of its
-            radius.
+        places: ``[B, N, 3]``: where in the picture the middle of a patch's thing is, from -2 to 2 across and
+            down, and the logarithm of its radius.
         stretch: ``[B]``: how far apart positions of neighbouring picture tokens are.
     """
 
@@ -156,15 +156,15 @@ def _padded(rows: list[list[int]], length: int, filler: int) -> torch.Tensor:
     return torch.tensor([row + [filler] * (length - len(row)) for row in rows], dtype=torch.int64)
 
 
+def _across(pixel: float) -> float:
+    return 4 * pixel / SIDE - 2
+
+
 def _dense(one: Example, size: Size) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    grid = size.grid
     seen = shown(one, size.side, size.patch)
     labels, things = {}, one.scene.things
     for name, values in DENSE.items():
         codes = [values.index(v) if (v := getattr(thing, name)) else len(values) for thing in things]
         labels[name] = torch.from_numpy(np.array([*codes, len(values)])[seen])
-    y, x = np.divmod(np.arange(grid * grid), grid)
-    unit = SIDE / grid
-    middles = np.array([[t.x / unit, t.y / unit, np.log(t.radius)] for t in things] + [[0.0] * 3])[seen]
-    places = middles - np.stack([x + 0.5, y + 0.5, np.zeros(grid * grid)], axis=1)
+    places = np.array([[_across(t.x), _across(t.y), np.log(t.radius)] for t in things] + [[0.0] * 3])[seen]
     return labels, torch.from_numpy(places).float()

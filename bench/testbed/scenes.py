@@ -19,6 +19,7 @@ SIZES = {"tiny": (4.2, 5.4), "small": (7.4, 9.4), "large": (12.8, 17.0)}
 HELD_OUT = frozenset((color, SHAPE_NAMES[(3 * i + 2) % 8]) for i, color in enumerate(COLORS))
 _MOST_THINGS = 8
 _CROWD = 20
+_CROWD_LETTERS = 0.6
 _LETTER_CHANCE = 0.75
 _MOST_LETTERS = 3
 _EDGE = 1.5  # pixels between things, and to the border
@@ -93,7 +94,8 @@ def _scene(rng: np.random.Generator, kinds: list[tuple[str, str, str]], crowded:
         thing = _place(rng, placed, color, shape, size)
         if thing is None:
             continue
-        if letters and thing.size != "tiny" and thing.shape in ROOMY:
+        wanted = not crowded or rng.random() < _CROWD_LETTERS
+        if letters and wanted and thing.size != "tiny" and thing.shape in ROOMY:
             thing = _with_letter(thing, letters.pop())
         placed.append(thing)
     order = rng.permutation(len(placed))
