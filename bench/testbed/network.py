@@ -51,8 +51,11 @@ class DenseHead(nn.Module):
 
 
 def see(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """``[B, N, C]``: what the projector reads, as ``LlavaModel`` selects it."""
-    return model.model.vision_tower(pixels).last_hidden_state[:, 1:]
+    """``[B, N, C]``: what the projector reads, as ``LlavaModel`` selects it; without gradients if frozen."""
+    tower = model.model.vision_tower
+    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
+        seen: torch.Tensor = tower(pixels).last_hidden_state[:, 1:]
+    return seen
 
 
 def answer(model: Any, picture: torch.Tensor | None, batch: Batch) -> torch.Tensor:

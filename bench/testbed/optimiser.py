@@ -13,6 +13,7 @@ import torch
 from bench.testbed.recipe import Stage
 
 _MUON_DECAY = 0.01
+_TOWER = "vision_tower."
 
 
 class Optimiser:
@@ -36,28 +37,23 @@ class Optimiser:
                 f"training the test bed needs torch.optim.Muon: torch >= 2.9, not {torch.__version__}"
             )
         self._stage = stage
-        inside: list[torch.nn.Parameter] = []
-        matrices: list[torch.nn.Parameter] = []
-        vectors: list[torch.nn.Parameter] = []
+        inside: list[dict[str, Any]] = []
+        rest: list[dict[str, Any]] = []
+        self.parameters: list[torch.nn.Parameter] = []
         for name, parameter in [*model.named_parameters(), *head.named_parameters()]:
+            share = stage.tower if _TOWER in name else 1.0
+            parameter.requires_grad_(share > 0)
+            if not share:
+                continue
+            self.parameters.append(parameter)
+            group: dict[str, Any] = {"params": [parameter], "share": share}
             if parameter.ndim == 2 and ".layers." in name:
-                inside.append(parameter)
+                inside.append(group)
             else:
-                (matrices if parameter.ndim > 1 else vectors).append(parameter)
-        self.parameters = [*inside, *matrices, *vectors]
+                rest.append({**group, "weight_decay": weight_decay if parameter.ndim > 1 else 0.0})
         self._parts: list[tuple[torch.optim.Optimizer, float]] = [
             (torch.optim.Muon(inside, lr=stage.muon, weight_decay=_MUON_DECAY), stage.muon),
-            (
-                torch.optim.AdamW(
-                    [
-                        {"params": matrices, "weight_decay": weight_decay},
-                        {"params": vectors, "weight_decay": 0.0},
-                    ],
-                    lr=stage.learning_rate,
-                    betas=(0.9, 0.95),
-                ),
-                stage.learning_rate,
-            ),
+            (torch.optim.AdamW(rest, lr=stage.learning_rate, betas=(0.9, 0.95)), stage.learning_rate),
         ]
 
     def step(self, number: int) -> None:
@@ -65,7 +61,7 @@ class Optimiser:
         share = _share(number, self._stage)
         for part, highest in self._parts:
             for group in part.param_groups:
-                group["lr"] = share * highest
+                group["lr"] = share * group["share"] * highest
             part.step()
             part.zero_grad()
 

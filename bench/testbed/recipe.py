@@ -24,6 +24,7 @@ class Stage:
         muon: the same of Muon, which trains the matrices inside layers.
         warmup: steps until then.
         crowded: whether pictures are full of things.
+        tower: share of the learning rates that the tower gets; 0 leaves it as it is, which is faster.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage:
     muon: float
     warmup: int = 100
     crowded: bool = False
+    tower: float = 1.0
 
 
 @dataclass(frozen=True)

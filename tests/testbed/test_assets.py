@@ -45,7 +45,9 @@ def test_the_model_comes_from_a_clean_commit() -> None:
         assert re.fullmatch(r"(.*-g)?[0-9a-f]{7,}", start["commit"]), start["commit"]
     assert about["recipe"]["seed"] == 0
     recipe = json.loads((ASSETS.parent / "bench" / "testbed" / "recipe.json").read_text())
-    assert about["recipe"]["stages"] == [{"warmup": 100, "crowded": False, **s} for s in recipe["stages"]]
+    assert about["recipe"]["stages"] == [
+        {"warmup": 100, "crowded": False, "tower": 1.0, **s} for s in recipe["stages"]
+    ]
 
 
 @pytest.mark.parametrize("name", PRUNERS)

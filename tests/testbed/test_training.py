@@ -127,6 +127,20 @@ def test_blind_training_leaves_the_tower_alone(tmp_path: Path) -> None:
     assert not [n for n in changed if "vision_tower" in n or "projector" in n], decayed
 
 
+def test_a_frozen_tower_stays_and_a_slow_one_moves_less(tmp_path: Path) -> None:
+    moved = {}
+    for share in (0.0, 0.1, 1.0):
+        stage = {**TINY["stages"][1], "tower": share, "steps": 2}
+        run = Run(recipe(stages=[stage]), tmp_path / str(share), CPU, workers=0)
+        before = {k: v.clone() for k, v in weights(run).items()}
+        assert run.train()
+        change = {k: float((v - before[k]).norm()) for k, v in weights(run).items()}
+        moved[share] = sum(v for k, v in change.items() if "vision_tower" in k)
+        assert sum(v for k, v in change.items() if "language_model" in k) > 0
+    assert moved[0.0] == 0
+    assert 0 < moved[0.1] < 0.2 * moved[1.0]
+
+
 def test_recipes() -> None:
     assert Recipe.from_dict(recipe().to_dict()) == recipe()
     with pytest.raises(ValueError, match=r"no field.*stagse"):
