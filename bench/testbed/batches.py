@@ -11,6 +11,7 @@ from bench.testbed.examples import Split, example
 from bench.testbed.language import WORDS
 from bench.testbed.packing import Batch, pack
 from bench.testbed.recipe import Recipe
+from bench.testbed.scenes import THINGS
 
 _LEAST_STRETCH = 0.05
 
@@ -28,6 +29,7 @@ class Batches(Dataset[Any]):
         part: of every batch, as number and how many parts there are.
         stretched: share of pictures with stretched positions.
         crowded: whether pictures are full of things.
+        things: least and most of a picture.
     """
 
     def __init__(
@@ -42,9 +44,10 @@ class Batches(Dataset[Any]):
         part: tuple[int, int] = (0, 1),
         stretched: float = 0.0,
         crowded: bool = False,
+        things: tuple[int, int] = THINGS,
     ) -> None:
         self._recipe, self._split, self._first, self._batch, self._count = recipe, split, first, batch, count
-        self._questions, self._stretched, self._crowded = questions, stretched, crowded
+        self._questions, self._stretched, self._crowded, self._things = questions, stretched, crowded, things
         share, left = divmod(batch, part[1])
         if left:
             raise ValueError(f"a batch of {batch} pictures can't be shared among {part[1]} processes")
@@ -56,7 +59,7 @@ class Batches(Dataset[Any]):
 
     def __getitem__(self, number: int) -> Batch:
         pictures = [self._first + number * self._batch + i for i in self._own]
-        examples = [example(self._split, i, self._questions, self._crowded) for i in pictures]
+        examples = [example(self._split, i, self._questions, self._crowded, self._things) for i in pictures]
         stretch = [self._stretch(i) for i in pictures]
         return pack(examples, self._vocabulary, self._recipe.size, stretch)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.testbed.paint import paint
 from bench.testbed.questions import KINDS, Question, ask, held_out
-from bench.testbed.scenes import Scene, sample
+from bench.testbed.scenes import THINGS, Scene, sample
 
 #: ``unseen`` asks about things whose colour and shape never meet in training, or says there is no such thing.
 Split = Literal["train", "validation", "test", "unseen"]
@@ -35,7 +35,13 @@ class Example:
     questions: tuple[Question, ...]
 
 
-def example(split: Split, index: int, questions: int, crowded: bool = False) -> Example:
+def example(
+    split: Split,
+    index: int,
+    questions: int,
+    crowded: bool = False,
+    things: tuple[int, int] = THINGS,
+) -> Example:
     """The picture ``index`` of a split.
 
     Args:
@@ -43,13 +49,14 @@ def example(split: Split, index: int, questions: int, crowded: bool = False) -> 
         index: of it.
         questions: at most so many, all different.
         crowded: full of things, see :func:`bench.testbed.scenes.sample`.
+        things: least and most.
 
     Raises:
         ValueError: no such split, or a negative index.
     """
     rng = _rng(split, index)
     unseen = split == "unseen"
-    scene = sample(rng, unseen, crowded)
+    scene = sample(rng, unseen, crowded, things)
     asked = _ask_all(scene, rng, questions, unseen)
     pixels, owner = paint(scene)
     return Example(scene, pixels, owner, asked)

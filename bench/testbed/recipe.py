@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.testbed.model import Size
+from bench.testbed.scenes import THINGS
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Stage:
         muon: the same of Muon, which trains the matrices inside layers.
         warmup: steps until then.
         crowded: whether pictures are full of things.
+        things: least and most in a picture, unless crowded. With few, questions are about whatever there is,
+            and what to read is learnt before where to look.
         tower: share of the learning rates that the tower gets; 0 leaves it as it is, which is faster.
     """
 
@@ -36,6 +39,7 @@ class Stage:
     muon: float
     warmup: int = 100
     crowded: bool = False
+    things: tuple[int, int] = THINGS
     tower: float = 1.0
 
 
@@ -81,7 +85,9 @@ class Recipe:
             raise ValueError(f"a recipe has no field(s) {unknown}")
         if not values.get("stages"):
             raise ValueError("a recipe needs stages")
-        stages = tuple(Stage(**stage) for stage in values["stages"])
+        stages = tuple(
+            Stage(**{**stage, "things": tuple(stage.get("things", THINGS))}) for stage in values["stages"]
+        )
         return cls(**{**values, "stages": stages, "size": Size(**values.get("size", {}))})
 
     def to_dict(self) -> dict[str, Any]:

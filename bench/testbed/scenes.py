@@ -17,7 +17,8 @@ TEXTURES = ("plain", "striped", "dotted", "checked")
 SIZES = {"tiny": (4.2, 5.4), "small": (7.4, 9.4), "large": (12.8, 17.0)}
 #: Colour and shape that never meet in training and test scenes: one shape of every colour.
 HELD_OUT = frozenset((color, SHAPE_NAMES[(3 * i + 2) % 8]) for i, color in enumerate(COLORS))
-_MOST_THINGS = 8
+#: Least and most of a scene.
+THINGS = (3, 8)
 _CROWD = 20
 _CROWD_LETTERS = 0.6
 _LETTER_CHANCE = 0.75
@@ -66,7 +67,12 @@ class Scene:
     seed: int
 
 
-def sample(rng: np.random.Generator, unseen: bool = False, crowded: bool = False) -> Scene:
+def sample(
+    rng: np.random.Generator,
+    unseen: bool = False,
+    crowded: bool = False,
+    things: tuple[int, int] = THINGS,
+) -> Scene:
     """Draw a scene.
 
     Args:
@@ -74,10 +80,11 @@ def sample(rng: np.random.Generator, unseen: bool = False, crowded: bool = False
         unseen: with things of :data:`HELD_OUT`, two or three; otherwise there is none of them.
         crowded: with as many things as find room, and letters on most that have room for one: much to learn
             from one picture.
+        things: least and most, unless crowded.
     """
     if crowded:
         return _scene(rng, [_kind(rng, list(COLORS), list(SHAPE_NAMES), False) for _ in range(_CROWD)], True)
-    count = int(rng.integers(3, _MOST_THINGS + 1))
+    count = int(rng.integers(things[0], things[1] + 1))
     # Few colours and shapes in one scene make for groups to count and for near misses.
     colors = _some(rng, COLORS, int(rng.integers(2, 7)))
     shapes = _some(rng, SHAPE_NAMES, int(rng.integers(2, 7)))

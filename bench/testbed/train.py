@@ -185,6 +185,7 @@ class Run:
             part=(self._team.number, self._team.size),
             stretched=self._recipe.stretched,
             crowded=stage.crowded,
+            things=stage.things,
         )
         loader = DataLoader(batches, batch_size=None, num_workers=self._workers, worker_init_fn=_one_thread)
         for batch in loader:

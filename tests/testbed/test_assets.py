@@ -46,7 +46,7 @@ def test_the_model_comes_from_a_clean_commit() -> None:
     assert about["recipe"]["seed"] == 0
     recipe = json.loads((ASSETS.parent / "bench" / "testbed" / "recipe.json").read_text())
     assert about["recipe"]["stages"] == [
-        {"warmup": 100, "crowded": False, "tower": 1.0, **s} for s in recipe["stages"]
+        {"warmup": 100, "crowded": False, "things": [3, 8], "tower": 1.0, **s} for s in recipe["stages"]
     ]
 
 
