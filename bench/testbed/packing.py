@@ -18,8 +18,9 @@ from PIL import Image
 from bench.testbed.examples import Example
 from bench.testbed.language import ANSWER
 from bench.testbed.model import Size
-from bench.testbed.scenes import COLORS, LETTERS, SHAPE_NAMES, SIDE, SIZES, TEXTURES
+from bench.testbed.scenes import COLORS, LETTERS, SHAPE_NAMES, SIDE, SIZES, TEXTURES, Thing
 
+_EIGHTHS = tuple("12345678")
 #: What is said of every patch in the tower's own training; each has a last class for "nothing there".
 DENSE = {
     "color": COLORS,
@@ -27,6 +28,8 @@ DENSE = {
     "texture": TEXTURES,
     "size": tuple(SIZES),
     "letter": LETTERS,
+    "column": _EIGHTHS,
+    "row": _EIGHTHS,
 }
 #: Share of a patch's pixels that must be a thing's for the patch to show it.
 LEAST_SHARE = 1 / 16
@@ -156,6 +159,14 @@ def _padded(rows: list[list[int]], length: int, filler: int) -> torch.Tensor:
     return torch.tensor([row + [filler] * (length - len(row)) for row in rows], dtype=torch.int64)
 
 
+def _named(thing: Thing, name: str) -> str | None:
+    """What :data:`DENSE` says of a thing: an attribute, or the eighth of the picture its middle is in."""
+    if name in ("column", "row"):
+        return _EIGHTHS[int(8 * (thing.x if name == "column" else thing.y) / SIDE)]
+    value: str | None = getattr(thing, name)
+    return value
+
+
 def _across(pixel: float) -> float:
     return 4 * pixel / SIDE - 2
 
@@ -164,7 +175,7 @@ def _dense(one: Example, size: Size) -> tuple[dict[str, torch.Tensor], torch.Ten
     seen = shown(one, size.side, size.patch)
     labels, things = {}, one.scene.things
     for name, values in DENSE.items():
-        codes = [values.index(v) if (v := getattr(thing, name)) else len(values) for thing in things]
+        codes = [values.index(v) if (v := _named(thing, name)) else len(values) for thing in things]
         labels[name] = torch.from_numpy(np.array([*codes, len(values)])[seen])
     places = np.array([[_across(t.x), _across(t.y), np.log(t.radius)] for t in things] + [[0.0] * 3])[seen]
     return labels, torch.from_numpy(places).float()

@@ -103,6 +103,8 @@ def test_patches_are_told_what_they_show() -> None:
         thing = one.scene.things[int(np.argmax(counts))]
         assert DENSE["color"][batch.labels["color"][0, token]] == thing.color
         assert DENSE["size"][batch.labels["size"][0, token]] == thing.size
+        assert batch.labels["column"][0, token] == thing.x // 16
+        assert batch.labels["row"][0, token] == thing.y // 16
         expected = [(thing.x - 64) / 32, (thing.y - 64) / 32, np.log(thing.radius)]
         np.testing.assert_allclose(batch.places[0, token], expected, atol=1e-5)
 
