@@ -7,7 +7,6 @@ and budget, after checking that the product gives the same answers as this harne
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,8 +24,10 @@ from bench.accuracy.report import picture, tables
 from bench.accuracy.selectors import Selector, ours, rivals
 from bench.harness import device_slug, provenance
 from bench.markdown import replace_blocks
+from bench.pruners import named, training_notes
 from bench.testbed.examples import Split
 from ocvtp import OCPruner
+from ocvtp.atomic import write_json
 
 _ROOT = Path(__file__).parents[2]
 _DOCUMENT = _ROOT / "docs" / "accuracy.md"
@@ -67,14 +68,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if blind is not None:
             rows.append(measure.plain_row(test, measure.BLIND, correct_blind(blind, test)))
         rows.append(measure.plain_row(test, measure.OTHER, correct(model, test, None, shift=1)))
-        rows += measure.rows(model, test, selectors, layer, _say if arguments.verbose else _nothing)
+        rows += measure.rows(model, test, selectors, layer, _say if arguments.verbose else None)
     return {
         **provenance(device, arguments.commit),
         "gate": {"answers": checked},
         "sets": sets,
         "layer": layer,
         "tokens": model.config.image_seq_length,
-        "pruners": {name: _training(path) for name, path in arguments.pruner},
+        "pruners": {name: training_notes(path) for name, path in arguments.pruner},
         "rows": [row.to_dict() for row in rows],
         "relations": [
             measure.without_nan(asdict(r))
@@ -98,17 +99,8 @@ def _gate(model: Any, processor: Any, words: dict[str, int], pruners: dict[str, 
     return gate.check(model, processor, test, cases)
 
 
-def _training(folder: Path) -> Any:
-    file = folder / "training.json"
-    return json.loads(file.read_text()) if file.exists() else None
-
-
 def _say(what: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
-
-
-def _nothing(what: str) -> None:
-    pass
 
 
 def renew(record: dict[str, Any], document: Path, image: Path) -> None:
@@ -120,12 +112,10 @@ def renew(record: dict[str, Any], document: Path, image: Path) -> None:
 
 
 def _named(text: str) -> tuple[str, Path]:
-    """``NAME=FOLDER``, or a folder, which is called by its name; a run's by the run's."""
-    name, equals, folder = text.partition("=")
-    if equals:
-        return name, Path(folder)
-    path = Path(text).resolve()
-    return (path.parent.name if path.name == "pruner" else path.name), Path(text)
+    """As :func:`bench.pruners.named`, but a run's pruner is called by the run: all runs call theirs alike."""
+    name, folder = named(text)
+    unnamed_run = "=" not in text and name == "pruner"
+    return (folder.resolve().parent.name if unnamed_run else name), folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -168,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.record:
         folder = arguments.results / device_slug(torch.device(arguments.device))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_json(folder / "accuracy.json", record)
     if arguments.record and arguments.document:
         renew(record, arguments.document, arguments.picture)
 

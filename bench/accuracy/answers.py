@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench.accuracy.testset import TestSet
-from bench.testbed.network import answer
+from bench.testbed.network import answer, right
 from ocvtp_kernels.selection import gather_tokens
-
-_BATCH = 25
 
 
 @torch.no_grad()
@@ -27,25 +26,20 @@ def correct(model: Any, test: TestSet, kept: torch.Tensor | None, shift: int = 0
         kept: ``[P, keep]`` indices, ascending; ``None`` for all tokens.
         shift: the tokens are those of another picture, so many before: it answers about that one.
     """
-    results = []
     tokens = test.tokens if kept is None else gather_tokens(test.tokens, kept)
-    tokens = tokens.roll(shift, 0)
-    for start in range(0, len(test), _BATCH):
-        batch = test.batch(start, min(start + _BATCH, len(test))).to(tokens.device)
-        picture = model.model.multi_modal_projector(tokens[start : start + _BATCH])
-        logits = answer(model, picture, batch)
-        row, column = batch.answers.T
-        results.append(logits[row, column].argmax(-1) == batch.targets[row, column])
-    return torch.cat(results).cpu().numpy()
+    parts = tokens.roll(shift, 0).split([len(batch.ids) for batch in test.batches])
+    return _correct(model, test, [model.model.multi_modal_projector(part) for part in parts])
 
 
 @torch.no_grad()
 def correct_blind(model: Any, test: TestSet) -> np.ndarray:
     """The same for a model that was trained without pictures and gets none."""
-    results = []
-    for start in range(0, len(test), _BATCH):
-        batch = test.batch(start, min(start + _BATCH, len(test))).to(model.device)
-        logits = answer(model, None, batch)
-        row, column = batch.answers.T
-        results.append(logits[row, column].argmax(-1) == batch.targets[row, column])
-    return torch.cat(results).cpu().numpy()
+    return _correct(model, test, [None] * len(test.batches))
+
+
+def _correct(model: Any, test: TestSet, pictures: Sequence[torch.Tensor | None]) -> np.ndarray:
+    each = [
+        right(answer(model, picture, batch), batch)
+        for batch, picture in zip(test.batches, pictures, strict=True)
+    ]
+    return torch.cat(each).cpu().numpy()

@@ -12,7 +12,7 @@ import ocvtp
 from bench.accuracy.selectors import Selector
 from bench.accuracy.testset import TestSet
 from bench.testbed.language import prompt
-from bench.testbed.network import answer
+from bench.testbed.network import answer, said
 from ocvtp_kernels.selection import gather_tokens
 
 
@@ -40,16 +40,16 @@ def check(
         kept = selector.choose(test, keep, 0)
         picture = model.model.multi_modal_projector(gather_tokens(test.tokens, kept))
         batch = test.batch(0, len(test)).to(picture.device)
-        row, column = batch.answers.T
-        counted = answer(model, picture, batch)[row, column].argmax(-1).tolist()
+        counted = said(answer(model, picture, batch), batch).tolist()
         with ocvtp.pruned(model, pruner, keep=keep, **options):
-            said = [word for one in test.examples for word in _say(model, processor, one)]
-        if counted != said:
+            generated = [word for one in test.examples for word in _say(model, processor, one)]
+        if counted != generated:
+            wrong = sum(a != b for a, b in zip(counted, generated, strict=True))
             raise GateError(
-                f"{selector.name} at {keep}: {sum(a != b for a, b in zip(counted, said, strict=True))} of "
-                f"{len(said)} answers differ between the product and this benchmark"
+                f"{selector.name} at {keep}: {wrong} of {len(generated)} answers differ between the product "
+                "and this benchmark"
             )
-        compared += len(said)
+        compared += len(generated)
     return compared
 
 
@@ -59,5 +59,5 @@ def _say(model: Any, processor: Any, one: Any) -> list[int]:
     texts = [prompt(question.text) for question in one.questions]
     inputs = processor(images=[image] * len(texts), text=texts, padding=True, return_tensors="pt")
     inputs = inputs.to(model.device)
-    said = model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    return said[:, -1].tolist()
+    output = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    return output[:, -1].tolist()

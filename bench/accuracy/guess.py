@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -21,19 +22,26 @@ def guessed(test: TestSet) -> np.ndarray:
 
     To the same words, if they were asked often enough; else to the same words but for attributes.
     """
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for picture in range(_PICTURES):
-        for question in questions_of("train", picture, _QUESTIONS):
-            for key in (question.text, _pattern(question.text)):
-                counts[key][question.answer] += 1
+    counts = _counts(_PICTURES)
     right = []
     for one in test.examples:
         for question in one.questions:
             exact = counts.get(question.text)
             often = exact is not None and exact.total() >= _OFTEN
-            answers = exact if often and exact is not None else counts[_pattern(question.text)]
-            right.append(bool(answers) and answers.most_common(1)[0][0] == question.answer)
+            answers = exact if often and exact is not None else counts.get(_pattern(question.text))
+            right.append(answers is not None and answers.most_common(1)[0][0] == question.answer)
     return np.array(right)
+
+
+@functools.cache
+def _counts(pictures: int) -> dict[str, Counter[str]]:
+    """Answers of the training split, by the question and by its pattern."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for picture in range(pictures):
+        for question in questions_of("train", picture, _QUESTIONS):
+            for key in (question.text, _pattern(question.text)):
+                counts[key][question.answer] += 1
+    return counts
 
 
 def _pattern(text: str) -> str:

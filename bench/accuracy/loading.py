@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from bench.testbed.export import ASSETS
 from ocvtp import OCPruner
 
-ASSETS = Path(__file__).parents[2] / "assets"
 MODEL = ASSETS / "testbed"
 
 

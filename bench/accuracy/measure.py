@@ -14,12 +14,11 @@ from bench.accuracy.answers import correct
 from bench.accuracy.selectors import Selector
 from bench.accuracy.statistics import Estimate, estimate
 from bench.accuracy.testset import TestSet
+from bench.evidence.rows import BUDGETS, keep_of
 from bench.testbed.questions import KINDS
 from bench.testbed.scenes import SIZES
 from ocvtp import metrics
 
-#: Shares of the tokens that are kept, in percent.
-BUDGETS = (5, 11, 22, 33)
 #: Lines that are no selector's.
 UNPRUNED, GUESSED, OTHER = "all tokens", "words alone: the commonest answer", "another picture's tokens"
 BLIND = "words alone: a model trained so"
@@ -83,11 +82,6 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def keep_of(percent: int, tokens: int) -> int:
-    """Tokens that a budget is."""
-    return max(1, round(percent / 100 * tokens))
-
-
 def plain_row(test: TestSet, method: str, right: np.ndarray) -> Row:
     """A line without a selector."""
     return _row(test, method, "", 100, test.tokens.shape[1], right[None])
@@ -98,7 +92,7 @@ def rows(
     test: TestSet,
     selectors: Sequence[Selector],
     layer: int,
-    say: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[Row]:
     """One row for every selector and budget; the selector called "random" must come first.
 
@@ -113,7 +107,8 @@ def rows(
         keep = keep_of(percent, test.tokens.shape[1])
         chance: np.ndarray | None = None
         for selector in selectors:
-            say(f"{test.split}, {percent} %: {selector.name} {selector.group}")
+            if say is not None:
+                say(f"{test.split}, {percent} %: {selector.name} {selector.group}")
             kept = [selector.choose(test, keep, seed) for seed in range(selector.seeds)]
             right = np.stack([correct(model, test, indices) for indices in kept])
             row = _row(test, selector.name, selector.group, percent, keep, right)

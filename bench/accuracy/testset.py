@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from bench.testbed.model import Size
 from bench.testbed.packing import Batch, normalise, pack, shown
 from ocvtp.vlm.tower import run_tower
 
-_TOWER_BATCH = 25
+_BATCH = 25
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,18 @@ class TestSet:
         """Rows and columns of tokens."""
         return self.size.grid, self.size.grid
 
+    @functools.cached_property
+    def batches(self) -> list[Batch]:
+        """All questions, packed once for every selector; without pixels, which nobody reads again."""
+        device = self.tokens.device
+        starts = range(0, len(self), _BATCH)
+        return [replace(self.batch(i, i + _BATCH).to(device), pixels=torch.empty(0)) for i in starts]
+
+    @functools.cached_property
+    def _shows(self) -> np.ndarray:
+        """``[P, N]``: the thing that every token shows, or -1."""
+        return np.stack([shown(one, self.size.side, self.size.patch) for one in self.examples])
+
     def batch(self, start: int, stop: int) -> Batch:
         """Questions of some pictures, packed."""
         some = self.examples[start:stop]
@@ -90,8 +103,8 @@ class TestSet:
         See :func:`bench.testbed.packing.shown`.
         """
         answers = []
-        for one, indices in zip(self.examples, kept.cpu().numpy(), strict=True):
-            on = set(shown(one, self.size.side, self.size.patch)[indices].tolist())
+        for one, shows, indices in zip(self.examples, self._shows, kept.cpu().numpy(), strict=True):
+            on = set(shows[indices].tolist())
             for question in one.questions:
                 targets = set(question.targets)
                 answers.append(
@@ -123,8 +136,8 @@ def build(
     outputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in taps}
     received = []
     tower = model.model.vision_tower
-    for start in range(0, pictures, _TOWER_BATCH):
-        some = examples[start : start + _TOWER_BATCH]
+    for start in range(0, pictures, _BATCH):
+        some = examples[start : start + _BATCH]
         pixels = normalise([one.pixels for one in some], size.side).to(model.device, model.dtype)
         run = run_tower(tower, pixels, taps)
         for layer in taps:

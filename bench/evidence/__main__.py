@@ -25,13 +25,13 @@ from bench.evidence.selectors import RANDOM
 from bench.evidence.views import views
 from bench.harness import device_slug, provenance
 from bench.markdown import replace_blocks
+from bench.pruners import named, training_notes
 from ocvtp import OCPruner
 
 _ROOT = Path(__file__).parents[2]
 _DOCUMENT = _ROOT / "docs" / "evidence.md"
 _PICTURE = _ROOT / "docs" / "evidence.png"
 _RESULTS = _ROOT / "bench" / "results"
-_TRAINING = "training.json"
 #: Drawn, besides pruners; more lines could not be told apart.
 _DRAWN_RIVALS = ("uniform grid", "farthest point", "k-medoids", "greedy DPP")
 
@@ -57,8 +57,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     notes: dict[str, Any] = {}
     for name, folder in arguments.pruner:
         pruners[name] = OCPruner.from_pretrained(folder)
-        file = folder / _TRAINING
-        notes[name] = json.loads(file.read_text()) if file.exists() else None
+        notes[name] = training_notes(folder)
     remedied = arguments.remedies or next(iter(pruners))
     if remedied not in pruners:
         raise SystemExit(f"--remedies {remedied} is none of the pruners {', '.join(pruners)}")
@@ -115,11 +114,6 @@ def write(result: dict[str, Any], results: Path, document: Path, image: Path) ->
     picture(rows, result["remedied"]).savefig(image)
 
 
-def _named(text: str) -> tuple[str, Path]:
-    name, equals, folder = text.partition("=")
-    return (name, Path(folder)) if equals else (Path(text).resolve().name, Path(text))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print tables; with ``--record`` also renew the document, its picture and the figures."""
     parser = argparse.ArgumentParser(
@@ -130,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--photographs", type=Path, nargs="+", required=True, help="folders of them")
     parser.add_argument("--training-part", type=Path, help="link those to train on into this folder, and end")
     parser.add_argument("--encoder", type=Path, help="folder of a vision encoder")
-    parser.add_argument("--pruner", type=_named, nargs="+", help="FOLDER or NAME=FOLDER of trained pruners")
+    parser.add_argument("--pruner", type=named, nargs="+", help="FOLDER or NAME=FOLDER of trained pruners")
     parser.add_argument("--remedies", help="the pruner on which remedies are tried; default: the first")
     parser.add_argument("--layer", type=int, help="whose features are 'read'; default: the first pruner's")
     parser.add_argument("--size", type=int, default=224, help="pixels; default: 224")

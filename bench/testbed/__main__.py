@@ -16,15 +16,13 @@ import torch
 
 from bench.testbed import export
 from bench.testbed.recipe import Recipe
-from bench.testbed.team import own_device
 from bench.testbed.train import Run
 
 _HERE = Path(__file__).parent
-_ASSETS = _HERE.parents[1] / "assets"
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    recipe, device = Recipe.read(arguments.recipe), own_device(arguments.device)
+    recipe, device = Recipe.read(arguments.recipe), torch.device(arguments.device)
     run = Run(recipe, arguments.out, device, arguments.workers, arguments.commit)
     done = run.train(None if arguments.minutes is None else 60 * arguments.minutes)
     if run.first:
@@ -69,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ship = commands.add_parser("ship", help="write assets")
     ship.add_argument("--run", type=Path, help="a finished run of train")
     ship.add_argument("--pruner", type=Path, nargs="+", help="runs of ocvtp train, the shipped one first")
-    ship.add_argument("--assets", type=Path, default=_ASSETS, help="default: assets")
+    ship.add_argument("--assets", type=Path, default=export.ASSETS, help="default: assets")
     ship.set_defaults(run_command=_ship)
     arguments = parser.parse_args(argv)
     arguments.run_command(arguments)

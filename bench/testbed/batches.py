@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from bench.testbed.examples import Split, example
-from bench.testbed.language import WORDS
+from bench.testbed.language import VOCABULARY
 from bench.testbed.packing import Batch, pack
 from bench.testbed.recipe import Recipe
 from bench.testbed.scenes import THINGS
@@ -52,7 +52,6 @@ class Batches(Dataset[Any]):
         if left:
             raise ValueError(f"a batch of {batch} pictures can't be shared among {part[1]} processes")
         self._own = range(part[0] * share, (part[0] + 1) * share)
-        self._vocabulary = {word: number for number, word in enumerate(WORDS)}
 
     def __len__(self) -> int:
         return self._count
@@ -61,7 +60,7 @@ class Batches(Dataset[Any]):
         pictures = [self._first + number * self._batch + i for i in self._own]
         examples = [example(self._split, i, self._questions, self._crowded, self._things) for i in pictures]
         stretch = [self._stretch(i) for i in pictures]
-        return pack(examples, self._vocabulary, self._recipe.size, stretch)
+        return pack(examples, VOCABULARY, self._recipe.size, stretch)
 
     def _stretch(self, picture: int) -> float:
         rng = np.random.default_rng([self._recipe.seed, picture])

@@ -54,25 +54,25 @@ def example(
     Raises:
         ValueError: no such split, or a negative index.
     """
-    rng = _rng(split, index)
-    unseen = split == "unseen"
-    scene = sample(rng, unseen, crowded, things)
-    asked = _ask_all(scene, rng, questions, unseen)
+    scene, asked = _compose(split, index, questions, crowded, things)
     pixels, owner = paint(scene)
     return Example(scene, pixels, owner, asked)
 
 
 def questions_of(split: Split, index: int, questions: int) -> tuple[Question, ...]:
     """Those of :func:`example`, without painting."""
-    rng = _rng(split, index)
-    unseen = split == "unseen"
-    return _ask_all(sample(rng, unseen), rng, questions, unseen)
+    return _compose(split, index, questions)[1]
 
 
-def _rng(split: Split, index: int) -> np.random.Generator:
+def _compose(
+    split: Split, index: int, questions: int, crowded: bool = False, things: tuple[int, int] = THINGS
+) -> tuple[Scene, tuple[Question, ...]]:
     if split not in _SPLITS or index < 0:
         raise ValueError(f"no picture {index} in split {split!r}; splits: {', '.join(_SPLITS)}")
-    return np.random.default_rng([_WORLD, _SPLITS[split], index])
+    rng = np.random.default_rng([_WORLD, _SPLITS[split], index])
+    unseen = split == "unseen"
+    scene = sample(rng, unseen, crowded, things)
+    return scene, _ask_all(scene, rng, questions, unseen)
 
 
 def _ask_all(scene: Scene, rng: np.random.Generator, questions: int, unseen: bool) -> tuple[Question, ...]:

@@ -16,8 +16,9 @@ from bench.testbed.examples import Split, example
 from bench.testbed.language import build_processor
 from bench.testbed.recipe import Recipe
 from bench.testbed.train import CHECKPOINT, LOG, RUN, Run
-from ocvtp.atomic import write_atomic
+from ocvtp.atomic import write_atomic, write_json
 
+ASSETS = Path(__file__).parents[2] / "assets"
 SUMS = "SHA256SUMS"
 _DEMO_SCENES = 6
 _DEMO_QUESTIONS = 8
@@ -45,7 +46,7 @@ def export(run: Path, out: Path) -> None:
     validations = [line for line in _lines(run / LOG) if "validation" in line]
     about["validation"] = validations[-1]["validation"] if validations else None
     about["seconds"] = finished.seconds
-    (out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_json(out / "training.json", about)
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ def scenes(out: Path) -> None:
         Image.fromarray(one.pixels).save(out / name, optimize=True)
         asked = [{"question": q.text, "answer": q.answer, "kind": q.kind} for q in one.questions]
         listed.append({"picture": name, "questions": asked})
-    (out / "questions.json").write_text(json.dumps(listed, indent=1) + "\n")
+    write_json(out / "questions.json", listed)
 
 
 def copy_pruner(run: Path, out: Path) -> None:
@@ -92,10 +93,8 @@ def copy_pruner(run: Path, out: Path) -> None:
 def write_sums(assets: Path) -> None:
     """SHA-256 of every file of the folder, as ``sha256sum -c`` reads them."""
     files = sorted(path for path in assets.rglob("*") if path.is_file() and path.name != SUMS)
-    lines = [f"{digest(path)}  {path.relative_to(assets).as_posix()}\n" for path in files]
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(assets).as_posix()}\n"
+        for path in files
+    ]
     (assets / SUMS).write_text("".join(lines))
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

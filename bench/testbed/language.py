@@ -28,6 +28,8 @@ WORDS = (
     *_NUMBERS,
     *LETTERS,
 )
+#: Number of every word.
+VOCABULARY = {word: number for number, word in enumerate(WORDS)}
 #: What stands between a question and its answer.
 ANSWER = " answer:"
 _CHAT = (
@@ -55,9 +57,8 @@ def build_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: number for number, word in enumerate(WORDS)}
-    assert len(vocabulary) == len(WORDS)
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    assert len(VOCABULARY) == len(WORDS)
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),
@@ -66,7 +67,7 @@ def build_tokenizer() -> Any:
         ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, vocabulary[BEGIN])]
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, VOCABULARY[BEGIN])]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

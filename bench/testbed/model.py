@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.testbed.language import BEGIN, END, IMAGE, PAD, WORDS
+from bench.testbed.language import BEGIN, END, IMAGE, PAD, VOCABULARY
 from ocvtp.vlm.tower import root
 
 _SLOWEST = 100.0  # the longest wave's length in patches, over 2 pi
@@ -48,8 +48,11 @@ def build(size: Size) -> Any:
     """A ``LlavaForConditionalGeneration`` with fresh weights, from torch's global generator."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    ids = {word: number for number, word in enumerate(WORDS)}
-    special = {"pad_token_id": ids[PAD], "bos_token_id": ids[BEGIN], "eos_token_id": ids[END]}
+    special = {
+        "pad_token_id": VOCABULARY[PAD],
+        "bos_token_id": VOCABULARY[BEGIN],
+        "eos_token_id": VOCABULARY[END],
+    }
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=size.width,
@@ -61,7 +64,7 @@ def build(size: Size) -> Any:
             projection_dim=size.width,
         ),
         text_config=LlamaConfig(
-            vocab_size=len(WORDS),
+            vocab_size=len(VOCABULARY),
             hidden_size=size.text_width,
             intermediate_size=round(size.text_width * 8 / 3 / 32) * 32,
             num_hidden_layers=size.text_layers,
@@ -70,7 +73,7 @@ def build(size: Size) -> Any:
             max_position_embeddings=1024,
             **special,
         ),
-        image_token_index=ids[IMAGE],
+        image_token_index=VOCABULARY[IMAGE],
         image_seq_length=size.grid**2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",

@@ -79,6 +79,18 @@ def answer(model: Any, picture: torch.Tensor | None, batch: Batch) -> torch.Tens
     return model.lm_head(output.last_hidden_state[:, count:])
 
 
+def said(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """``[Q]``: the likeliest answer to every question, of logits ``[B, T, V]``."""
+    row, column = batch.answers.T
+    return logits[row, column].argmax(-1)
+
+
+def right(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """``[Q]`` bool: whether it is the true one."""
+    row, column = batch.answers.T
+    return said(logits, batch) == batch.targets[row, column]
+
+
 def _mask(segments: torch.Tensor, before: int) -> torch.Tensor:
     """``[B, 1, S, S]`` bool: who may look at whom."""
     rows, length = segments.shape
@@ -114,6 +126,5 @@ def judge(
         logits = answer(model, picture, batch).float()
         parts["answers"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
         loss = loss + parts["answers"]
-        row, column = batch.answers.T
-        correct = logits[row, column].argmax(-1) == batch.targets[row, column]
+        correct = right(logits, batch)
     return Outcome(loss, parts, correct)

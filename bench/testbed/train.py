@@ -21,8 +21,8 @@ from bench.testbed.network import DenseHead, judge
 from bench.testbed.optimiser import Optimiser
 from bench.testbed.packing import Batch
 from bench.testbed.recipe import Recipe, Stage
-from bench.testbed.team import Team
 from ocvtp.atomic import write_atomic, write_json
+from ocvtp.training.team import Team
 
 CHECKPOINT, LOG, RUN = "checkpoint.pt", "log.jsonl", "run.json"
 _CLIP = 1.0
@@ -53,20 +53,26 @@ class Run:
         workers: int = 1,
         commit: str | None = None,
     ) -> None:
-        self._recipe, self._out, self._device, self._workers = recipe, out, device, workers
+        self._recipe, self._out, self._workers = recipe, out, workers
         self._team = Team(device)
+        self._device = self._team.device
         torch.manual_seed(recipe.seed)
-        self.model = build(recipe.size).to(device)
-        self.head = DenseHead(recipe.size.width).to(device)
+        self.model = build(recipe.size).to(self._device)
+        self.head = DenseHead(recipe.size.width).to(self._device)
         self._stage, self._step = 0, 0
         self._seconds, self._clock = 0.0, 0.0
         self._saved: list[dict[str, Any]] | None = None
-        self._resume(commit)
+        self._start: dict[str, Any] | None = {
+            **provenance(self._device, commit),
+            "processes": self._team.size,
+        }
+        self._starts: list[dict[str, Any]] = []
+        self._resume()
 
     @property
     def first(self) -> bool:
         """Whether this process speaks for all of them."""
-        return self._team.first
+        return self._team.main
 
     @property
     def done(self) -> bool:
@@ -78,25 +84,29 @@ class Run:
         """Spent training, over all starts; without what was lost when one was killed."""
         return self._seconds
 
-    def _resume(self, commit: str | None) -> None:
+    def _resume(self) -> None:
         about = self._out / RUN
-        start = {**provenance(self._device, commit), "processes": self._team.size}
-        starts = []
         if about.exists():
             before = json.loads(about.read_text())
             if before["recipe"] != self._recipe.to_dict():
                 raise ValueError(f"{self._out} holds a run of another recipe: choose another folder")
-            starts = before["starts"]
+            self._starts = before["starts"]
         if (self._out / CHECKPOINT).exists():
             saved = torch.load(self._out / CHECKPOINT, map_location="cpu", weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.head.load_state_dict(saved["head"])
             self._stage, self._step, self._seconds = saved["stage"], saved["step"], saved["seconds"]
             self._saved = saved["optimiser"]
-        if self._team.first and not self.done:
-            self._out.mkdir(parents=True, exist_ok=True)
-            write_json(about, {"recipe": self._recipe.to_dict(), "starts": [*starts, start]})
-            self._forget_later_lines()
+
+    def _begin(self) -> None:
+        """Note in the folder who trains from here on; looking at a run leaves it as it is."""
+        if self._start is None or not self._team.main:
+            return
+        self._out.mkdir(parents=True, exist_ok=True)
+        starts = [*self._starts, self._start]
+        write_json(self._out / RUN, {"recipe": self._recipe.to_dict(), "starts": starts})
+        self._forget_later_lines()
+        self._start = None
 
     def _forget_later_lines(self) -> None:
         """Take off the log what a killed run wrote after its last checkpoint, and will do again."""
@@ -118,6 +128,8 @@ class Run:
     def train(self, limit: float | None = None) -> bool:
         """Go on for at most ``limit`` seconds; whether all stages are done."""
         end = math.inf if limit is None else time.monotonic() + limit
+        if not self.done:
+            self._begin()
         while not self.done:
             if not self._train_stage(self._recipe.stages[self._stage], end):
                 return False
@@ -144,9 +156,9 @@ class Run:
                 self._log(stage, {name: float(np.mean(each)) for name, each in values.items()})
                 values.clear()
             regular = self._step % self._recipe.validate_every == 0
-            if stage.questions and (regular or last) and self._team.first:
+            if stage.questions and (regular or last) and self._team.main:
                 self._log(stage, {"validation": self.validate()})
-            stop = not last and self._team.any(time.monotonic() > end, self._device)
+            stop = not last and self._late(end)
             if regular or stop:
                 self._count_seconds()
                 self._save(optimiser)
@@ -154,6 +166,10 @@ class Run:
                 self._saved = optimiser.state_dict()
                 return False
         return True
+
+    def _late(self, end: float) -> bool:
+        """Whether it is in any process: all of them stop at the same step."""
+        return bool(self._team.sum(torch.tensor([float(time.monotonic() > end)])))
 
     def _count_seconds(self) -> None:
         now = time.monotonic()
@@ -182,7 +198,7 @@ class Run:
             stage.batch,
             stage.steps - self._step,
             stage.questions,
-            part=(self._team.number, self._team.size),
+            part=(self._team.rank, self._team.size),
             stretched=self._recipe.stretched,
             crowded=stage.crowded,
             things=stage.things,
@@ -208,14 +224,14 @@ class Run:
         return {kind: float(np.mean(each)) for kind, each in sorted(right.items())}
 
     def _log(self, stage: Stage, values: dict[str, Any]) -> None:
-        if self._team.first:
+        if self._team.main:
             line = {"stage": stage.name, "step": self._step, "seconds": round(self._seconds), **values}
             with (self._out / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)
 
     def _save(self, optimiser: Optimiser | None) -> None:
-        if not self._team.first:
+        if not self._team.main:
             return
         state = {
             "model": self.model.state_dict(),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,8 @@ from ocvtp.commands.errors import UserError
 from ocvtp.commands.loading import load_image, load_processor, load_pruner, load_weights
 from ocvtp.commands.output import check_writable
 from ocvtp.commands.progress import busy, steps
+from ocvtp.commands.prune import chat_prompt
+from ocvtp.commands.timing import seconds
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -168,8 +169,7 @@ def _known(processor: Any, question: str) -> str:
 
 
 def _inputs(processor: Any, picture: Image, question: str) -> dict[str, Any]:
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = chat_prompt(processor, question)
     made: dict[str, Any] = processor(images=picture, text=text, return_tensors="pt")
     return made
 
@@ -184,16 +184,14 @@ def _time(model: Any, pruner: OCPruner, inputs: dict[str, Any], keep: int) -> tu
     """Seconds to the first word, unpruned and pruned in turns."""
     import ocvtp
 
-    def seconds() -> float:
-        start = time.perf_counter()
+    def first_word() -> None:
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
-        return time.perf_counter() - start
 
     before, after = [], []
     for _ in range(_TIMED):
-        before.append(seconds())
+        before.append(seconds(first_word))
         with ocvtp.pruned(model, pruner, keep=keep):
-            after.append(seconds())
+            after.append(seconds(first_word))
     return before, after
 
 

@@ -9,7 +9,6 @@ keeps mean nothing; how long it takes does not depend on the values.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from ocvtp.commands.errors import UserError
 from ocvtp.commands.loading import check_keep
 from ocvtp.commands.output import check_writable, make_folder
 from ocvtp.commands.progress import busy, steps
+from ocvtp.commands.timing import seconds
 
 if TYPE_CHECKING:
     import torch
@@ -329,21 +329,15 @@ def _time(
         for number in range(repeats):
             turn = f"round {number + 1} of {repeats}"
             step(f"{turn}, prefill, unpruned")
-            prefill.unpruned.append(_seconds(lambda: _prefill(model, long)))
+            prefill.unpruned.append(seconds(lambda: _prefill(model, long)))
             step(f"{turn}, prefill, pruned")
-            prefill.pruned.append(_seconds(lambda: _prefill(model, short)))
+            prefill.pruned.append(seconds(lambda: _prefill(model, short)))
             step(f"{turn}, first token, unpruned")
-            first.unpruned.append(_seconds(lambda: _first_token(model, inputs)))
+            first.unpruned.append(seconds(lambda: _first_token(model, inputs)))
             step(f"{turn}, first token, pruned")
             with ocvtp.pruned(model, pruner, keep=keep):
-                first.pruned.append(_seconds(lambda: _first_token(model, inputs)))
+                first.pruned.append(seconds(lambda: _first_token(model, inputs)))
     return [prefill, first]
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _table(comparisons: list[Comparison], keep: int, size: DemoSize, repeats: int) -> Table:

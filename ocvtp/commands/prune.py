@@ -80,7 +80,7 @@ def run(
     vlm, processor, report = ready.model, ready.processor, ready.report
     on, as_dtype = vlm.device, vlm.dtype
     with blamed_on_input(ValueError):
-        inputs = processor(images=ready.picture, text=_prompt(processor, prompt), return_tensors="pt")
+        inputs = processor(images=ready.picture, text=chat_prompt(processor, prompt), return_tensors="pt")
     inputs = inputs.to(on, as_dtype)
     if on.type != "cpu":  # the first run on a GPU pays for loading kernels
         with busy(console, "warming up"):
@@ -172,7 +172,8 @@ def show(result: PruneResult, console: Console) -> None:
     console.print(table)
 
 
-def _prompt(processor: Any, prompt: str) -> str:
+def chat_prompt(processor: Any, prompt: str) -> str:
+    """A user's words behind one image, in the model's conversation format."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         text: str = processor.apply_chat_template(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -57,6 +57,17 @@ class Team:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=ids)
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gradients become means over all processes, where they are not taken in :meth:`wrap`'s backward."""
+        if self.size == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= self.size
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """``values``, added up over all processes, in float64 on the CPU. All must call it."""

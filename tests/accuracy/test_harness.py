@@ -17,14 +17,13 @@ from bench.accuracy.answers import correct
 from bench.accuracy.report import picture, tables
 from bench.accuracy.selectors import Selector, ours, rivals
 from bench.testbed.examples import example
-from bench.testbed.language import WORDS, build_processor
+from bench.testbed.language import VOCABULARY, build_processor
 from bench.testbed.model import Size, build
 from bench.testbed.network import answer
 from bench.testbed.questions import Question
 from ocvtp import OCPruner, PrunerConfig
 from ocvtp_kernels.selection import gather_tokens
 
-VOCABULARY = {word: number for number, word in enumerate(WORDS)}
 SIZE = Size(width=48, layers=3, heads=3, text_width=32, text_layers=2, text_heads=2)
 LAYER = 1
 

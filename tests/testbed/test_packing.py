@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 
 from bench.testbed.examples import example
-from bench.testbed.language import WORDS, build_processor, prompt
+from bench.testbed.language import VOCABULARY, build_processor, prompt
 from bench.testbed.model import Size, build
 from bench.testbed.network import DenseHead, answer, judge, see
 from bench.testbed.packing import DENSE, pack
 
-VOCABULARY = {word: number for number, word in enumerate(WORDS)}
 SMALL = Size(width=48, layers=2, heads=3, text_width=32, text_layers=2, text_heads=2)
 
 

@@ -156,8 +156,10 @@ def test_from_a_run_to_assets(tmp_path: Path) -> None:
 
     run = Run(recipe(), tmp_path / "run", CPU, workers=0)
     assert not run.train(limit=0.0)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with pytest.raises(ValueError, match="not done"):
         export.export(tmp_path / "run", tmp_path / "early")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before  # it may go on
     run.train()
     assets = tmp_path / "assets"
     command.main(["ship", "--run", str(tmp_path / "run"), "--assets", str(assets)])
