@@ -103,7 +103,8 @@ class Run:
         if self._start is None or not self._team.main:
             return
         self._out.mkdir(parents=True, exist_ok=True)
-        starts = [*self._starts, self._start]
+        at = {"stage": self._recipe.stages[self._stage].name, "step": self._step}
+        starts = [*self._starts, {**self._start, **at}]
         write_json(self._out / RUN, {"recipe": self._recipe.to_dict(), "starts": starts})
         self._forget_later_lines()
         self._start = None

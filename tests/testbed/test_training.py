@@ -98,6 +98,8 @@ def test_a_run_that_was_killed_leaves_a_log_that_can_be_read(tmp_path: Path) -> 
     assert order == sorted(set(order))
     starts = json.loads((tmp_path / RUN).read_text())["starts"]
     assert [start["processes"] for start in starts] == [1, 1]
+    first = run._recipe.stages[0].name
+    assert [(start["stage"], start["step"]) for start in starts] == [(first, 0), ("joint", 1)]
 
 
 def test_seconds_count_every_start(tmp_path: Path) -> None:
