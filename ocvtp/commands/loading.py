@@ -274,10 +274,13 @@ def prepare(
     dtype: str,
     layer: int | None,
     seed: int,
+    refine: int | None,
     console: Console,
     positions: Literal["auto", "compact", "original"] = "auto",
 ) -> Prepared:
     """Check, load and patch: everything that ``prune`` and ``visualize`` do before they differ."""
+    if refine and is_rule(pruner):
+        raise UserError(f"--refine needs a pruner; {pruner!r} is a rule")
     check_keep(keep)
     model, pruner = model_source(model), pruner_source(pruner)
     picture = load_image(image)
@@ -294,7 +297,8 @@ def prepare(
 
     with blamed_on_input(ValueError):
         chosen: Any = pruner if loaded_pruner is None else loaded_pruner
-        report = ocvtp.apply(vlm, chosen, keep=keep, positions=positions, seed=seed)
+        rounds = {} if refine is None else {"refine": refine}
+        report = ocvtp.apply(vlm, chosen, keep=keep, positions=positions, seed=seed, **rounds)
     return Prepared(picture, vlm, processor, report)
 
 

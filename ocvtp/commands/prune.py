@@ -60,6 +60,7 @@ def run(
     positions: Literal["auto", "compact", "original"],
     layer: int | None,
     seed: int,
+    refine: int | None,
     console: Console,
 ) -> PruneResult:
     """Load, patch, answer, time. Progress goes to ``console``."""
@@ -74,6 +75,7 @@ def run(
         dtype=dtype,
         layer=layer,
         seed=seed,
+        refine=refine,
         console=console,
         positions=positions,
     )

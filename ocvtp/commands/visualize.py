@@ -28,6 +28,7 @@ def run(
     dtype: str,
     layer: int | None,
     seed: int,
+    refine: int | None,
     console: Console,
 ) -> None:
     """Load, select, draw, write ``out``."""
@@ -45,6 +46,7 @@ def run(
         dtype=dtype,
         layer=layer,
         seed=seed,
+        refine=refine,
         console=console,
     )
     if ready.report.tokens_before is None:

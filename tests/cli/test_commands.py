@@ -68,6 +68,11 @@ class TestPrune:
         assert json_in(run("prune", *files.arguments, *ASK, "--json"))["answer"] == answer.strip()
         assert answer.strip() in run("prune", *files.arguments, *ASK)
 
+    def test_rounds_of_refinement_reach_the_pruner(self, files: Files) -> None:
+        asked = ("prune", *files.arguments, "--keep", 4, "--max-new-tokens", 1, "--json")
+        assert "2 rounds of refinement" in json_in(run(*asked, "--refine", 2))["report"]
+        assert "refinement" not in json_in(run(*asked, "--refine", 0))["report"]
+
     def test_chat_template(self, files: Files, tmp_path: Path) -> None:
         model = tmp_path / "model"
         processor = transformers.AutoProcessor.from_pretrained(files.model)

@@ -108,6 +108,10 @@ class TestSources:
     def test_seed(self, files: Files) -> None:
         assert "--seed" in refused(files, None, None, "--seed", 2**63)
 
+    def test_rounds(self, files: Files) -> None:
+        assert "--refine needs a pruner" in refused(files, PRUNER, "grid", "--refine", 1)
+        assert "--refine" in refused(files, None, None, "--refine", -1)
+
     def test_default_budget_is_called_the_default(self, files: Files) -> None:
         output = run("prune", *files.arguments, code=2)
         assert "between 1 and 16, the image tokens of this model; got 64 (the default)" in output
