@@ -28,6 +28,8 @@ class CacheNote:
             which numbers tokens by counting the attention mask.
         pruned: whether the two sequences differ at all.
         foreign: whether the cache was filled without the patch, so that positions in it are a guess.
+        live: ``[B, 1]`` cached columns that were not masked when ``next_position`` was known; ``None`` where
+            nobody needs to know.
     """
 
     index: torch.Tensor
@@ -35,6 +37,7 @@ class CacheNote:
     next_position: torch.Tensor | None
     pruned: bool = True
     foreign: bool = False
+    live: torch.Tensor | None = None
 
     def cropped(self, length: int) -> CacheNote:
         """The note of a cache cropped to its first ``length`` columns.
@@ -51,8 +54,12 @@ class CacheNote:
                 f"{length}, perhaps from a call that failed; crop it to what it held, continue with the "
                 "cache as generate returned it, or start with an empty one"
             )
-        position = None if self.next_position is None else self.next_position - lost
-        return replace(self, index=self.index[:, :length], long=self.long - lost, next_position=position)
+        return replace(self.moved(-lost), index=self.index[:, :length])
+
+    def moved(self, by: int) -> CacheNote:
+        """With ``by`` more columns of text at the end, but for the index."""
+        position, live = (None if each is None else each + by for each in (self.next_position, self.live))
+        return replace(self, long=self.long + by, next_position=position, live=live)
 
     def _ends_in_text(self, columns: int) -> bool:
         """Whether the last columns followed one another in the long sequence."""
@@ -61,8 +68,10 @@ class CacheNote:
 
     def to(self, device: torch.device) -> CacheNote:
         """The note on another device."""
-        position = None if self.next_position is None else self.next_position.to(device)
-        return replace(self, index=self.index.to(device), next_position=position)
+        position, live = (
+            None if each is None else each.to(device) for each in (self.next_position, self.live)
+        )
+        return replace(self, index=self.index.to(device), next_position=position, live=live)
 
 
 def cached_length(cache: Any) -> int:

@@ -65,6 +65,7 @@ class _Frame:
     cached_mask: torch.Tensor | None  # [B, cached] on the short columns
     cached_live: torch.Tensor | int  # [B, 1] live long columns behind the cache
     prefix: CacheNote | None
+    before: torch.Tensor | None = None  # [B, cached] long ids behind the cache, where they are passed again
 
     @property
     def long_start(self) -> int:
@@ -134,11 +135,11 @@ def shorten(
     given = short.get("position_ids")
     if shift and given is not None:
         given = given - shift
-    positions = (
-        _mrope(adapter, frame, index, given, arguments)
-        if adapter.mrope
-        else _positions(settings, frame, index, given, ids, generating=generating)
-    )
+    positions, following = None, None
+    if adapter.mrope:
+        positions, following = _mrope(adapter, frame, index, given, arguments)
+    else:
+        positions = _positions(settings, frame, index, given, ids, generating=generating)
     long = frame.long_start + frame.ids.shape[1]
     whole = index if prefix is None else torch.cat([prefix.index, _shift(index, prefix.long)], dim=1)
     mask = _short_mask(frame, index)
@@ -159,10 +160,10 @@ def shorten(
         if generating:
             raise ValueError("a tensor logits_to_keep has no meaning in generate; pass an int")
         short["logits_to_keep"] = remap_kept_logits(wanted, index, ids.shape[1])
-    following = _following(positions, whole, given, prefix, generating=generating)
-    if adapter.mrope:
+    if following is None:
+        following = _following(positions, whole, given, prefix, generating=generating)
+    else:
         assert positions is not None
-        assert following is not None
         adapter.remember(following, mask)
         if generating:  # the first row counts the short prompt: transformers reads packed sequences from it
             text = running_positions(mask)[None, :, -index.shape[1] :]
@@ -178,7 +179,8 @@ def shorten(
     if kept:
         start = prefix.index.shape[1] if generating and prefix is not None else 0
         hand_over(short, adapter, settings, short_ids, kept, start)
-    return ShortCall(short_ids, short, CacheNote(whole, long, following, pruned=not same))
+    live = mask.sum(1, keepdim=True) if adapter.mrope else None
+    return ShortCall(short_ids, short, CacheNote(whole, long, following, pruned=not same, live=live))
 
 
 def _following(
@@ -190,8 +192,6 @@ def _following(
     generating: bool,
 ) -> torch.Tensor | None:
     """Position ``[B, 1]`` of the token that will follow; ``None`` where ``generate`` counts the mask."""
-    if positions is not None and positions.ndim == 3:
-        return positions.amax((0, 2))[:, None] + 1
     if generating and given is None and (prefix is None or prefix.next_position is None):
         return None
     if positions is None:
@@ -217,13 +217,14 @@ def _frame(ids: torch.Tensor, mask: Any, prefix: CacheNote | None, *, generating
                 "pass the whole conversation, followed by something new"
             )
         new = ids[:, prefix.long :]
+    seen = ids[:, : prefix.long] if generating else None
     if mask is None:
-        return _Frame(new, None, None, prefix.long, prefix)
+        return _Frame(new, None, None, prefix.long, prefix, seen)
     cached, fresh = prefix.index.shape[1], new.shape[1]
     if mask.shape == (batch, prefix.long + fresh):
         before = mask[:, : prefix.long]
         live = before.long().sum(1, keepdim=True)
-        return _Frame(new, mask[:, prefix.long :], take(before, prefix.index, 0), live, prefix)
+        return _Frame(new, mask[:, prefix.long :], take(before, prefix.index, 0), live, prefix, seen)
     if not generating and mask.shape == (batch, cached + fresh):  # the caller counts short columns
         before = mask[:, :cached]
         live = prefix.long - cached + before.long().sum(1, keepdim=True)
@@ -258,8 +259,8 @@ def _new_index(
 
 
 def _left_padded(mask: torch.Tensor | None) -> bool:
-    """Whether the padding is on the left; rows without any say nothing, and are treated as such."""
-    return mask is not None and mask.shape[0] > 1 and bool((mask[:, -1] != 0).all())
+    """Whether rows end with a token: whoever passes no mask reads the last column of each."""
+    return mask is None or (mask.shape[0] > 1 and bool((mask[:, -1] != 0).all()))
 
 
 def _positions(
@@ -293,14 +294,15 @@ def _positions(
 
 def _mrope(
     adapter: Adapter, frame: _Frame, index: torch.Tensor, given: Any, arguments: Mapping[str, Any]
-) -> torch.Tensor:
-    """Positions ``[3, B, new]`` of the new short columns: those of the long prompt, at what stays."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions ``[3, B, new]`` of the new short columns, and ``[B, 1]`` of what follows.
+
+    Both are those of the long prompt, whatever stays of it.
+    """
     new = frame.ids.shape[1]
     if given is None:
         numbers = adapter.positions(frame.ids, frame.mask, arguments)
-        start = frame.next_position(original=True)
-        if frame.prefix is not None and frame.prefix.foreign:
-            start = frame.cached_live + adapter.recall()
+        start = _mrope_start(adapter, frame)
         numbers = numbers + (start if isinstance(start, int) else start.to(numbers.device))
     else:
         shaped = isinstance(given, torch.Tensor) and given.ndim == 3 and given.shape[0] in (3, 4)
@@ -310,7 +312,23 @@ def _mrope(
                 f"position_ids of this model must be [3, {len(frame.ids)}, {new}] or [4, ...]; got {shape}"
             )
         numbers = given[-3:, :, -new:].expand(-1, len(frame.ids), -1)
-    return take(numbers, index, 0)
+    return take(numbers, index, 0), numbers.amax((0, 2))[:, None] + 1
+
+
+def _mrope_start(adapter: Adapter, frame: _Frame) -> torch.Tensor | int:
+    """Position ``[B, 1]`` of the first new token: behind what is cached and not masked."""
+    prefix = frame.prefix
+    if prefix is None or not prefix.foreign:
+        start = frame.next_position(original=True)
+        if prefix is None or prefix.live is None or frame.cached_mask is None:
+            return start
+        # A row that ended early was padded by generate, and the next turn masks that padding.
+        return start - (prefix.live - frame.cached_mask.long().sum(1, keepdim=True))
+    if frame.before is not None and not any(
+        bool((frame.before == adapter.token_id(kind)).any()) for kind in adapter.pixel_keys
+    ):
+        return frame.cached_live  # text alone; what the model recalls is some other conversation's
+    return frame.cached_live + adapter.recall()
 
 
 def _refuse_flash_with_cache(settings: Settings, prefix: CacheNote | None) -> None:
