@@ -16,7 +16,6 @@ from ocvtp import OCPruner
 KEEP = 28  # 11 % of 256
 PICTURES, QUESTIONS = 20, 5
 UNPRUNED, FLOOR = 0.85, 0.65
-pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="weights are not shipped yet")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from ocvtp import OCPruner
 
 ASSETS = Path(__file__).parents[2] / "assets"
 PRUNERS = ("testbed-pruner", "testbed-pruner-1")
-pytestmark = pytest.mark.skipif(not (ASSETS / "testbed").exists(), reason="weights are not shipped yet")
 
 
 def test_every_file_has_its_checksum() -> None:
