@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.merged import MergedFamily
+from ocvtp.vlm.settings import Settings
 
 
 class InternVLAdapter(MergedFamily):
@@ -49,6 +50,15 @@ class InternVLAdapter(MergedFamily):
                 "class token, patches make no square"
             )
         return 1
+
+    def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
+        """See :class:`~ocvtp.vlm.adapter.Adapter`."""
+        return [*super().bypassed_methods(), ("model.pixel_shuffle", self.model.model, "pixel_shuffle")]
+
+    def check(self, settings: Settings) -> None:
+        """Raise ``ValueError`` for settings or a configuration that can't be pruned."""
+        super().check(settings)
+        self.prefix({})
 
     def pictures(self, arguments: Mapping[str, Any]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.merged.MergedFamily`."""

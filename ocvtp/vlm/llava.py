@@ -175,6 +175,7 @@ class Pictures:
         self._read: torch.Tensor | None = None
         self._received: torch.Tensor | None = None
         self._run: TowerRun | None = None
+        self._projected: torch.Tensor | None = None
         self.device = pixel_values.device
         self.prefix, self.class_rows = adapter.prefix(arguments)
         self.patches = tower_tokens(self._tower) - self.prefix
@@ -221,6 +222,12 @@ class Pictures:
         """``[pictures, N, C of all consumed layers]``: candidates as the projector reads them."""
         layers = [self.done.outputs[layer][:, self.prefix :] for layer in self._consumed]
         return layers[0] if len(layers) == 1 else torch.cat(layers, dim=-1)
+
+    def all_projected(self) -> torch.Tensor:
+        """``[pictures, N, D]``: all candidates through the projector, which runs once a call."""
+        if self._projected is None:
+            self._projected = self.project(self.all_outputs())
+        return self._projected
 
     def taken(self, which: Sequence[int], indices: torch.Tensor) -> torch.Tensor:
         """``[pictures, k, C of all consumed layers]``: rows of ``which`` at ``indices`` of all tokens."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ocvtp.vlm.adapter import Family, TowerFacts, Vision, read_parameter
-from ocvtp.vlm.llava import LlavaAdapter, Pictures
+from ocvtp.vlm.llava import LlavaAdapter, Pictures, tower_tokens
 from ocvtp.vlm.rows import Piece, Segment
 from ocvtp.vlm.settings import Newlines, Settings
 from ocvtp.vlm.tiles import Packing, packing
@@ -31,8 +32,9 @@ class LlavaNextAdapter(LlavaAdapter):
         return dataclasses.replace(super().facts(arguments), tokens=None, extra_rows=0)
 
     def check(self, settings: Settings) -> None:
-        """Raise ``ValueError`` for settings that contradict each other."""
+        """Raise ``ValueError`` for settings that contradict each other, or features that make no picture."""
         Family.check(self, settings)
+        self.check_square({})
         if settings.layout == "official":
             if settings.positions == "original":
                 raise ValueError(
@@ -41,6 +43,21 @@ class LlavaNextAdapter(LlavaAdapter):
                 )
             if settings.newlines != "last":
                 raise ValueError('layout="official" has one newline, the last')
+
+    def check_square(self, arguments: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` unless the features of a tile are its patches, all and nothing else."""
+        first, class_rows = self.prefix(arguments)
+        patches = tower_tokens(self.tower) - first
+        if class_rows or math.isqrt(patches) ** 2 != patches:
+            raise ValueError(
+                "tiles can be packed if all patches and nothing else are features of the tower; this "
+                f"vision_feature_select_strategy leaves {patches + class_rows} of each tile"
+            )
+
+    def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
+        """See :class:`~ocvtp.vlm.adapter.Adapter`."""
+        packing_method = ("model.pack_image_features", self.model.model, "pack_image_features")
+        return [*super().bypassed_methods(), packing_method]
 
     def vision(self, modality: str, arguments: Mapping[str, Any], settings: Settings) -> Vision:
         """``pixel_values`` ``[images, most tiles, 3, H, W]`` (or all tiles, 4-D), and ``image_sizes``.
@@ -101,11 +118,7 @@ class Tiled(Pictures):
         settings: Settings,
     ) -> None:
         super().__init__(adapter, pixel_values, arguments, settings)
-        if self.shape is None or self.class_rows:
-            raise ValueError(
-                "tiles can be packed if all patches and nothing else are features of the tower; this "
-                f"vision_feature_select_strategy leaves {self.patches + self.class_rows} of each tile"
-            )
+        adapter.check_square(arguments)
         self._newline = read_parameter(adapter.model.model, "image_newline")
         self._newlines: Newlines = settings.newlines
         self._official = settings.layout == "official"
@@ -145,7 +158,7 @@ class Tiled(Pictures):
         """See :class:`~ocvtp.vlm.adapter.Vision`."""
         whole = indices.shape[1] == self.segments[which[0]].tokens
         if whole and not self.hold:
-            packed = self.project(self.all_outputs())  # as upstream does, to the bit
+            packed = self.all_projected()  # as upstream does, to the bit
             return [self.piece(i, self.packed(packed, i), None) for i in which]
         kept = [self._tokens(i, None if whole else indices[j]) for j, i in enumerate(which)]
         projected = self.project(self.taken_flat(torch.cat(kept))).split([len(tokens) for tokens in kept])

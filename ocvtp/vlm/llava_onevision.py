@@ -40,6 +40,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             *super().bypassed_methods(),
             ("get_video_features", self.model, "get_video_features"),
             ("model.get_video_features", inner, "get_video_features"),
+            ("model.apply_pooling", inner, "apply_pooling"),
         ]
 
     def vision(self, modality: str, arguments: Mapping[str, Any], settings: Settings) -> Vision:
@@ -82,9 +83,18 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         ]
 
     def output(self, kept: KeptRows, modality: str) -> Any:
-        """See :class:`~ocvtp.vlm.adapter.Adapter`; videos come as one tensor."""
+        """See :class:`~ocvtp.vlm.adapter.Adapter`; videos come as one tensor.
+
+        Raises:
+            ValueError: videos of different numbers of kept tokens.
+        """
         made = super().output(kept, modality)
         if modality == "video":
+            if len({len(rows) for rows in kept.rows}) > 1:
+                raise ValueError(
+                    "videos that keep different numbers of tokens can't go into one call of this model: give "
+                    'keep a number or a share rather than "auto", or pass one video at a time'
+                )
             made.pooler_output = torch.stack(made.pooler_output)
         return made
 
@@ -97,7 +107,7 @@ class _Shrinking(Tiled):
         whole = indices.shape[1] == self.segments[which[0]].tokens
         if whole or all(self.packings[i].shrunk is None for i in which):
             return super().rows(which, indices, taken)
-        projected = self.project(self.all_outputs())
+        projected = self.all_projected()
         return [
             self.piece(i, self.packed(projected, i)[indices[j].to(projected.device)], indices[j])
             for j, i in enumerate(which)
@@ -153,7 +163,7 @@ class _Videos(Pictures):
 
     def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
         """See :class:`~ocvtp.vlm.adapter.Vision`."""
-        projected = self._of(self.project(self.all_outputs()), which)
+        projected = self._of(self.all_projected(), which)
         return [self._piece(i, projected[j], indices[j].to(projected.device)) for j, i in enumerate(which)]
 
     def _of(self, tokens: torch.Tensor, which: Sequence[int]) -> torch.Tensor:

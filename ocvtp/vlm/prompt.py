@@ -111,9 +111,9 @@ def check_placeholders(per_row: Sequence[int], totals: Sequence[int]) -> None:
     one = set(totals)
     each = f"{len(totals)} of {one.pop()} tokens each" if len(one) == 1 else f"of {list(totals)} tokens"
     raise ValueError(
-        f"the prompt has {list(per_row)} image placeholders per row, but the images, {each}, need "
-        f"{sum(totals)} in all, those of whole images in every row; use the model's processor, and don't "
-        "truncate"
+        f"the prompt has {list(per_row)} placeholders per row, but the images or videos, {each}, need "
+        f"{sum(totals)} in all, those of whole ones in every row; use the model's processor, don't truncate, "
+        "and behind a cache pass the pixels of the new turn alone"
     )
 
 

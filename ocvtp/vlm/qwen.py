@@ -184,6 +184,7 @@ class _Units:
         self._run: QwenTowerRun | None = None
         self._scores: torch.Tensor | None = None
         self._features: torch.Tensor | None = None
+        self._all: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         self.device = pixels.device
         self.segments: list[Segment] = []
         self.totals: list[int] = []
@@ -232,8 +233,10 @@ class _Units:
         offsets = torch.tensor([self._offsets[i] for i in which])
         slots = indices + offsets[:, None].to(indices.device, non_blocking=True)
         if indices.shape[1] == self.segments[which[0]].tokens:  # as upstream does, to the bit
-            rows = self._of(self._run.merged(), which)
-            return [Piece(rows, slots, tuple(self._of(deep, which) for deep in self._run.deepstack()))]
+            if self._all is None:  # the merger sees all units, once a call
+                self._all = self._run.merged(), self._run.deepstack()
+            rows, deeper = self._all
+            return [Piece(self._of(rows, which), slots, tuple(self._of(deep, which) for deep in deeper))]
         starts = torch.tensor([self._starts[i] for i in which])
         units = (indices + starts[:, None].to(indices.device, non_blocking=True)).flatten()
         rows = self._run.merged(units).unflatten(0, (len(which), -1))

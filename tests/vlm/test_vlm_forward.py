@@ -178,14 +178,14 @@ def test_placeholders_must_match_the_images(model: Any, oc_pruner: Any, method: 
     ocvtp.apply(model, oc_pruner, keep=keep)
     call = getattr(model, method)
     for row, images in ((ONE, 2), (TWO, 1), (NONE, 1), ([t for t in ONE if t != IMAGE] + [IMAGE] * 9, 1)):
-        with pytest.raises(ValueError, match="image placeholders per row"):
+        with pytest.raises(ValueError, match="placeholders per row"):
             call(**prompt(row, pixels(images)))
     # As many in all, but an image may not straddle two rows.
     straddling = torch.tensor([[1, *[IMAGE] * (TOKENS - 1), 5], [1, *[IMAGE] * (TOKENS - 1), 5]])
     straddling[0, -1] = straddling[1, -1] = IMAGE
     straddling[0, 0] = IMAGE
     straddling[1, 1] = 7
-    with pytest.raises(ValueError, match="those of whole images in every row"):
+    with pytest.raises(ValueError, match="those of whole ones in every row"):
         call(input_ids=straddling, pixel_values=pixels(2))
 
 
