@@ -85,6 +85,7 @@ def copy_pruner(run: Path, out: Path) -> None:
     state = {k: v for k, v in trained.state_dict().items() if not k.startswith("decoder.")}
     slim.load_state_dict(state)
     slim.half().save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)  # the Hub's template of a card; ours is in the folder above
     notes = run / "pruner" / "training.json"
     if notes.exists():
         shutil.copy(notes, out / notes.name)

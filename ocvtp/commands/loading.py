@@ -297,7 +297,7 @@ def prepare(
 
     with blamed_on_input(ValueError):
         chosen: Any = pruner if loaded_pruner is None else loaded_pruner
-        rounds = {} if refine is None else {"refine": refine}
+        rounds: dict[str, Any] = {} if refine is None else {"refine": refine}
         report = ocvtp.apply(vlm, chosen, keep=keep, positions=positions, seed=seed, **rounds)
     return Prepared(picture, vlm, processor, report)
 

@@ -15,7 +15,8 @@ from ocvtp import OCPruner
 
 KEEP = 28  # 11 % of 256
 PICTURES, QUESTIONS = 20, 5
-UNPRUNED, FLOOR = 0.85, 0.65
+# Measured on these questions: 0.97 with all tokens, 0.94 with ours, 0.63 to 0.65 with broken selections.
+UNPRUNED, FLOOR, BROKEN = 0.93, 0.85, 0.75
 
 
 @pytest.fixture(scope="module")
@@ -66,4 +67,4 @@ def test_a_broken_selection_falls_below_the_floor(
         return place[kept].sort(1).values
 
     right = correct(loaded[0], test, Selector(how, broken).choose(test, KEEP, 0))
-    assert right.mean() < FLOOR - 0.02
+    assert right.mean() < BROKEN
