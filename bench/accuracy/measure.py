@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bench.accuracy.answers import correct
-from bench.accuracy.selectors import Selector
+from bench.accuracy.selectors import Selector, ours_name
 from bench.accuracy.statistics import Estimate, estimate
 from bench.accuracy.testset import TestSet
 from bench.evidence.rows import BUDGETS, keep_of
@@ -42,6 +42,7 @@ class Row:
         sizes: accuracy by size of the thing asked about, of the kinds that ask about one thing of any size
             (color, shape, position).
         over_random: accuracy beyond that of random tokens, on the same questions.
+        over_published: the same of ours as published, the mean of its trainings.
         coverage_read: coverage error of the features that the pruner reads, mean over pictures.
         coverage_consumed: of the features that the language model reads.
         shown: of the questions about things, the share whose things have a kept token on them.
@@ -60,6 +61,7 @@ class Row:
     kinds: dict[str, Estimate]
     sizes: dict[str, Estimate]
     over_random: Estimate | None
+    over_published: Estimate | None
     coverage_read: float | None
     coverage_consumed: float | None
     shown: float | None
@@ -106,6 +108,7 @@ def rows(
     for percent in BUDGETS:
         keep = keep_of(percent, test.tokens.shape[1])
         chance: np.ndarray | None = None
+        found: list[tuple[Row, np.ndarray]] = []
         for selector in selectors:
             if say is not None:
                 say(f"{test.split}, {percent} %: {selector.name} {selector.group}")
@@ -117,6 +120,11 @@ def rows(
             if chance is not None and selector.name != "random":
                 row.over_random = estimate(right.mean(0) - chance, test.picture_of)
             _add_measures(row, test, layer, kept, right)
+            found.append((row, right.mean(0)))
+        published = [mean for row, mean in found if row.method == ours_name(0)]
+        for row, mean in found:
+            if published and row.method != ours_name(0):
+                row.over_published = estimate(mean - np.mean(published, axis=0), test.picture_of)
             yield row
 
 
@@ -135,6 +143,7 @@ def _row(test: TestSet, method: str, group: str, percent: int, keep: int, right:
         kinds={kind: _where(mean, picture, test.kinds == kind) for kind in KINDS},
         sizes=_by_size(test, mean),
         over_random=None,
+        over_published=None,
         coverage_read=None,
         coverage_consumed=None,
         shown=None,

@@ -15,7 +15,7 @@ from bench.accuracy import __main__ as command
 from bench.accuracy import gate, guess, measure, relation, selectors, testset
 from bench.accuracy.answers import correct
 from bench.accuracy.report import picture, tables
-from bench.accuracy.selectors import Selector, ours, rivals
+from bench.accuracy.selectors import Selector, ours, ours_name, rivals
 from bench.testbed.examples import example
 from bench.testbed.language import VOCABULARY, build_processor
 from bench.testbed.model import Size, build
@@ -138,6 +138,29 @@ def test_the_gate_passes_the_product_and_stops_a_wrong_selection(
     assert gate.check(sharp, processor, seen, [(published, pruner, {"refine": 0}, 5)]) == 30
     with pytest.raises(gate.GateError, match=r"shuffled at 5: .* of 30 answers differ"):
         gate.check(sharp, processor, seen, [(shuffled, pruner, {"refine": 0}, 5)])
+
+
+def test_rows_compare_with_the_mean_of_both_trainings(
+    model: Any, test: testset.TestSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "BUDGETS", (11,))
+    answers = {"random": 0.0, "one": 1.0, "two": 0.0}
+    said: list[str] = []
+
+    def choose(name: str) -> Any:
+        def chosen(test: testset.TestSet, keep: int, seed: int) -> torch.Tensor:
+            said.append(name)
+            return rivals(LAYER)[1].choose(test, keep, seed)
+
+        return chosen
+
+    monkeypatch.setattr(
+        measure, "correct", lambda _model, test, _kept: np.full(len(test.kinds), answers[said[-1]])
+    )
+    published = [Selector(ours_name(0), choose(name), group=name) for name in ("one", "two")]
+    rows = list(measure.rows(model, test, [Selector("random", choose("random")), *published], LAYER))
+    assert [row.over_published for row in rows] == [(-0.5, -0.5, -0.5), None, None]
+    assert [row.over_random for row in rows] == [None, (1, 1, 1), (0, 0, 0)]
 
 
 def test_rows_compare_with_random_on_the_same_questions(

@@ -29,8 +29,8 @@ def test_answers_about_the_scenes_mean_something(tmp_path: Path) -> None:
     assert (found.tokens, found.keep) == (256, 28)
     before = sum(one.before == one.expected for one in found.asked)
     after = sum(one.after == one.expected for one in found.asked)
-    assert before >= 40
-    assert before >= after >= 24
+    assert before >= 44  # 46 when it was shipped, and as many after
+    assert after >= 42
     with Image.open(tmp_path / "answers.png") as picture:
         assert picture.width > 1000
 
