@@ -279,8 +279,8 @@ def prepare(
     positions: Literal["auto", "compact", "original"] = "auto",
 ) -> Prepared:
     """Check, load and patch: everything that ``prune`` and ``visualize`` do before they differ."""
-    if refine and is_rule(pruner):
-        raise UserError(f"--refine needs a pruner; {pruner!r} is a rule")
+    if refine and is_rule(pruner) and pruner != "farthest_point":
+        raise UserError(f"--refine needs features; {pruner!r} reads none")
     check_keep(keep)
     model, pruner = model_source(model), pruner_source(pruner)
     picture = load_image(image)

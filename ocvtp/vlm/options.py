@@ -12,7 +12,7 @@ from ocvtp.capture import SlotRunner
 from ocvtp.pruner import OCPruner, check_options
 from ocvtp.vlm.adapter import Adapter, TowerFacts
 from ocvtp.vlm.budgets import Budget
-from ocvtp.vlm.fit import check_fit
+from ocvtp.vlm.fit import check_fit, check_layers
 from ocvtp.vlm.handover import route_of
 from ocvtp.vlm.report import PruneReport
 from ocvtp.vlm.selectors import PrunerSelector, Rule, RuleSelector, Selector
@@ -66,7 +66,8 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         if not hasattr(config, "in_dim") or not hasattr(config, "layer"):
             raise TypeError(f"pruner must be an ocvtp.OCPruner; got {type(options.pruner).__name__}")
         check_fit(config, facts, model.config._name_or_path or "MODEL")
-    selector = _selector(options)
+    selector = _selector(options, facts.consumed_layers)
+    check_layers(selector.read_layer, facts.consumed_layers)
     settings = Settings(
         selector=selector,
         budget=budget,
@@ -85,14 +86,16 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
     return settings, _report(adapter, facts, options, settings)
 
 
-def _selector(options: Options) -> Selector:
+def _selector(options: Options, consumed: Sequence[int]) -> Selector:
     pruner = options.pruner
     if not isinstance(pruner, torch.nn.Module):
         if pruner not in get_args(Rule):
             known = ", ".join(f'"{rule}"' for rule in get_args(Rule))
             raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")
+        if pruner == "farthest_point":
+            return RuleSelector(pruner, read_layer=_early(consumed), rounds=options.refine)
         if options.refine:
-            raise ValueError(f"refine needs a pruner's features; {pruner!r} reads none")
+            raise ValueError(f"refine needs features; {pruner!r} reads none")
         return RuleSelector(pruner, options.seed)
     passed: dict[str, Any] = {
         "seed": options.seed,
@@ -102,6 +105,11 @@ def _selector(options: Options) -> Selector:
     if options.refine:
         passed["refine"] = options.refine
     return PrunerSelector(pruner, passed, SlotRunner(options.capture), options.max_error)
+
+
+def _early(consumed: Sequence[int]) -> int:
+    """A layer as far up as the published pruner's, which reads 8 where LLaVA-1.5 consumes 22."""
+    return round(max(consumed) * 8 / 22)
 
 
 def _report(adapter: Adapter, facts: TowerFacts, options: Options, settings: Settings) -> PruneReport:

@@ -122,7 +122,8 @@ def apply(
         model: a ``...ForConditionalGeneration`` of a family in ``docs/models.md``, or a PEFT or
             ``torch.compile`` wrapper around one.
         pruner: an :class:`~ocvtp.OCPruner` for the tower's width and token unit, moved to the tower's device
-            on use; or a rule without training: ``"attention"``, ``"random"`` or ``"grid"``.
+            on use; or a rule without training: ``"attention"``, ``"random"``, ``"grid"``, or
+            ``"farthest_point"``, which compares features a third of the way up the tower.
         keep: image tokens to keep per image, all its tiles together: a number, or a share of them such as
             ``0.25``, or ``"auto"``: for each image the smallest of ``budgets`` whose coverage error is at
             most ``max_error``. Where images differ in size, one of fewer tokens keeps them all. What the
@@ -138,7 +139,9 @@ def apply(
         capture: where kernels compute, replay the pruner's slot loop as a CUDA graph from the second call at
             a shape on. A few shapes are kept; :func:`remove` frees them. On a GPU the loop runs beside the
             tower's remaining layers in either case.
-        refine: rounds that move kept tokens to where they cover more, see :class:`~ocvtp.pruner.OCPruner`.
+        refine: rounds that move kept tokens to where they cover more, see :class:`~ocvtp.pruner.OCPruner`;
+            after ``"farthest_point"`` as well, which makes it k-medoids. ``docs/accuracy.md`` on what they do
+            to answers.
             They follow the tower, so each adds to the time to the first token.
         max_error: for ``keep="auto"``.
         budgets: for ``keep="auto"``, ascending numbers of tokens.

@@ -15,7 +15,8 @@ class PruneReport:
         family: ``config.model_type`` of the model.
         selector: the pruner's class, or the rule.
         tower: ``model_type`` of its vision tower.
-        read_layer: 0-based index of the encoder layer whose output the pruner reads; ``None`` for a rule.
+        read_layer: 0-based index of the encoder layer whose output the pruner reads; ``None`` where
+            nobody reads one.
         consumed_layers: encoder layers whose outputs the language model consumes.
         num_layers: layers of the tower; those after the deepest consumed one never run.
         attention: attention backend of the tower.
@@ -62,7 +63,7 @@ class PruneReport:
         rows = [
             ("image tokens", self._tokens()),
             ("tower", f"{self.tower}, {self.num_layers} layers, {self.attention} attention"),
-            (self.selector if self.read_layer is None else "pruner", f"reads {reads}{rounds}"),
+            ("chosen by", f"{self.selector}, which reads {reads}{rounds}"),
             ("model consumes", f"layer {consumed}{rest}; later layers are skipped"),
             ("positions", self.positions),
             ("kernels", f"{self.backend}, {self.precision}{', CUDA graphs' if self.captured else ''}"),

@@ -11,14 +11,14 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ocvtp.capture import SlotRunner
-from ocvtp.methods import attention_top_k, grid, random_tokens
+from ocvtp.methods import attention_top_k, grid, k_medoids, random_tokens
 from ocvtp.pruner import OCPruner
 from ocvtp.selection import Selection
 from ocvtp_kernels.selection import gather_tokens
 
 _moving = threading.Lock()
 
-Rule = Literal["attention", "random", "grid"]
+Rule = Literal["attention", "random", "grid", "farthest_point"]
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,17 @@ class RuleSelector:
 
     Attributes:
         name: ``"attention"``: the tokens that receive most in the layer the language model reads;
-            ``"random"``: by ``seed`` alone; ``"grid"``: evenly spread.
+            ``"random"``: by ``seed`` alone; ``"grid"``: evenly spread; ``"farthest_point"``: the features of
+            ``read_layer`` least alike (:func:`ocvtp.methods.farthest_point`).
         seed: for ``"random"``.
+        read_layer: for ``"farthest_point"``, as a pruner's.
+        rounds: of refinement, after ``"farthest_point"``.
     """
 
     name: Rule
     seed: int = 0
-    read_layer: None = None
+    read_layer: int | None = None
+    rounds: int = 0
 
     @property
     def reads_scores(self) -> bool:
@@ -203,7 +207,20 @@ class RuleSelector:
         """See :class:`Selector`."""
         if return_attention:
             raise ValueError(f"{self.name!r} has no slots, so there is no slot attention to return")
+        if self.name == "farthest_point":
+            assert features is not None
+            return Later(functools.partial(self._farthest, group, features.detach()))
         return Later(functools.partial(self._select, group, device))
+
+    def _farthest(self, group: Group, features: torch.Tensor, fill_scores: torch.Tensor | None) -> Selection:
+        """Segment by segment: sums over a batch may round otherwise than alone."""
+        keep = group.keep
+        assert isinstance(keep, int)
+        found = [k_medoids(features[i : i + 1], keep, rounds=self.rounds) for i in range(len(features))]
+        indices, from_slots = (
+            torch.cat([getattr(one, name) for one in found]) for name in ("indices", "from_slots")
+        )
+        return Selection(indices, from_slots, tokens=group.tokens)
 
     def _select(self, group: Group, device: torch.device, fill_scores: torch.Tensor | None) -> Selection:
         keep = group.keep

@@ -109,7 +109,7 @@ class TestSources:
         assert "--seed" in refused(files, None, None, "--seed", 2**63)
 
     def test_rounds(self, files: Files) -> None:
-        assert "--refine needs a pruner" in refused(files, PRUNER, "grid", "--refine", 1)
+        assert "--refine needs features" in refused(files, PRUNER, "grid", "--refine", 1)
         assert "--refine" in refused(files, None, None, "--refine", -1)
 
     def test_default_budget_is_called_the_default(self, files: Files) -> None:

@@ -321,11 +321,12 @@ def test_remove_copies_and_folders(family: Family, models: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", CASES)
-@pytest.mark.parametrize("rule", ["attention", "random", "grid"])
+@pytest.mark.parametrize("rule", ["attention", "random", "grid", "farthest_point"])
 def test_rules_without_training(family: Family, models: Any, rule: str) -> None:
     model, rows = models(family), list(_rows(family).values())
     report = ocvtp.apply(model, rule, keep=family.keep)
-    assert (report.selector, report.read_layer) == (rule, None)
+    early = round(max(report.consumed_layers) * 8 / 22) if rule == "farthest_point" else None
+    assert (report.selector, report.read_layer) == (rule, early)
     assert rule in str(report)
     batch = family.batch()
     width = batch["input_ids"].shape[1]

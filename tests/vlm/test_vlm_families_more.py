@@ -14,7 +14,7 @@ import torch
 from transformers import StaticCache
 
 import ocvtp
-from ocvtp import OCPruner
+from ocvtp import OCPruner, methods
 from ocvtp.vlm.handover import route_of
 from tests.vlm.family import Family, Inputs, by_hand, families
 from tests.vlm.skips import needs_mm_route, needs_original
@@ -127,6 +127,24 @@ def test_the_attention_rule_keeps_what_receives_most(family: Family) -> None:
     ocvtp.apply(model, "attention", keep=family.keep)
     for kind, row in images_of(family).items():
         same(logits(model, row), want[kind])
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+@CASES
+def test_the_farthest_point_rule_keeps_features_least_alike(family: Family, rounds: int) -> None:
+    def unlike(features: torch.Tensor, scores: torch.Tensor, keep: int) -> torch.Tensor:
+        return methods.k_medoids(features, keep, rounds=rounds).indices
+
+    model = fresh(family)
+    report = ocvtp.apply(model, "farthest_point", keep=family.keep, refine=rounds)
+    assert "farthest_point" in str(report)
+    assert ("2 rounds" in str(report)) == (rounds == 2)
+    layer = SimpleNamespace(config=SimpleNamespace(layer=report.read_layer))
+    chooser = Chooser(layer, unlike)  # type: ignore[arg-type]
+    for row in images_of(family).values():
+        same(logits(model, row), hand(family, chooser, row, family.positions[0]))
+    with pytest.raises(ValueError, match="refine needs features"):
+        ocvtp.apply(model, "grid", keep=family.keep, refine=1)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.001])
