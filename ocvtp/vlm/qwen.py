@@ -82,7 +82,7 @@ class QwenAdapter(Family):
         if settings.selector.reads_scores and scored_block(self.model.model.visual) is None:
             raise ValueError(
                 "no block of this tower attends to whole images, so there are no scores to fill the budget "
-                'by; choose "random" or "grid"'
+                'by; choose "farthest_point", "random" or "grid"'
             )
 
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:

@@ -57,7 +57,7 @@ class PruneReport:
 
     def __str__(self) -> str:
         consumed = ", ".join(str(layer) for layer in self.consumed_layers)
-        rounds = f", {self.refine} rounds of refinement" if self.refine else ""
+        rounds = f", {self.refine} round{'s' * (self.refine > 1)} of refinement" if self.refine else ""
         reads = "no layer" if self.read_layer is None else f"layer {self.read_layer}"
         rest = " for kept tokens only" if self.kept_rows_only else ""
         rows = [

@@ -43,6 +43,10 @@ def test_rules_and_shares_on_a_llava(files: Files) -> None:
     assert result["image_tokens_after"] == 5
     arguments += ["--prompt", "w5", "--max-new-tokens", "2"]
     assert json_in(run("prune", *arguments, "--keep", "0.25", "--json"))["image_tokens_after"] == 4
+    farthest = [*arguments[:4], "farthest_point", *arguments[5:], "--refine", "1", "--keep", "4", "--json"]
+    told = json_in(run("prune", *farthest))
+    assert told["image_tokens_after"] == 4
+    assert "1 round of refinement" in told["report"]
     assert "no slots to draw" in run("visualize", *arguments[:5], "--out", "overlay.png", code=2)
     for wrong in ("1.5", "0.0", "-0.5"):
         assert "--keep" in run("prune", *arguments, f"--keep={wrong}", code=2)
