@@ -39,9 +39,9 @@ ModelOption = Annotated[
 PrunerOption = Annotated[
     str,
     typer.Option(
-        help="Pruner folder, Hub id, or official weights file; or farthest_point, attention, random or "
-        "grid, which need no training. Official weights don't tell the encoder layer they were trained on: 8 is assumed, unless "
-        "--layer says otherwise.",
+        help="Pruner folder, Hub id, or official weights file; or farthest_point, attention, random or grid, "
+        "which need no training. Official weights don't tell the encoder layer they were trained on: 8 is "
+        "assumed, unless --layer says otherwise.",
         callback=_at_home,
     ),
 ]

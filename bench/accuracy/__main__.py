@@ -7,6 +7,7 @@ and budget, after checking that the product gives the same answers as this harne
 from __future__ import annotations
 
 import argparse
+import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+import ocvtp
 from bench.accuracy import gate, measure, testset
 from bench.accuracy.answers import correct, correct_blind
 from bench.accuracy.guess import guessed
@@ -26,7 +28,7 @@ from bench.harness import device_slug, provenance
 from bench.markdown import replace_blocks
 from bench.pruners import named, training_notes
 from bench.testbed.examples import Split
-from ocvtp import OCPruner
+from ocvtp import OCPruner, methods
 from ocvtp.atomic import write_json
 
 _ROOT = Path(__file__).parents[2]
@@ -93,10 +95,24 @@ def _gate(model: Any, processor: Any, words: dict[str, int], pruners: dict[str, 
         (everything, "grid", {}, test.tokens.shape[1]),
         (everybody["uniform grid"], "grid", {}, _GATE_KEEP),
         (everybody["attention top-k"], "attention", {}, _GATE_KEEP),
+        *_by_features(model, layer, everybody),
         *((each, pruners[each.group], {"refine": each.rounds}, _GATE_KEEP) for each in own),
         *((own[0], pruners[own[0].group], {"refine": 0}, keep) for keep in _GATE_BUDGETS),
     ]
     return gate.check(model, processor, test, cases)
+
+
+def _by_features(
+    model: Any, layer: int, everybody: dict[str, Selector]
+) -> list[tuple[Any, Any, dict[str, Any], int]]:
+    """Rules of the product that compare features, where they read the layer that is read here."""
+    rule = "farthest_point"
+    with ocvtp.pruned(model, rule, keep=_GATE_KEEP) as report:
+        if report.read_layer != layer:
+            return []
+    rounds = inspect.signature(methods.k_medoids).parameters["rounds"].default
+    named: list[tuple[str, dict[str, Any]]] = [("farthest point", {}), ("k-medoids", {"refine": rounds})]
+    return [(everybody[name], rule, options, _GATE_KEEP) for name, options in named]
 
 
 def _say(what: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from bench.accuracy import gate, testset
 from bench.accuracy.answers import correct
 from bench.accuracy.loading import ASSETS, MODEL, load_model
-from bench.accuracy.selectors import Selector, ours
+from bench.accuracy.selectors import Selector, ours, rivals
 from ocvtp import OCPruner
 
 KEEP = 28  # 11 % of 256
@@ -51,6 +51,15 @@ def test_eleven_percent_of_the_tokens_are_enough_for_most(
     selector = ours({"": pruner})[0]
     assert correct(model, test, selector.choose(test, KEEP, 0)).mean() >= FLOOR
     assert gate.check(model, processor, test, [(selector, pruner, {"refine": 0}, KEEP)]) == 100
+
+
+def test_the_rule_that_compares_features_is_the_rival(
+    loaded: tuple[Any, Any], test: testset.TestSet, pruner: OCPruner
+) -> None:
+    model, processor = loaded
+    farthest = next(each for each in rivals(pruner.config.layer) if each.name == "farthest point")
+    assert correct(model, test, farthest.choose(test, KEEP, 0)).mean() >= FLOOR
+    assert gate.check(model, processor, test, [(farthest, "farthest_point", {}, KEEP)]) == 100
 
 
 @pytest.mark.parametrize("how", ["another picture's", "shuffled over the picture", "next door"])
