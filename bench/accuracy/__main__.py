@@ -30,6 +30,7 @@ from bench.pruners import named, training_notes
 from bench.testbed.examples import Split
 from ocvtp import OCPruner, methods
 from ocvtp.atomic import write_json
+from ocvtp.vlm.selectors import Rule
 
 _ROOT = Path(__file__).parents[2]
 _DOCUMENT = _ROOT / "docs" / "accuracy.md"
@@ -106,7 +107,7 @@ def _by_features(
     model: Any, layer: int, everybody: dict[str, Selector]
 ) -> list[tuple[Any, Any, dict[str, Any], int]]:
     """Rules of the product that compare features, where they read the layer that is read here."""
-    rule = "farthest_point"
+    rule: Rule = "farthest_point"
     with ocvtp.pruned(model, rule, keep=_GATE_KEEP) as report:
         if report.read_layer != layer:
             return []
