@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bench.testbed.examples import Split, example
 from bench.testbed.language import build_processor
@@ -42,11 +43,24 @@ def export(run: Path, out: Path) -> None:
     model = finished.model.half()
     model.generation_config.max_new_tokens = 4
     model.save_pretrained(out)
+    _spell_as_published(out / "model.safetensors")
     build_processor(recipe.size.side, recipe.size.patch).save_pretrained(out)
     validations = [line for line in _lines(run / LOG) if "validation" in line]
     about["validation"] = validations[-1]["validation"] if validations else None
     about["seconds"] = finished.seconds
     write_json(out / "training.json", about)
+
+
+def _spell_as_published(weights: Path) -> None:
+    """Name the tower's weights as LLaVA's checkpoints on the Hub do: old transformers load no others."""
+    tower, spelt = "vision_tower.", "vision_tower.vision_model."
+    state = {
+        (
+            spelt + key.removeprefix(tower) if key.startswith(tower) and not key.startswith(spelt) else key
+        ): value
+        for key, value in load_file(weights).items()
+    }
+    write_atomic(weights, lambda partial: save_file(state, partial, metadata={"format": "pt"}))
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:

@@ -39,6 +39,14 @@ def test_weights_are_small_and_in_half_precision() -> None:
     assert not [p for p in ASSETS.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
+def test_the_tower_is_spelt_as_on_the_hub() -> None:
+    """Old transformers (5.0 among them) load no other spelling, and leaves the tower random with a warning."""
+    with safe_open(ASSETS / "testbed" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "vision_tower.vision_model.embeddings.class_embedding" in names
+    assert "language_model.model.embed_tokens.weight" in names
+
+
 def test_the_model_comes_from_a_clean_commit() -> None:
     about = json.loads((ASSETS / "testbed" / "training.json").read_text())
     for start in about["starts"]:

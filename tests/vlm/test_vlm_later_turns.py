@@ -119,10 +119,10 @@ def test_without_a_mask_every_row_ends_with_its_last_token(family: Family, model
             torch.testing.assert_close(got[-1], want[0, -1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", [each for each in QWEN if each.id == "qwen2_5_vl"])
 @torch.no_grad()
-def test_text_goes_on_behind_frames_that_keep_nothing(models: Any) -> None:
+def test_text_goes_on_behind_frames_that_keep_nothing(family: Family, models: Any) -> None:
     """A prompt that ends in a video of large time steps, whose last frames are dropped."""
-    (family,) = (each.values[0] for each in QWEN if each.id == "qwen2_5_vl")
     model, frames = models(family), grid((8, 4, 4))
     row = [1, 2, VISION_START, *[VIDEO] * units(frames)[0], VISION_END]
     inputs = qwen.with_types(
