@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 #: The oldest supported; original positions; the last without and the first with ``mm_encoder_outputs``.
 OLDER = ("5.0.0", "5.10.0", "5.17.0", "5.18.0")
-TESTS = ("tests/vlm",)
+TESTS = ("tests/vlm", "tests/testbed/test_assets.py", "tests/accuracy/test_smoke.py")
 _COUNTS = re.compile(r"\d+ (passed|failed|error|skipped|deselected)|no tests ran")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,8 @@ def export(run: Path, out: Path) -> None:
 
 def _spell_as_published(weights: Path) -> None:
     """Name the tower's weights as LLaVA's checkpoints on the Hub do: old transformers load no others."""
-    tower, spelt = "vision_tower.", "vision_tower.vision_model."
     state = {
-        (
-            spelt + key.removeprefix(tower) if key.startswith(tower) and not key.startswith(spelt) else key
-        ): value
+        re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", key): value
         for key, value in load_file(weights).items()
     }
     write_atomic(weights, lambda partial: save_file(state, partial, metadata={"format": "pt"}))

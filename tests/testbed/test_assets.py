@@ -40,7 +40,7 @@ def test_weights_are_small_and_in_half_precision() -> None:
 
 
 def test_the_tower_is_spelt_as_on_the_hub() -> None:
-    """Old transformers (5.0 among them) load no other spelling, and leaves the tower random with a warning."""
+    """Old transformers, 5.0 among them, load no other spelling: the tower stays random, with a warning."""
     with safe_open(ASSETS / "testbed" / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert "vision_tower.vision_model.embeddings.class_embedding" in names
