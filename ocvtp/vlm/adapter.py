@@ -158,8 +158,12 @@ class Adapter(Protocol):
             mask: ``[B, short]``.
         """
 
-    def recall(self) -> torch.Tensor | int:
-        """What the model keeps: ``[B, 1]`` next position less the number of tokens, where :attr:`mrope`."""
+    def recall(self, batch: int) -> torch.Tensor | int:
+        """What the model keeps: ``[batch, 1]`` next position less the number of tokens, where :attr:`mrope`.
+
+        Raises:
+            ValueError: it keeps that of another batch.
+        """
 
 
 class Family:
@@ -207,7 +211,7 @@ class Family:
     def remember(self, next_position: torch.Tensor, mask: torch.Tensor) -> None:
         """See :class:`Adapter`."""
 
-    def recall(self) -> torch.Tensor | int:
+    def recall(self, batch: int) -> torch.Tensor | int:
         """See :class:`Adapter`."""
         return 0
 

@@ -29,7 +29,11 @@ class Idefics3Adapter(MergedFamily):
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
         """See :class:`~ocvtp.vlm.adapter.Adapter`."""
         connector = self.model.model.connector
-        return [*super().bypassed_methods(), ("model.connector.forward", connector, "forward")]
+        return [
+            *super().bypassed_methods(),
+            ("model.connector.forward", connector, "forward"),
+            ("model.connector.pixel_shuffle", connector, "pixel_shuffle"),
+        ]
 
     @property
     def unit(self) -> int:

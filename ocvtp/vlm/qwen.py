@@ -153,7 +153,11 @@ class QwenAdapter(Family):
         function = self.model.model.get_rope_index
         images, videos = (ids == self.token_id(kind) for kind in ("image", "video"))
         passed = {name: arguments[name] for name in self.vision_keys if arguments.get(name) is not None}
-        passed["mm_token_type_ids"] = images.int() + 2 * videos.int()
+        types = images.int() + 2 * videos.int()
+        if mask is not None:  # upstream can't number a row that is padding alone; any numbers do there
+            dead = (mask == 0).all(1, keepdim=True)
+            types, mask = types.masked_fill(dead, 0), mask.masked_fill(dead, 1)
+        passed["mm_token_type_ids"] = types
         passed["attention_mask"] = mask
         known = inspect.signature(function).parameters  # releases differ
         positions, _ = function(ids, **{name: value for name, value in passed.items() if name in known})
@@ -164,10 +168,18 @@ class QwenAdapter(Family):
         """See :class:`~ocvtp.vlm.adapter.Adapter`."""
         self.model.model.rope_deltas = next_position - mask.sum(1, keepdim=True)
 
-    def recall(self) -> torch.Tensor | int:
+    def recall(self, batch: int) -> torch.Tensor | int:
         """See :class:`~ocvtp.vlm.adapter.Adapter`."""
         deltas: torch.Tensor | None = self.model.model.rope_deltas
-        return 0 if deltas is None else deltas
+        if deltas is None:
+            return 0
+        if batch % len(deltas):
+            raise ValueError(
+                f"the cache holds {batch} sequence(s) and was filled before ocvtp was applied, and the model "
+                f"has since answered a call of {len(deltas)}: where the tokens in the cache were is "
+                "forgotten. Start the conversation anew, or let no other call come in between"
+            )
+        return deltas.repeat_interleave(batch // len(deltas), 0)  # upstream's own rule for beams
 
 
 class _Units:

@@ -10,8 +10,10 @@ import torch
 
 from ocvtp.vlm.adapter import Adapter
 from ocvtp.vlm.encode import encode
+from ocvtp.vlm.frame import Frame, frame_of
 from ocvtp.vlm.handover import hand_over
 from ocvtp.vlm.memory import CacheNote
+from ocvtp.vlm.mrope import mrope_positions
 from ocvtp.vlm.prompt import (
     Placeholders,
     Side,
@@ -56,34 +58,6 @@ class ShortCall:
     note: CacheNote | None
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """The long sequence: what is cached, then what is new."""
-
-    ids: torch.Tensor  # [B, new]
-    mask: torch.Tensor | None  # [B, new]
-    cached_mask: torch.Tensor | None  # [B, cached] on the short columns
-    cached_live: torch.Tensor | int  # [B, 1] live long columns behind the cache
-    prefix: CacheNote | None
-    before: torch.Tensor | None = None  # [B, cached] long ids behind the cache, where they are passed again
-
-    @property
-    def long_start(self) -> int:
-        return 0 if self.prefix is None else self.prefix.long
-
-    def next_position(self, *, original: bool) -> torch.Tensor | int:
-        """Position of the first new token."""
-        if self.prefix is None:
-            return 0
-        if self.prefix.next_position is not None:
-            return self.prefix.next_position
-        if original:
-            return self.cached_live
-        if self.cached_mask is not None:
-            return self.cached_mask.long().sum(1, keepdim=True)
-        return (self.prefix.index >= 0).sum(1, keepdim=True)
-
-
 def shorten(
     adapter: Adapter,
     settings: Settings,
@@ -117,7 +91,7 @@ def shorten(
     for name in _UNSUPPORTED:
         if arguments.get(name) is not None:
             raise ValueError(f"{name} can't be combined with token pruning")
-    frame = _frame(ids, arguments.get("attention_mask"), prefix, generating=generating)
+    frame = frame_of(ids, arguments.get("attention_mask"), prefix, generating=generating)
     if any(arguments.get(key) is not None for key in adapter.pixel_keys.values()):
         adapter.check_call(arguments, generating=generating)
     kept = encode(adapter, arguments, settings, clock)
@@ -137,7 +111,7 @@ def shorten(
         given = given - shift
     positions, following = None, None
     if adapter.mrope:
-        positions, following = _mrope(adapter, frame, index, given, arguments)
+        positions, following = mrope_positions(adapter, frame, index, given, arguments)
     else:
         positions = _positions(settings, frame, index, given, ids, generating=generating)
     long = frame.long_start + frame.ids.shape[1]
@@ -199,44 +173,8 @@ def _following(
     return positions.amax(1, keepdim=True) + 1
 
 
-def _frame(ids: torch.Tensor, mask: Any, prefix: CacheNote | None, *, generating: bool) -> _Frame:
-    batch = ids.shape[0]
-    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-        raise ValueError("token pruning needs a 2-D attention_mask: other kinds can't be shortened")
-    if prefix is None:
-        if mask is not None and mask.shape != ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}; they must agree"
-            )
-        return _Frame(ids, mask, None, 0, None)
-    new = ids
-    if generating:
-        if ids.shape[1] <= prefix.long:
-            raise ValueError(
-                f"the cache holds {prefix.long} tokens of the conversation and input_ids has {ids.shape[1]}: "
-                "pass the whole conversation, followed by something new"
-            )
-        new = ids[:, prefix.long :]
-    seen = ids[:, : prefix.long] if generating else None
-    if mask is None:
-        return _Frame(new, None, None, prefix.long, prefix, seen)
-    cached, fresh = prefix.index.shape[1], new.shape[1]
-    if mask.shape == (batch, prefix.long + fresh):
-        before = mask[:, : prefix.long]
-        live = before.long().sum(1, keepdim=True)
-        return _Frame(new, mask[:, prefix.long :], take(before, prefix.index, 0), live, prefix, seen)
-    if not generating and mask.shape == (batch, cached + fresh):  # the caller counts short columns
-        before = mask[:, :cached]
-        live = prefix.long - cached + before.long().sum(1, keepdim=True)
-        return _Frame(new, mask[:, cached:], before, live, prefix)
-    raise ValueError(
-        f"attention_mask has shape {list(mask.shape)}; the cache holds {prefix.long} tokens of the "
-        f"conversation and {fresh} follow, so it must be [{batch}, {prefix.long + fresh}]"
-    )
-
-
 def _new_index(
-    adapter: Adapter, frame: _Frame, kept: Mapping[str, KeptRows], *, generating: bool
+    adapter: Adapter, frame: Frame, kept: Mapping[str, KeptRows], *, generating: bool
 ) -> tuple[torch.Tensor, bool]:
     """Columns of the new tokens that stay, and whether padding was added."""
     ids = frame.ids
@@ -265,7 +203,7 @@ def _left_padded(mask: torch.Tensor | None) -> bool:
 
 def _positions(
     settings: Settings,
-    frame: _Frame,
+    frame: Frame,
     index: torch.Tensor,
     given: Any,
     ids: torch.Tensor,
@@ -292,45 +230,6 @@ def _positions(
     return take(numbers, index, 0)
 
 
-def _mrope(
-    adapter: Adapter, frame: _Frame, index: torch.Tensor, given: Any, arguments: Mapping[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions ``[3, B, new]`` of the new short columns, and ``[B, 1]`` of what follows.
-
-    Both are those of the long prompt, whatever stays of it.
-    """
-    new = frame.ids.shape[1]
-    if given is None:
-        numbers = adapter.positions(frame.ids, frame.mask, arguments)
-        start = _mrope_start(adapter, frame)
-        numbers = numbers + (start if isinstance(start, int) else start.to(numbers.device))
-    else:
-        shaped = isinstance(given, torch.Tensor) and given.ndim == 3 and given.shape[0] in (3, 4)
-        if not shaped or given.shape[1] not in (1, len(frame.ids)) or given.shape[2] < new:
-            shape = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
-            raise ValueError(
-                f"position_ids of this model must be [3, {len(frame.ids)}, {new}] or [4, ...]; got {shape}"
-            )
-        numbers = given[-3:, :, -new:].expand(-1, len(frame.ids), -1)
-    return take(numbers, index, 0), numbers.amax((0, 2))[:, None] + 1
-
-
-def _mrope_start(adapter: Adapter, frame: _Frame) -> torch.Tensor | int:
-    """Position ``[B, 1]`` of the first new token: behind what is cached and not masked."""
-    prefix = frame.prefix
-    if prefix is None or not prefix.foreign:
-        start = frame.next_position(original=True)
-        if prefix is None or prefix.live is None or frame.cached_mask is None:
-            return start
-        # A row that ended early was padded by generate, and the next turn masks that padding.
-        return start - (prefix.live - frame.cached_mask.long().sum(1, keepdim=True))
-    if frame.before is not None and not any(
-        bool((frame.before == adapter.token_id(kind)).any()) for kind in adapter.pixel_keys
-    ):
-        return frame.cached_live  # text alone; what the model recalls is some other conversation's
-    return frame.cached_live + adapter.recall()
-
-
 def _refuse_flash_with_cache(settings: Settings, prefix: CacheNote | None) -> None:
     if prefix is not None and "flash" in settings.attention:
         raise ValueError(
@@ -339,7 +238,7 @@ def _refuse_flash_with_cache(settings: Settings, prefix: CacheNote | None) -> No
         )
 
 
-def _short_mask(frame: _Frame, index: torch.Tensor) -> torch.Tensor:
+def _short_mask(frame: Frame, index: torch.Tensor) -> torch.Tensor:
     """``[B, cached + new]`` over the short columns."""
     new = (index >= 0).long() if frame.mask is None else take(frame.mask, index, 0)
     if frame.prefix is None:

@@ -147,6 +147,23 @@ def test_the_farthest_point_rule_keeps_features_least_alike(family: Family, roun
         ocvtp.apply(model, "grid", keep=family.keep, refine=1)
 
 
+@pytest.mark.parametrize("options", [{}, {"frames": "all"}])
+@pytest.mark.parametrize("family", [pytest.param(each, id=each.name) for each in FAMILIES if each.mrope])
+def test_the_grid_rule_knows_the_shape_of_an_image(family: Family, options: Inputs) -> None:
+    """Images that are no squares; frames chosen from together lie below one another."""
+    shapes = {24: (4, 6), 9: (3, 3), 10: (2, 5), 12: (3, 4), 36: (9, 4)}
+
+    def spread(features: torch.Tensor, scores: torch.Tensor, keep: int) -> torch.Tensor:
+        return methods.grid(features, keep, shape=shapes[features.shape[1]]).indices
+
+    chooser, model = Chooser(family.pruner(), spread), fresh(family)
+    ocvtp.apply(model, "grid", keep=family.keep, **options)
+    for row in images_of(family).values():
+        numbering = family.positions[0]
+        want = by_hand(family, _made(family), chooser, row, family.keep, numbering, options)
+        same(logits(model, row), want)
+
+
 @pytest.mark.parametrize("share", [0.3, 0.001])
 @CASES
 def test_a_share_of_each_image(family: Family, share: float) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
+from transformers import DynamicCache
 
 import ocvtp
+from ocvtp.vlm.adapter import adapter_for
 from tests.vlm.families import qwen
 from tests.vlm.family import Family, Inputs, families, rope_positions
 from tests.vlm.skips import IMAGES_BEHIND_CACHE, VERSION
@@ -76,6 +78,95 @@ def test_a_conversation_that_starts_with_text_knows_no_other(
     ids = torch.cat([first.sequences, second["input_ids"]], dim=1)
     asked = {**second, **whole(second, ids)}
     same(answer(model, asked, past_key_values=first.past_key_values), answer(model, asked))
+
+
+def prefilled(family: Family, model: Any, kinds: list[str]) -> tuple[Any, Inputs, Inputs]:
+    """An unpatched turn with images, and what the next one asks, on its cache and as one prompt."""
+    if not IMAGES_BEHIND_CACHE or Version(family.image_turns) > VERSION:
+        pytest.skip("this release can't take an image behind a cache")
+    batch, second = family.batch(kinds), family.second()
+    cache = DynamicCache()
+    first = answer(model, batch, past_key_values=cache)
+    count = len(kinds)
+    ids = torch.cat([first.sequences, second["input_ids"].expand(count, -1)], dim=1)
+    old = batch["attention_mask"]
+    mask = torch.nn.functional.pad(old, (0, ids.shape[1] - old.shape[1]), value=1)
+    names = [name for name in family.pixels["image"] if name in second]
+    new = {name: torch.cat([second[name]] * count) for name in names}
+    # Of each row, the image of the first turn, then that of the second.
+    parts = {name: [x for k in kinds for x in (family.rows()[k][name], second[name])] for name in names}
+    everything = {name: torch.cat(part) for name, part in parts.items()}
+    text = whole(second, ids, mask)
+    return cache, {**text, **new}, {**text, **everything}
+
+
+@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize("kinds", [["one"], ["one", "two"]])
+@torch.no_grad()
+def test_an_image_turn_on_the_cache_of_the_unpatched_model(
+    family: Family, models: Any, kinds: list[str]
+) -> None:
+    """Positions go on from the ``rope_deltas`` that the model left."""
+    model = models(family)
+    cache, asked, long = prefilled(family, model, kinds)
+    ocvtp.apply(model, family.pruner(), keep=1.0)
+    same(answer(model, asked, past_key_values=cache), answer(model, long))
+
+
+@pytest.mark.parametrize("family", QWEN)
+@torch.no_grad()
+def test_positions_forgotten_since_are_not_guessed(family: Family, models: Any) -> None:
+    """A batch in between leaves ``rope_deltas`` that are no conversation's of one row."""
+    model = models(family)
+    cache, asked, long = prefilled(family, model, ["one"])
+    ocvtp.apply(model, family.pruner(), keep=1.0)
+    answer(model, family.batch(["one", "two"]))
+    with pytest.raises(ValueError, match=r"a call of 2: .* Start the conversation anew"):
+        answer(model, asked, past_key_values=cache)
+    old = cache.get_seq_length()
+    new = {name: asked[name] for name in family.pixels["image"] if name in asked}
+    new |= whole(asked, asked["input_ids"][:, old:])
+    del new["attention_mask"]
+    numbers = rope_positions(model, long)[:, :, old:]  # who numbers tokens needs no memory
+    got = model(**new, position_ids=numbers, past_key_values=cache).logits
+    torch.testing.assert_close(got, model(**long).logits[:, old:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", QWEN)
+@torch.no_grad()
+def test_what_the_model_recalls_is_repeated_for_copies_of_a_row(family: Family, models: Any) -> None:
+    """As upstream does for beams."""
+    model = models(family)
+    adapter = adapter_for(model)
+    model.model.rope_deltas = None
+    assert adapter.recall(3) == 0
+    model.model.rope_deltas = torch.tensor([[-5], [-2]])
+    assert torch.equal(adapter.recall(4), torch.tensor([[-5], [-5], [-2], [-2]]))
+
+
+@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize("numbered", ["by the model", "by the caller"])
+@torch.no_grad()
+def test_a_row_that_sits_a_turn_out_stays_where_it_was(family: Family, models: Any, numbered: str) -> None:
+    """Masked columns don't move it on, whatever their position."""
+    model, rows = models(family), family.rows()
+    ocvtp.apply(model, family.pruner(), keep=family.keep)
+    batch = family.batch(["one", "text"])
+    cache = model(**batch, use_cache=True).past_key_values
+    mask, more = batch["attention_mask"], {}
+    if numbered == "by the caller":
+        start = int(rope_positions(model, rows["one"]).max()) + 1
+        more["position_ids"] = torch.arange(start, start + 3).expand(3, 2, -1)
+    for new, live in (([40, 41, 42], 0), ([43, 44], 1)):
+        ids = torch.tensor([new] * 2)
+        mask = torch.cat([mask, torch.tensor([[1], [live]]).expand(-1, len(new))], dim=1)
+        got = model(**whole(batch, ids, mask), past_key_values=cache, **more).logits
+        more = {}
+    for row, (kind, text) in enumerate((("one", [40, 41, 42, 43, 44]), ("text", [43, 44]))):
+        alone = dict(rows[kind])
+        ids = torch.cat([alone.pop("input_ids"), torch.tensor([text])], dim=1)
+        want = model(**{**alone, **whole(alone, ids)}).logits
+        torch.testing.assert_close(got[row, -2:], want[0, -2:], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", TALKING)

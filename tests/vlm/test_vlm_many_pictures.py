@@ -90,13 +90,48 @@ def test_a_class_token_among_the_features_is_refused_at_once(make: Any) -> None:
         (tiled.llava_onevision, "pack_image_features"),
         (tiled.llava_onevision, "apply_pooling"),
         (merged.internvl, "pixel_shuffle"),
+        (merged.idefics3, "connector.pixel_shuffle"),
+        (merged.smolvlm, "connector.pixel_shuffle"),
     ],
 )
 def test_somebody_elses_patch_of_a_method_that_is_gone_around(make: Any, method: str) -> None:
     model = make()
-    setattr(model.model, method, lambda *given: given)
+    path, _, name = method.rpartition(".")
+    setattr(model.model.get_submodule(path), name, lambda *given: given)
     with pytest.raises(PatchError, match=method):
         ocvtp.apply(model, "grid", keep=3)
+
+
+def test_too_few_tiles_are_refused() -> None:
+    model = tiled.llava_next()
+    ocvtp.apply(model, "grid", keep=3)
+    row = dict(tiled.make_rows(model)["two"])
+    model(**row)
+    row["pixel_values"] = row["pixel_values"][:, :2]
+    with pytest.raises(
+        ValueError, match=r"don't hold 2 image\(s\) of \[3, 5\] tiles, which image_sizes calls"
+    ):
+        model(**row)
+
+
+@torch.no_grad()
+def test_the_official_layout_needs_room_for_its_newline() -> None:
+    """Its candidates are more than a narrow image has placeholders."""
+    model = tiled.llava_next()
+    row = {
+        "input_ids": torch.tensor([[1, *[tiled.IMAGE] * 42, 7]]),
+        "pixel_values": torch.randn(1, 4, 3, 56, 56, generator=torch.Generator().manual_seed(0)),
+        "image_sizes": torch.tensor([[20, 150]]),
+    }
+    assert model(**row).logits.shape[1] == 44
+    ocvtp.apply(model, "grid", keep=41, layout="official")
+    assert model(**row).logits.shape[1] == 44
+    for keep in (42, 63):
+        ocvtp.apply(model, "grid", keep=keep, layout="official")
+        with pytest.raises(ValueError, match=rf"can't keep {keep} tokens and a newline .* 42 placeholders"):
+            model(**row)
+    ocvtp.apply(model, "grid", keep=64, layout="official")  # all: as the model packs it
+    assert model(**row).logits.shape[1] == 44
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The packing of tiles against the model's own packer."""
+"""The packing of tiles against the models' own packers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from ocvtp.vlm.tiles import packing
 
@@ -43,6 +44,30 @@ def test_packing_is_the_models_own(height: int, width: int) -> None:
     after = torch.searchsorted(got.newlines, got.slots[576:])
     assert torch.equal(got.newlines[after], ends[576:])
     assert bool((got.rows[:576] == -1).all())
+
+
+@settings(max_examples=40)
+@example(600, 672, 3)  # 1.08 times too many along a side: let be
+@example(650, 600, 3)  # 1.106 times
+@given(st.integers(20, 3000), st.integers(20, 3000), st.integers(1, 4))
+def test_shrinking_is_the_models_own(height: int, width: int, most: int) -> None:
+    """LLaVA-OneVision, which shrinks stitched tiles beyond ``most`` tiles' worth of tokens."""
+    vision = SimpleNamespace(image_size=336, patch_size=14)
+    model = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=GRIDS))
+    tiles = image_size_to_num_patches([height, width], GRIDS, 336)
+    newline = torch.full((1,), -1.0)
+    packed, _ = LlavaOnevisionModel.pack_image_features(
+        model,
+        [torch.ones(tiles, 576, 1)],
+        [[height, width]],
+        image_newline=newline,
+        vision_aspect_ratio=f"anyres_max_{most}",
+    )
+    want = packed[0][:, 0]
+    got = packing(height, width, tuple(map(tuple, GRIDS)), 336, 24, CPU, most)  # type: ignore[arg-type]
+    assert (got.tiles, got.total) == (tiles, len(want))
+    assert torch.equal(got.slots, (want > 0).nonzero()[:, 0])
+    assert torch.equal(got.newlines, (want < 0).nonzero()[:, 0])
 
 
 @pytest.mark.parametrize(
