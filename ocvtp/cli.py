@@ -128,7 +128,7 @@ def _options(
 def prune(
     image: ImageArgument,
     model: ModelOption,
-    pruner: PrunerOption,
+    pruner: PrunerOption = "farthest_point",
     prompt: Annotated[str, typer.Option(help="What to ask.")] = "Describe this image.",
     keep: BudgetOption = DEFAULT_KEEP,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,

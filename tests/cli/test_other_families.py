@@ -47,6 +47,9 @@ def test_rules_and_shares_on_a_llava(files: Files) -> None:
     told = json_in(run("prune", *farthest))
     assert told["image_tokens_after"] == 4
     assert "1 round of refinement" in told["report"]
+    unsaid = [*arguments[:3], *arguments[5:], "--keep", "4", "--json"]
+    assert "--pruner" not in unsaid
+    assert "farthest_point" in json_in(run("prune", *unsaid))["report"]
     assert "no slots to draw" in run("visualize", *arguments[:5], "--out", "overlay.png", code=2)
     for wrong in ("1.5", "0.0", "-0.5"):
         assert "--keep" in run("prune", *arguments, f"--keep={wrong}", code=2)

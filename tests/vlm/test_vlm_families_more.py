@@ -143,6 +143,9 @@ def test_the_farthest_point_rule_keeps_features_least_alike(family: Family, roun
     chooser = Chooser(layer, unlike)  # type: ignore[arg-type]
     for row in images_of(family).values():
         same(logits(model, row), hand(family, chooser, row, family.positions[0]))
+    assert ocvtp.apply(model, keep=family.keep).selector == "farthest_point"  # where no pruner is given
+    with ocvtp.pruned(model, keep=family.keep) as inside:
+        assert inside.selector == "farthest_point"
     with pytest.raises(ValueError, match="refine needs features"):
         ocvtp.apply(model, "grid", keep=family.keep, refine=1)
 
