@@ -93,7 +93,8 @@ def _selector(options: Options, consumed: Sequence[int]) -> Selector:
             known = ", ".join(f'"{rule}"' for rule in get_args(Rule))
             raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")
         if pruner == "farthest_point":
-            return RuleSelector(pruner, read_layer=_early(consumed), rounds=options.refine)
+            early = _early(consumed)
+            return RuleSelector(pruner, read_layer=early, rounds=options.refine, backend=options.backend)
         if options.refine:
             raise ValueError(f"refine needs features; {pruner!r} reads none")
         return RuleSelector(pruner, options.seed)

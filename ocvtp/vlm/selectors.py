@@ -11,9 +11,10 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ocvtp.capture import SlotRunner
-from ocvtp.methods import attention_top_k, grid, k_medoids, random_tokens
+from ocvtp.methods import attention_top_k, farthest_point, grid, random_tokens
 from ocvtp.pruner import OCPruner
 from ocvtp.selection import Selection
+from ocvtp_kernels.coverage import refine
 from ocvtp_kernels.selection import gather_tokens
 
 _moving = threading.Lock()
@@ -184,12 +185,14 @@ class RuleSelector:
         seed: for ``"random"``.
         read_layer: for ``"farthest_point"``, as a pruner's.
         rounds: of refinement, after ``"farthest_point"``.
+        backend: of the refinement.
     """
 
     name: Rule
     seed: int = 0
     read_layer: int | None = None
     rounds: int = 0
+    backend: str = "auto"
 
     @property
     def reads_scores(self) -> bool:
@@ -216,11 +219,16 @@ class RuleSelector:
         """Segment by segment: sums over a batch may round otherwise than alone."""
         keep = group.keep
         assert isinstance(keep, int)
-        found = [k_medoids(features[i : i + 1], keep, rounds=self.rounds) for i in range(len(features))]
-        indices, from_slots = (
-            torch.cat([getattr(one, name) for one in found]) for name in ("indices", "from_slots")
-        )
-        return Selection(indices, from_slots, tokens=group.tokens)
+        x = features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
+        found = [farthest_point(x[i : i + 1], keep) for i in range(len(x))]
+        indices = [
+            refine(x[i : i + 1], one.indices, self.rounds, backend=self.backend)
+            if self.rounds
+            else one.indices
+            for i, one in enumerate(found)
+        ]
+        from_slots = torch.cat([one.from_slots for one in found])
+        return Selection(torch.cat(indices), from_slots, tokens=group.tokens)
 
     def _select(self, group: Group, device: torch.device, fill_scores: torch.Tensor | None) -> Selection:
         keep = group.keep

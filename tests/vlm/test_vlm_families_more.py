@@ -15,6 +15,7 @@ from transformers import StaticCache
 
 import ocvtp
 from ocvtp import OCPruner, methods
+from ocvtp.vlm import selectors
 from ocvtp.vlm.handover import route_of
 from tests.vlm.family import Family, Inputs, by_hand, families
 from tests.vlm.skips import needs_mm_route, needs_original
@@ -148,6 +149,21 @@ def test_the_farthest_point_rule_keeps_features_least_alike(family: Family, roun
         assert inside.selector == "farthest_point"
     with pytest.raises(ValueError, match="refine needs features"):
         ocvtp.apply(model, "grid", keep=family.keep, refine=1)
+
+
+def test_rounds_after_farthest_points_run_on_the_backend_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noted(x: torch.Tensor, indices: torch.Tensor, rounds: int, *, backend: str) -> torch.Tensor:
+        asked.append((rounds, backend))
+        return indices
+
+    monkeypatch.setattr(selectors, "refine", noted)
+    family = FAMILIES[0]
+    model, row = fresh(family), images_of(family)["one"]
+    ocvtp.apply(model, "farthest_point", keep=family.keep, refine=2, backend="torch")
+    logits(model, row)
+    assert set(asked) == {(2, "torch")}
 
 
 @pytest.mark.parametrize("options", [{}, {"frames": "all"}])
