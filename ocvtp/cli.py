@@ -77,7 +77,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the pruner's slots.")]
 RefineOption = Annotated[
-    int | None,
+    int,
     typer.Option(min=0, help="Rounds that move kept tokens to where they cover more; 0 as published."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -137,7 +137,7 @@ def prune(
     positions: Annotated[Positions, typer.Option(help="Positions of the kept tokens.")] = Positions.auto,
     layer: LayerOption = None,
     seed: SeedOption = 0,
-    refine: RefineOption = None,
+    refine: RefineOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Ask a model about an image with most of its tokens left out, and see how long each stage takes."""
@@ -176,7 +176,7 @@ def visualize(
     dtype: DtypeOption = "auto",
     layer: LayerOption = None,
     seed: SeedOption = 0,
-    refine: RefineOption = None,
+    refine: RefineOption = 0,
 ) -> None:
     """Draw which patches of an image are kept, and the slot each patch belongs to."""
     from ocvtp.commands import visualize as command

@@ -7,7 +7,6 @@ and budget, after checking that the product gives the same answers as this harne
 from __future__ import annotations
 
 import argparse
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,11 +23,12 @@ from bench.accuracy.loading import ASSETS, MODEL, load_model, load_pruners
 from bench.accuracy.relation import relations
 from bench.accuracy.report import picture, tables
 from bench.accuracy.selectors import Selector, ours, rivals
+from bench.evidence.selectors import CONVERGED
 from bench.harness import device_slug, provenance
 from bench.markdown import replace_blocks
 from bench.pruners import named, training_notes
 from bench.testbed.examples import Split
-from ocvtp import OCPruner, methods
+from ocvtp import OCPruner
 from ocvtp.atomic import write_json
 from ocvtp.vlm.selectors import Rule
 
@@ -111,9 +111,10 @@ def _by_features(
     with ocvtp.pruned(model, rule, keep=_GATE_KEEP) as report:
         if report.read_layer != layer:
             return []
-    rounds = inspect.signature(methods.k_medoids).parameters["rounds"].default
-    named: list[tuple[str, dict[str, Any]]] = [("farthest point", {}), ("k-medoids", {"refine": rounds})]
-    return [(everybody[name], rule, options, _GATE_KEEP) for name, options in named]
+    return [
+        (everybody[name], rule, {"refine": rounds}, _GATE_KEEP)
+        for name, rounds in (("farthest point", 0), ("k-medoids", CONVERGED))
+    ]
 
 
 def _say(what: str) -> None:

@@ -274,12 +274,14 @@ def prepare(
     dtype: str,
     layer: int | None,
     seed: int,
-    refine: int | None,
+    refine: int,
     console: Console,
     positions: Literal["auto", "compact", "original"] = "auto",
 ) -> Prepared:
     """Check, load and patch: everything that ``prune`` and ``visualize`` do before they differ."""
-    if refine and is_rule(pruner) and pruner != "farthest_point":
+    from ocvtp.vlm.selectors import reads_features
+
+    if refine and is_rule(pruner) and not reads_features(pruner):
         raise UserError(f"--refine needs features; {pruner!r} reads none")
     check_keep(keep)
     model, pruner = model_source(model), pruner_source(pruner)
@@ -297,8 +299,7 @@ def prepare(
 
     with blamed_on_input(ValueError):
         chosen: Any = pruner if loaded_pruner is None else loaded_pruner
-        rounds: dict[str, Any] = {} if refine is None else {"refine": refine}
-        report = ocvtp.apply(vlm, chosen, keep=keep, positions=positions, seed=seed, **rounds)
+        report = ocvtp.apply(vlm, chosen, keep=keep, positions=positions, seed=seed, refine=refine)
     return Prepared(picture, vlm, processor, report)
 
 

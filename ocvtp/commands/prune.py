@@ -60,7 +60,7 @@ def run(
     positions: Literal["auto", "compact", "original"],
     layer: int | None,
     seed: int,
-    refine: int | None,
+    refine: int,
     console: Console,
 ) -> PruneResult:
     """Load, patch, answer, time. Progress goes to ``console``."""

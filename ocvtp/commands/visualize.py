@@ -28,7 +28,7 @@ def run(
     dtype: str,
     layer: int | None,
     seed: int,
-    refine: int | None,
+    refine: int,
     console: Console,
 ) -> None:
     """Load, select, draw, write ``out``."""

@@ -87,7 +87,7 @@ def greedy_dpp(features: torch.Tensor, keep: int) -> Selection:
 
 
 @torch.no_grad()
-def k_medoids(features: torch.Tensor, keep: int, *, rounds: int = 15) -> Selection:
+def k_medoids(features: torch.Tensor, keep: int, *, rounds: int = 15, backend: str = "auto") -> Selection:
     """Medoids of ``keep`` clusters: :func:`farthest_point`, then ``rounds`` of refinement.
 
     Every round assigns tokens to their nearest medoid and moves medoids to better members, only where the
@@ -97,14 +97,18 @@ def k_medoids(features: torch.Tensor, keep: int, *, rounds: int = 15) -> Selecti
         features: ``[B, N, C]`` finite floating point; computes in at least float32.
         keep: tokens to keep, ``1 <= keep <= N``.
         rounds: at most; 0 leaves farthest points.
+        backend: of the rounds: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Raises:
         TypeError, ValueError: a wrong type, shape, budget or number of rounds, or NaN or Inf.
+        BackendUnavailableError: an explicit backend that can't run.
     """
-    from ocvtp_kernels.coverage import refine
+    from ocvtp_kernels.coverage import check_rounds, refine
 
+    check_rounds(rounds)
     x = _checked(features, keep)
-    return chosen(refine(x, _farthest(x, keep), rounds), x.shape[1])
+    kept = _farthest(x, keep)
+    return chosen(refine(x, kept, rounds, backend=backend) if rounds else kept, x.shape[1])
 
 
 def _checked(features: torch.Tensor, keep: int) -> torch.Tensor:

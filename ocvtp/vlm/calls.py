@@ -127,14 +127,9 @@ def _restore(output: Any, ids: torch.Tensor, call: ShortCall, cache: Any) -> Any
 
 def _grown(note: CacheNote, rows: int, new: int) -> CacheNote:
     """The note after ``new`` more tokens in each of ``rows`` sequences."""
-    copies = rows // note.index.shape[0]
-    index, position, live = (
-        None if each is None else each.repeat_interleave(copies, 0)
-        for each in (note.index, note.next_position, note.live)
-    )
-    assert index is not None
-    index = torch.cat([index, identity(rows, note.long, note.long + new, index.device)], dim=1)
-    return replace(replace(note, next_position=position, live=live).moved(new), index=index)
+    note = note.repeated(rows // note.index.shape[0])
+    more = identity(rows, note.long, note.long + new, note.index.device)
+    return replace(note.moved(new), index=torch.cat([note.index, more], dim=1))
 
 
 def _note_failure(cache: Any, note: CacheNote | None, prefix: CacheNote | None, ids: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ answer from a scrambled prompt without an error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,8 +59,17 @@ class CacheNote:
 
     def moved(self, by: int) -> CacheNote:
         """With ``by`` more columns of text at the end, but for the index."""
-        position, live = (None if each is None else each + by for each in (self.next_position, self.live))
-        return replace(self, long=self.long + by, next_position=position, live=live)
+        return replace(self._counts(lambda count: count + by), long=self.long + by)
+
+    def repeated(self, copies: int) -> CacheNote:
+        """With every sequence ``copies`` times."""
+        index = self.index.repeat_interleave(copies, 0)
+        return replace(self._counts(lambda count: count.repeat_interleave(copies, 0)), index=index)
+
+    def _counts(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CacheNote:
+        """With what counts tokens changed, as far as it is known."""
+        position, live = (None if each is None else change(each) for each in (self.next_position, self.live))
+        return replace(self, next_position=position, live=live)
 
     def _ends_in_text(self, columns: int) -> bool:
         """Whether the last columns followed one another in the long sequence."""
@@ -68,10 +78,7 @@ class CacheNote:
 
     def to(self, device: torch.device) -> CacheNote:
         """The note on another device."""
-        position, live = (
-            None if each is None else each.to(device) for each in (self.next_position, self.live)
-        )
-        return replace(self, index=self.index.to(device), next_position=position, live=live)
+        return replace(self._counts(lambda count: count.to(device)), index=self.index.to(device))
 
 
 def cached_length(cache: Any) -> int:

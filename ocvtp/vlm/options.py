@@ -15,7 +15,7 @@ from ocvtp.vlm.budgets import Budget
 from ocvtp.vlm.fit import check_fit, check_layers
 from ocvtp.vlm.handover import route_of
 from ocvtp.vlm.report import PruneReport
-from ocvtp.vlm.selectors import PrunerSelector, Rule, RuleSelector, Selector
+from ocvtp.vlm.selectors import PrunerSelector, Rule, RuleSelector, Selector, reads_features
 from ocvtp.vlm.settings import Frames, Layout, Newlines, Positions, Settings, Tower
 from ocvtp.vlm.versions import transformers_older_than
 from ocvtp_kernels._backend import resolve_backend
@@ -67,7 +67,6 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
             raise TypeError(f"pruner must be an ocvtp.OCPruner; got {type(options.pruner).__name__}")
         check_fit(config, facts, model.config._name_or_path or "MODEL")
     selector = _selector(options, facts.consumed_layers)
-    check_layers(selector.read_layer, facts.consumed_layers)
     settings = Settings(
         selector=selector,
         budget=budget,
@@ -86,14 +85,15 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
     return settings, _report(adapter, facts, options, settings)
 
 
-def _selector(options: Options, consumed: Sequence[int]) -> Selector:
+def _selector(options: Options, consumed: tuple[int, ...]) -> Selector:
     pruner = options.pruner
     if not isinstance(pruner, torch.nn.Module):
         if pruner not in get_args(Rule):
             known = ", ".join(f'"{rule}"' for rule in get_args(Rule))
             raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")
-        if pruner == "farthest_point":
+        if reads_features(pruner):
             early = _early(consumed)
+            check_layers(early, consumed)
             return RuleSelector(pruner, read_layer=early, rounds=options.refine, backend=options.backend)
         if options.refine:
             raise ValueError(f"refine needs features; {pruner!r} reads none")
@@ -108,7 +108,7 @@ def _selector(options: Options, consumed: Sequence[int]) -> Selector:
     return PrunerSelector(pruner, passed, SlotRunner(options.capture), options.max_error)
 
 
-def _early(consumed: Sequence[int]) -> int:
+def _early(consumed: tuple[int, ...]) -> int:
     """A layer as far up as the published pruner's, which reads 8 where LLaVA-1.5 consumes 22."""
     return round(max(consumed) * 8 / 22)
 

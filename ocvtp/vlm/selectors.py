@@ -11,15 +11,19 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ocvtp.capture import SlotRunner
-from ocvtp.methods import attention_top_k, farthest_point, grid, random_tokens
+from ocvtp.methods import attention_top_k, grid, k_medoids, random_tokens
 from ocvtp.pruner import OCPruner
 from ocvtp.selection import Selection
-from ocvtp_kernels.coverage import refine
 from ocvtp_kernels.selection import gather_tokens
 
 _moving = threading.Lock()
 
 Rule = Literal["attention", "random", "grid", "farthest_point"]
+
+
+def reads_features(rule: str) -> bool:
+    """Whether a rule compares the features of an early layer, so that its choice can be refined."""
+    return rule == "farthest_point"
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ class PrunerSelector:
 class RuleSelector:
     """A rule without training, to compare with and to try the speed at once.
 
-    The choice for an image depends on nothing but its own scores or its size, whatever the batch.
+    The choice for an image depends on nothing but its own scores, features or size, whatever the batch.
 
     Attributes:
         name: ``"attention"``: the tokens that receive most in the layer the language model reads;
@@ -210,7 +214,7 @@ class RuleSelector:
         """See :class:`Selector`."""
         if return_attention:
             raise ValueError(f"{self.name!r} has no slots, so there is no slot attention to return")
-        if self.name == "farthest_point":
+        if reads_features(self.name):
             assert features is not None
             return Later(functools.partial(self._farthest, group, features.detach()))
         return Later(functools.partial(self._select, group, device))
@@ -219,16 +223,12 @@ class RuleSelector:
         """Segment by segment: sums over a batch may round otherwise than alone."""
         keep = group.keep
         assert isinstance(keep, int)
-        x = features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
-        found = [farthest_point(x[i : i + 1], keep) for i in range(len(x))]
-        indices = [
-            refine(x[i : i + 1], one.indices, self.rounds, backend=self.backend)
-            if self.rounds
-            else one.indices
-            for i, one in enumerate(found)
+        found = [
+            k_medoids(features[i : i + 1], keep, rounds=self.rounds, backend=self.backend)
+            for i in range(len(features))
         ]
-        from_slots = torch.cat([one.from_slots for one in found])
-        return Selection(torch.cat(indices), from_slots, tokens=group.tokens)
+        indices = torch.cat([one.indices for one in found])
+        return Selection(indices, torch.cat([one.from_slots for one in found]), tokens=group.tokens)
 
     def _select(self, group: Group, device: torch.device, fill_scores: torch.Tensor | None) -> Selection:
         keep = group.keep

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+import ocvtp
 from ocvtp import OCPruner
+from tests.vlm.family import Family, made
 from tests.vlm.skips import needs_mm_route, needs_original
 from tests.vlm.tiny_llava import llava, pruner
 
@@ -40,6 +43,21 @@ def positions(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def model() -> LlavaForConditionalGeneration:
     return llava()
+
+
+@pytest.fixture
+def models() -> Iterator[Any]:
+    """The family's model, unpatched before and after."""
+    used = []
+
+    def get(family: Family) -> Any:
+        used.append(made(family))
+        return used[-1]
+
+    yield get
+    for model in used:
+        ocvtp.remove(model)
+        assert "forward" not in model.__dict__
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Adding a family to the suite is one file in ``tests/vlm/families`` with a ``FAMI
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 
 from ocvtp import OCPruner, PrunerConfig
 from tests.vlm.skips import VERSION
-from tests.vlm.tiny_llava import PAD
+from tests.vlm.tiny_llava import GREEDY, PAD
 
 Inputs = dict[str, Any]
 
@@ -228,6 +229,17 @@ def _logits(
         embeds = embeds.masked_scatter(where[..., None], torch.cat(kept))
     out: torch.Tensor = model(inputs_embeds=embeds, **extra).logits
     return out
+
+
+@functools.cache
+def made(family: Family) -> Any:
+    """The family's model, one for all tests: leave it as it is, see the fixture ``models``."""
+    return family.model()
+
+
+def steps(model: Any, inputs: Inputs, **options: Any) -> Any:
+    """What ``generate`` says greedily, with the logits of every step."""
+    return model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True, **options)
 
 
 def rope_positions(model: Any, inputs: Inputs) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 import ocvtp
 from ocvtp.vlm import merged, qwen_geometry, tiles
 from ocvtp.vlm.adapter import adapter_for
-from tests.vlm.family import Family, Inputs, by_hand, families, joined
+from tests.vlm.family import Family, Inputs, by_hand, families, joined, steps
 from tests.vlm.skips import (
     IMAGES_BEHIND_CACHE,
     NATIVE_ROUTE,
@@ -37,28 +36,8 @@ VARIANTS = [
 
 
 @functools.cache
-def _made(family: Family) -> Any:
-    return family.model()
-
-
-@functools.cache
 def _rows(family: Family) -> dict[str, Inputs]:
     return family.rows()
-
-
-@pytest.fixture
-def models() -> Iterator[Any]:
-    """The family's model, unpatched before and after."""
-    used = []
-
-    def get(family: Family) -> Any:
-        used.append(_made(family))
-        return used[-1]
-
-    yield get
-    for model in used:
-        ocvtp.remove(model)
-        assert "forward" not in model.__dict__
 
 
 @pytest.fixture(params=["mm_encoder_outputs", "inputs_embeds"])
@@ -74,10 +53,6 @@ def skip_unfit(family: Family, model: Any, route: str) -> None:
         with pytest.raises(ValueError, match=r"needs transformers >= 5\.18"):
             ocvtp.apply(model, family.pruner(), keep=family.keep)
         pytest.skip("its features can't be handed over as embeddings")
-
-
-def steps(model: Any, inputs: Inputs, **options: Any) -> Any:
-    return model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True, **options)
 
 
 def assert_rows_answer_alike(

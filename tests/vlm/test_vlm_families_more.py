@@ -15,9 +15,8 @@ from transformers import StaticCache
 
 import ocvtp
 from ocvtp import OCPruner, methods
-from ocvtp.vlm import selectors
 from ocvtp.vlm.handover import route_of
-from tests.vlm.family import Family, Inputs, by_hand, families
+from tests.vlm.family import Family, Inputs, by_hand, families, made
 from tests.vlm.skips import needs_mm_route, needs_original
 from tests.vlm.tiny_llava import GREEDY
 
@@ -27,17 +26,12 @@ CASES = pytest.mark.parametrize("family", [pytest.param(family, id=family.name) 
 
 
 @functools.cache
-def _made(family: Family) -> Any:
-    return family.model()
-
-
-@functools.cache
 def _rows(family: Family) -> dict[str, Inputs]:
     return family.rows()
 
 
 def fresh(family: Family) -> Any:
-    return copy.deepcopy(_made(family))
+    return copy.deepcopy(made(family))
 
 
 def images_of(family: Family) -> dict[str, Inputs]:
@@ -68,7 +62,7 @@ class Chooser:
 
 @torch.no_grad()
 def hand(family: Family, chooser: Any, inputs: Inputs, positions: str) -> torch.Tensor:
-    return by_hand(family, _made(family), chooser, inputs, family.keep, positions, {})
+    return by_hand(family, made(family), chooser, inputs, family.keep, positions, {})
 
 
 @CASES
@@ -86,7 +80,7 @@ def test_the_first_token_is_that_of_the_hand_built_prompt(family: Family) -> Non
             same(out.logits[0], want)
             assert out.sequences[0, -1] == want.argmax()
         text = _rows(family)["text"]
-        assert torch.equal(logits(model, text), logits(_made(family), text))
+        assert torch.equal(logits(model, text), logits(made(family), text))
 
 
 @CASES
@@ -158,7 +152,7 @@ def test_rounds_after_farthest_points_run_on_the_backend_asked_for(monkeypatch: 
         asked.append((rounds, backend))
         return indices
 
-    monkeypatch.setattr(selectors, "refine", noted)
+    monkeypatch.setattr("ocvtp_kernels.coverage.refine", noted)
     family = FAMILIES[0]
     model, row = fresh(family), images_of(family)["one"]
     ocvtp.apply(model, "farthest_point", keep=family.keep, refine=2, backend="torch")
@@ -179,7 +173,7 @@ def test_the_grid_rule_knows_the_shape_of_an_image(family: Family, options: Inpu
     ocvtp.apply(model, "grid", keep=family.keep, **options)
     for row in images_of(family).values():
         numbering = family.positions[0]
-        want = by_hand(family, _made(family), chooser, row, family.keep, numbering, options)
+        want = by_hand(family, made(family), chooser, row, family.keep, numbering, options)
         same(logits(model, row), want)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,35 +12,13 @@ from transformers import DynamicCache
 import ocvtp
 from ocvtp.vlm.adapter import adapter_for
 from tests.vlm.families import qwen
-from tests.vlm.family import Family, Inputs, families, rope_positions
+from tests.vlm.family import Family, Inputs, families, rope_positions, steps
 from tests.vlm.skips import IMAGES_BEHIND_CACHE, VERSION
-from tests.vlm.tiny_llava import GREEDY, IMAGE
+from tests.vlm.tiny_llava import IMAGE
 from tests.vlm.tiny_qwen import VIDEO, VISION_END, VISION_START, grid, pixels, units
 
 TALKING = [pytest.param(family, id=family.name) for family in families() if family.turns]
 QWEN = [pytest.param(family, id=family.name) for family in families() if family.mrope]
-
-
-@functools.cache
-def _made(family: Family) -> Any:
-    return family.model()
-
-
-@pytest.fixture
-def models() -> Iterator[Any]:
-    used = []
-
-    def get(family: Family) -> Any:
-        used.append(_made(family))
-        return used[-1]
-
-    yield get
-    for model in used:
-        ocvtp.remove(model)
-
-
-def answer(model: Any, inputs: Inputs, **options: Any) -> Any:
-    return model.generate(**inputs, **GREEDY, **options, return_dict_in_generate=True, output_logits=True)
 
 
 def same(got: Any, want: Any) -> None:
@@ -69,15 +45,15 @@ def test_a_conversation_that_starts_with_text_knows_no_other(
         pytest.skip("this release can't take an image behind a cache")
     model, rows = models(family), family.rows()
     ocvtp.apply(model, family.pruner(), keep=family.keep)
-    first = answer(model, rows["text"])
+    first = steps(model, rows["text"])
     if between == "forward":
         model(**rows["one"])
     else:
-        answer(model, rows["one"] if between == "generate" else family.batch(["one", "two", "text"]))
+        steps(model, rows["one"] if between == "generate" else family.batch(["one", "two", "text"]))
     second = family.second()
     ids = torch.cat([first.sequences, second["input_ids"]], dim=1)
     asked = {**second, **whole(second, ids)}
-    same(answer(model, asked, past_key_values=first.past_key_values), answer(model, asked))
+    same(steps(model, asked, past_key_values=first.past_key_values), steps(model, asked))
 
 
 def prefilled(family: Family, model: Any, kinds: list[str]) -> tuple[Any, Inputs, Inputs]:
@@ -86,7 +62,7 @@ def prefilled(family: Family, model: Any, kinds: list[str]) -> tuple[Any, Inputs
         pytest.skip("this release can't take an image behind a cache")
     batch, second = family.batch(kinds), family.second()
     cache = DynamicCache()
-    first = answer(model, batch, past_key_values=cache)
+    first = steps(model, batch, past_key_values=cache)
     count = len(kinds)
     ids = torch.cat([first.sequences, second["input_ids"].expand(count, -1)], dim=1)
     old = batch["attention_mask"]
@@ -110,7 +86,7 @@ def test_an_image_turn_on_the_cache_of_the_unpatched_model(
     model = models(family)
     cache, asked, long = prefilled(family, model, kinds)
     ocvtp.apply(model, family.pruner(), keep=1.0)
-    same(answer(model, asked, past_key_values=cache), answer(model, long))
+    same(steps(model, asked, past_key_values=cache), steps(model, long))
 
 
 @pytest.mark.parametrize("family", QWEN)
@@ -120,9 +96,9 @@ def test_positions_forgotten_since_are_not_guessed(family: Family, models: Any) 
     model = models(family)
     cache, asked, long = prefilled(family, model, ["one"])
     ocvtp.apply(model, family.pruner(), keep=1.0)
-    answer(model, family.batch(["one", "two"]))
+    steps(model, family.batch(["one", "two"]))
     with pytest.raises(ValueError, match=r"a call of 2: .* Start the conversation anew"):
-        answer(model, asked, past_key_values=cache)
+        steps(model, asked, past_key_values=cache)
     old = cache.get_seq_length()
     new = {name: asked[name] for name in family.pixels["image"] if name in asked}
     new |= whole(asked, asked["input_ids"][:, old:])
@@ -177,14 +153,14 @@ def test_what_is_masked_between_turns_does_not_count(family: Family, models: Any
     model = models(family)
     ocvtp.apply(model, family.pruner(), keep=1.0 if all_tokens else family.keep)
     batch = family.batch(["one", "text"])
-    first = answer(model, batch)
+    first = steps(model, batch)
     long = batch["input_ids"].shape[1]
     ids = torch.cat([first.sequences, torch.tensor([[40, 41, 42]] * 2)], dim=1)
     mask = torch.cat([batch["attention_mask"], torch.ones_like(ids[:, long:])], dim=1)
     mask[1, long + 2 : first.sequences.shape[1]] = 0
     follow = whole(batch, ids, mask)
     pictures = {name: batch[name] for group in family.pixels.values() for name in group if name in batch}
-    same(answer(model, follow, past_key_values=first.past_key_values), answer(model, {**follow, **pictures}))
+    same(steps(model, follow, past_key_values=first.past_key_values), steps(model, {**follow, **pictures}))
 
 
 @pytest.mark.parametrize("family", QWEN)
