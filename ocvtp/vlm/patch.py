@@ -128,8 +128,8 @@ def apply(
             default.
         keep: image tokens to keep per image, all its tiles together: a number, or a share of them such as
             ``0.25``, or ``"auto"``: for each image the smallest of ``budgets`` whose coverage error is at
-            most ``max_error``. Where images differ in size, one of fewer tokens keeps them all. What the
-            model adds (class token, newlines) comes on top.
+            most ``max_error``, for which a pruner must be given. Where images differ in size, one of fewer
+            tokens keeps them all. What the model adds (class token, newlines) comes on top.
         positions: ``"compact"`` numbers the short prompt 0, 1, 2, ... as the official code does;
             ``"original"`` leaves every token the position it has in the long prompt (transformers >= 5.10).
             ``"auto"`` is compact for models with one-dimensional positions, original for those with
