@@ -283,6 +283,8 @@ def prepare(
 
     if refine and is_rule(pruner) and not reads_features(pruner):
         raise UserError(f"--refine needs features; {pruner!r} reads none")
+    if layer is not None and is_rule(pruner):
+        raise UserError(f"--layer is for official weights; {pruner!r} needs none: leave it out")
     check_keep(keep)
     model, pruner = model_source(model), pruner_source(pruner)
     picture = load_image(image)

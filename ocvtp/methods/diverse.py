@@ -7,6 +7,7 @@ import torch
 from ocvtp.checks import check_finite
 from ocvtp.methods._inputs import check_features, chosen
 from ocvtp.selection import Selection
+from ocvtp_kernels._device import without_autocast
 
 #: A squared volume below this share of a token's own is rounding.
 _EPS = 1e-5
@@ -27,11 +28,14 @@ def farthest_point(features: torch.Tensor, keep: int) -> Selection:
         TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf.
     """
     x = _checked(features, keep)
-    return chosen(_farthest(x, keep), x.shape[1])
+    with without_autocast(x.device):
+        return chosen(_farthest(x, keep), x.shape[1])
 
 
 def _farthest(x: torch.Tensor, keep: int) -> torch.Tensor:
     """``[B, keep]`` in the order of choice."""
+    if keep == x.shape[1]:
+        return torch.arange(keep, device=x.device).expand(len(x), -1)
     x = x - x.mean(dim=1, keepdim=True)  # products then lose fewer digits than their difference can spare
     square = x.square().sum(dim=2)
     token = square.argmin(dim=1)
@@ -65,6 +69,12 @@ def greedy_dpp(features: torch.Tensor, keep: int) -> Selection:
         TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf.
     """
     x = _checked(features, keep)
+    with without_autocast(x.device):
+        return chosen(_largest_volume(x, keep), x.shape[1])
+
+
+def _largest_volume(x: torch.Tensor, keep: int) -> torch.Tensor:
+    """``[B, keep]`` in the order of choice."""
     x = torch.nn.functional.normalize(x, dim=2)
     batch, tokens, _ = x.shape
     factor = x.new_zeros(batch, keep, tokens)  # row i: all tokens along the i-th kept one's own direction
@@ -83,7 +93,7 @@ def greedy_dpp(features: torch.Tensor, keep: int) -> Selection:
         left = torch.where(left < 0, left, rest).scatter(1, at, -1.0)
         token = left.argmax(dim=1)
         order.append(token)
-    return chosen(torch.stack(order, dim=1), tokens)
+    return torch.stack(order, dim=1)
 
 
 @torch.no_grad()
@@ -107,15 +117,22 @@ def k_medoids(features: torch.Tensor, keep: int, *, rounds: int = 15, backend: s
 
     check_rounds(rounds)
     x = _checked(features, keep)
-    kept = _farthest(x, keep)
-    return chosen(refine(x, kept, rounds, backend=backend) if rounds else kept, x.shape[1])
+    with without_autocast(x.device):
+        kept = _farthest(x, keep)
+        return chosen(refine(x, kept, rounds, backend=backend) if rounds else kept, x.shape[1])
 
 
 def _checked(features: torch.Tensor, keep: int) -> torch.Tensor:
-    """``features`` in at least float32 and one layout: the order of a sum decides ties, say in pairs."""
+    """``features`` in at least float32, one layout and one range, whose squares don't overflow.
+
+    The order of a sum decides ties, say in pairs. An image's largest value is brought near 1 by a power of
+    two: no digit changes.
+    """
     check_features(features, keep)
     check_finite("features", features)
-    return features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
+    x = features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
+    _, exponent = torch.frexp(x.abs().amax(dim=(1, 2), keepdim=True))
+    return torch.ldexp(x, -exponent.clamp(-120, 120))  # a factor that is itself an ordinary float32
 
 
 def _row(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

@@ -28,23 +28,20 @@ def check_fit(config: PrunerConfig, facts: TowerFacts, model: str = "MODEL") -> 
             f"tokens of {facts.unit} x {facts.unit}; {how_to_train(facts, model)}"
         )
     if not 0 <= config.layer < max(facts.consumed_layers):
-        raise ValueError(f"{_too_late(config.layer, facts.consumed_layers)}; {how_to_train(facts, model)}")
-
-
-def check_layers(read: int | None, consumed: tuple[int, ...]) -> None:
-    """Raise ``ValueError`` unless the pruner reads a layer below the deepest one a call consumes."""
-    if read is not None and not 0 <= read < max(consumed):
         raise ValueError(
-            f"{_too_late(read, consumed)}; use a pruner trained on an earlier layer, or another "
-            "vision_feature_layer"
+            f"the pruner reads encoder layer {config.layer}, which must be below the deepest layer the language "
+            f"model consumes ({max(facts.consumed_layers)}); {how_to_train(facts, model)}"
         )
 
 
-def _too_late(read: int, consumed: tuple[int, ...]) -> str:
-    return (
-        f"the pruner reads encoder layer {read}, which must be below the deepest layer the language model "
-        f"consumes ({max(consumed)})"
-    )
+def check_layers(read: int | None, consumed: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless tokens are chosen by a layer below the deepest one a call consumes."""
+    if read is not None and not 0 <= read < max(consumed):
+        raise ValueError(
+            f"tokens are chosen by encoder layer {read}, which must be below the deepest layer the language "
+            f"model consumes ({max(consumed)}); use another vision_feature_layer, or a pruner trained on an "
+            "earlier layer"
+        )
 
 
 def how_to_train(facts: TowerFacts, model: str) -> str:

@@ -140,6 +140,7 @@ class _Videos(Pictures):
         if self.shape is None:
             raise ValueError("frames can be shrunk if their features are those of all patches")
         self._newline = read_parameter(adapter.model.model, "image_newline")
+        self._shrunk: torch.Tensor | None = None  # projected candidates of all segments
         videos, frames = pixel_values.shape[:2]
         self._side = math.ceil(self.shape[0] / 2)
         self._tokens = self._side**2  # of a frame
@@ -163,7 +164,9 @@ class _Videos(Pictures):
 
     def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
         """See :class:`~ocvtp.vlm.adapter.Vision`."""
-        projected = self._of(self.all_projected(), which)
+        if self._shrunk is None:
+            self._shrunk = self._of(self.all_projected(), range(len(self.segments)))
+        projected = self._shrunk[list(which)]
         return [self._piece(i, projected[j], indices[j].to(projected.device)) for j, i in enumerate(which)]
 
     def _of(self, tokens: torch.Tensor, which: Sequence[int]) -> torch.Tensor:

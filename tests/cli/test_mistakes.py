@@ -105,6 +105,10 @@ class TestSources:
         ocvtp.OCPruner(config).save_pretrained(tmp_path)
         assert "reads encoder layer 40" in refused(files, PRUNER, tmp_path, command=command)
 
+    def test_layer_for_a_rule(self, files: Files) -> None:
+        output = refused(files, PRUNER, "farthest_point", "--layer", 2)
+        assert "--layer is for official weights; 'farthest_point' needs none" in output
+
     def test_seed(self, files: Files) -> None:
         assert "--seed" in refused(files, None, None, "--seed", 2**63)
 

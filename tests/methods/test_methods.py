@@ -126,6 +126,26 @@ def test_features_that_are_not_finite(name: str) -> None:
         ALL[name](x, 5)
 
 
+COMPARING = ["farthest_point", "greedy_dpp", "k_medoids"]
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_autocast_around_the_call_changes_nothing(name: str) -> None:
+    x = features(2, 100, 64) + 3.0
+    expected = ALL[name](x, 24).indices
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ALL[name](x, 24).indices, expected)
+
+
+@pytest.mark.parametrize("name", COMPARING)
+@pytest.mark.parametrize("scale", [2.0**90, 2.0**-110])
+def test_features_whose_squares_are_out_of_range(name: str, scale: float) -> None:
+    x = features(2, 100, 64)
+    assert torch.equal(ALL[name](x * scale, 24).indices, ALL[name](x, 24).indices)
+    x[0] *= scale  # images don't share a scale
+    assert torch.equal(ALL[name](x, 24).indices[1], ALL[name](x[1:], 24).indices[0])
+
+
 # --------------------------------------------------------------------------------------------- one by one
 
 

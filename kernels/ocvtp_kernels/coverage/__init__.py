@@ -6,6 +6,7 @@ import torch
 
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require_floating, require_shape
+from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels._launch import MAX_IMAGES
 from ocvtp_kernels.coverage import op, reference
 
@@ -74,7 +75,7 @@ def refine_measured(
     if _resolve(backend, x) == "triton":
         kept, error = op.coverage(x, indices, rounds)
         return kept.sort(dim=1).values, error
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(x.device):
         return reference.refine(x, indices, rounds)
 
 
