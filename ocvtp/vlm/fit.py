@@ -29,8 +29,8 @@ def check_fit(config: PrunerConfig, facts: TowerFacts, model: str = "MODEL") -> 
         )
     if not 0 <= config.layer < max(facts.consumed_layers):
         raise ValueError(
-            f"the pruner reads encoder layer {config.layer}, which must be below the deepest layer the language "
-            f"model consumes ({max(facts.consumed_layers)}); {how_to_train(facts, model)}"
+            f"the pruner reads encoder layer {config.layer}, which must be below the deepest layer the "
+            f"language model consumes ({max(facts.consumed_layers)}); {how_to_train(facts, model)}"
         )
 
 
