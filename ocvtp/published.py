@@ -1,6 +1,6 @@
 """Sizes of published vision-language models: enough to count their work, or to time them, without a download.
 
-Numbers are those of each ``config.json`` on the Hub (``repository``). Weights of a model built from them are random.
+Numbers are those of each ``config.json`` on the Hub (``repository``); such a model has random weights.
 """
 
 from __future__ import annotations
