@@ -1,0 +1,196 @@
+"""What must hold before a whole model is timed: the kept tokens and the answers of the reference path.
+
+The reference is upstream's own code on a prompt shortened by hand: all image features, as the unpatched model
+makes them, in the embedded prompt; rows of dropped tokens cut out; tokens decoded by calls of ``forward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+import ocvtp
+from bench.e2e.methods import OFFICIAL, OURS, UNPRUNED, Method
+from bench.e2e.official import OfficialDataflow
+from bench.e2e.prompts import Inputs
+from bench.micro.gates import GateError, require_error
+from ocvtp import OCPruner
+from ocvtp.vlm import select
+from ocvtp.vlm.encode import encode
+from ocvtp.vlm.patch import controller_of
+
+#: Largest relative error of the first token's logits, ``|got - want| / |want|``.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+#: Least share of the official dataflow's tokens that ours in float32 must keep on a GPU, where sums are
+#: ordered otherwise; on a CPU all of them.
+SAME_TOKENS = 0.99
+#: And of those of float32 that the default precision must keep; what it keeps of photographs, with trained
+#: weights, is in ``docs/kernels.md``.
+SAME_TOKENS_BY_DEFAULT = 0.9
+_TOKENS = 3
+
+
+class Answer(NamedTuple):
+    """Greedy decoding, step by step."""
+
+    tokens: torch.Tensor  # [B, n]
+    logits: torch.Tensor  # [B, n, V]
+
+
+def check(
+    model: Any, pruner: OCPruner, keep: int, inputs: Inputs, methods: Mapping[str, Method]
+) -> list[str]:
+    """Check all methods on one call's inputs; what was found, in words.
+
+    Raises:
+        GateError: an implementation computes something else than it should.
+    """
+    found = [_everything(model, inputs), *_by_default(model, pruner, keep, inputs)]
+    for name, method in methods.items():
+        if name in (UNPRUNED, OFFICIAL):
+            continue
+        with method.active() as runner:
+            want = decode(model, by_hand(model, inputs), _TOKENS)
+            _agree(name, runner.tokens(inputs, _TOKENS), want)
+            _near(name, runner.forward(inputs).logits, want)
+    names = ", ".join(name for name in methods if name not in (UNPRUNED, OFFICIAL))
+    found.append(f"{names}: first logits and {_TOKENS} greedy tokens are those of a prompt shortened by hand")
+    if OFFICIAL in methods:
+        found += _against_official(model, pruner, keep, inputs)
+    return found
+
+
+def by_hand(model: Any, inputs: Inputs) -> Inputs:
+    """The patched model's prompt, made by upstream's encoder: embeddings, mask and, for M-RoPE, positions."""
+    controller = controller_of(model)
+    adapter = controller.adapter
+    with torch.no_grad():
+        kept = encode(adapter, inputs, controller.settings, None)["image"]
+        features = model.get_image_features(**_vision(model, inputs))
+        ids = inputs["input_ids"]
+        where = ids == adapter.token_id("image")
+        rows = torch.cat(list(getattr(features, "pooler_output", features)))
+        text = model.get_input_embeddings()(ids)
+        long = text.masked_scatter(where[..., None], rows.to(text))
+        stays = ~where
+        placeholders = where.flatten().nonzero()[:, 0]
+        stays.view(-1)[placeholders[kept.places(ids.device)]] = True
+        batch = len(ids)
+        short = {
+            "inputs_embeds": long[stays].unflatten(0, (batch, -1)),
+            "attention_mask": ids.new_ones(batch, int(stays.sum()) // batch),
+        }
+        if adapter.mrope:
+            positions = adapter.positions(ids, inputs["attention_mask"], inputs)
+            short["position_ids"] = positions[:, stays].unflatten(1, (batch, -1))
+    return short
+
+
+@torch.no_grad()
+def decode(model: Any, prompt: Inputs, count: int) -> Answer:
+    """Greedy decoding of an embedded prompt by ``forward`` alone, on the unpatched path."""
+    forward = controller_of(model).originals["forward"]
+    tokens, logits = [], []
+    positions = prompt.get("position_ids")
+    length = prompt["inputs_embeds"].shape[1]
+    output = forward(**prompt, use_cache=True, logits_to_keep=1)
+    for step in range(count):
+        logits.append(output.logits[:, -1].float())
+        tokens.append(logits[-1].argmax(dim=-1))
+        if step + 1 == count:
+            break
+        mask = prompt["attention_mask"]
+        given: Inputs = {
+            "input_ids": tokens[-1][:, None],
+            "attention_mask": mask.new_ones(len(mask), length + step + 1),
+            "past_key_values": output.past_key_values,
+        }
+        if positions is not None:
+            following = positions.amax(dim=(0, 2)) + 1 + step
+            given["position_ids"] = following[None, :, None].expand(3, -1, 1)
+        output = forward(**given, use_cache=True, logits_to_keep=1)
+    return Answer(torch.stack(tokens, dim=1), torch.stack(logits, dim=1))
+
+
+def _everything(model: Any, inputs: Inputs) -> str:
+    """A patch that drops nothing changes nothing."""
+    ids = inputs["input_ids"]
+    options: dict[str, Any] = {"max_new_tokens": _TOKENS, "do_sample": False}
+    want = model.generate(**inputs, **options)[:, ids.shape[1] :]
+    with ocvtp.pruned(model, "grid", keep=1.0):
+        got = model.generate(**inputs, **options)[:, ids.shape[1] :]
+    if not torch.equal(got, want):
+        raise GateError(f"all tokens kept: {got.tolist()} instead of the unpatched model's {want.tolist()}")
+    return f"all tokens kept: {_TOKENS} greedy tokens are those of the unpatched model"
+
+
+def _by_default(model: Any, pruner: OCPruner, keep: int, inputs: Inputs) -> list[str]:
+    """Where kernels compute: tokens of the default precision are those of PyTorch in float32."""
+    with ocvtp.pruned(model, pruner, keep=keep) as report:
+        if report.backend == "torch":
+            return []
+        ours = select(model, **_vision(model, inputs)).indices
+    with ocvtp.pruned(model, pruner, keep=keep, backend="torch", precision="fp32"):
+        share = _share(ours, select(model, **_vision(model, inputs)).indices)
+    if not share >= SAME_TOKENS_BY_DEFAULT:
+        raise GateError(f"{report.precision} keeps {share:.1%} of the tokens that float32 keeps")
+    return [f"{OURS} in {report.precision} keeps {share:.1%} of the tokens that PyTorch in float32 keeps"]
+
+
+def _vision(model: Any, inputs: Inputs) -> Inputs:
+    names = ("pixel_values", *controller_of(model).adapter.vision_keys)
+    return {name: inputs[name] for name in names if name in inputs}
+
+
+def _share(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Of ``ours`` ``[B, k]`` in ``theirs``, image by image."""
+    found = [torch.isin(own, other).double().mean() for own, other in zip(ours, theirs, strict=True)]
+    return torch.stack(found).mean().item()
+
+
+def _against_official(model: Any, pruner: OCPruner, keep: int, inputs: Inputs) -> list[str]:
+    """Ours in float32 keeps what the published dataflow keeps, and reads it alike."""
+    options = {"layout": "official"} if model.config.model_type == "llava_next" else {}
+    official = OfficialDataflow(model, pruner, keep)
+    theirs = official.encode(inputs).indices
+    with ocvtp.pruned(model, pruner, keep=keep, precision="fp32", **options), torch.no_grad():
+        ours = select(model, **_vision(model, inputs)).indices
+        got = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+    share = _share(ours, theirs)
+    least = 1.0 if ours.device.type == "cpu" else SAME_TOKENS
+    if not share >= least:
+        raise GateError(f"{share:.2%} of the kept tokens are the official dataflow's, fewer than {least:.0%}")
+    found = [f"{OURS} in float32 keeps {share:.1%} of the tokens that the {OFFICIAL} keeps"]
+    if share == 1.0:
+        with torch.no_grad():
+            want = model(**official.prepare(inputs), use_cache=True, logits_to_keep=1).logits[:, -1]
+        require_error(f"{OFFICIAL}: logits", _error(got, want), BOUNDS[model.dtype])
+        found.append(f"{OFFICIAL}: first logits are ours")
+    return found
+
+
+def _near(name: str, logits: torch.Tensor, want: Answer) -> None:
+    require_error(f"{name}: logits", _error(logits[:, -1], want.logits[:, 0]), BOUNDS[logits.dtype])
+
+
+def _agree(name: str, tokens: torch.Tensor, want: Answer) -> None:
+    """Every token as in the reference, up to one that rounding may decide, from which on answers may part."""
+    for row, (given, expected, logits) in enumerate(zip(tokens, want.tokens, want.logits, strict=True)):
+        for step, (token, other) in enumerate(zip(given.tolist(), expected.tolist(), strict=True)):
+            if token == other:
+                continue
+            gap = (logits[step, other] - logits[step, token]) / logits[step].abs().max()
+            if gap <= _rounding(tokens, logits):
+                break
+            raise GateError(f"{name}: token {step} of row {row} is {token}, by hand it is {other}")
+
+
+def _rounding(tokens: torch.Tensor, logits: torch.Tensor) -> float:
+    return 1e-4 if tokens.device.type == "cpu" else 5e-2
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm())

@@ -1,0 +1,129 @@
+"""Who prunes: nobody, ocvtp with a pruner or a rule, or the published code's dataflow."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import ocvtp
+from bench.e2e.official import FAMILIES, OfficialDataflow
+from bench.e2e.prompts import Inputs
+from bench.e2e.watch import Watch, watched
+from ocvtp import OCPruner
+from ocvtp.vlm import PatchError, stage_times
+from ocvtp.vlm.patch import controller_of
+from ocvtp.vlm.selectors import Rule
+from ocvtp.vlm.timing import Clock
+
+UNPRUNED, OURS, OFFICIAL = "unpruned", "ocvtp", "official dataflow"
+#: Name of a method -> the rule that it is.
+RULES: dict[str, Rule] = {"farthest point": "farthest_point", "attention": "attention", "random": "random"}
+NAMES = (UNPRUNED, OURS, OFFICIAL, *RULES)
+
+Prepare = Callable[[Inputs, Clock | None], Inputs]
+
+
+class Runner:
+    """A model with a method at work.
+
+    Args:
+        model: as it runs now.
+        prepare: makes of a processor's inputs what ``generate`` and ``forward`` are called with.
+    """
+
+    def __init__(self, model: Any, prepare: Prepare) -> None:
+        self.model, self._prepare = model, prepare
+        self._clock: Clock | None = None
+
+    def generate(self, inputs: Inputs, **options: Any) -> Any:
+        """``generate``, greedily, with more in its result than tokens."""
+        given = self._prepare(inputs, self._clock)
+        return self.model.generate(**given, do_sample=False, return_dict_in_generate=True, **options)
+
+    def tokens(self, inputs: Inputs, count: int) -> torch.Tensor:
+        """``[B, count]``, chosen greedily."""
+        return self.generate(inputs, max_new_tokens=count).sequences[:, -count:]
+
+    def forward(self, inputs: Inputs) -> Any:
+        """The first token's logits ``[B, 1, V]``, and a filled cache."""
+        with torch.no_grad():
+            given = self._prepare(inputs, self._clock)
+            return self.model(**given, use_cache=True, logits_to_keep=1)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Watch]:
+        """Time the stages of one call in a block. They then follow one another, which they else need not."""
+        self._clock = Clock()
+        times = (
+            stage_times(self.model) if is_patched(self.model) else contextlib.nullcontext(self._clock.times)
+        )
+        try:
+            with watched(self.model) as watch, times as stages:
+                yield watch
+            watch.stages.update({name: ms for name, ms in stages.items() if ms})
+        finally:
+            self._clock = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to run a model.
+
+    Attributes:
+        name: as it is recorded.
+        keep: image tokens of each image that the language model sees.
+        active: puts it on a model for the length of a ``with`` block.
+    """
+
+    name: str
+    keep: int
+    active: Callable[[], contextlib.AbstractContextManager[Runner]]
+
+
+def methods(model: Any, pruner: OCPruner, keep: int, everything: int, **options: Any) -> dict[str, Method]:
+    """All methods that can run this model, unpruned first.
+
+    Args:
+        model: unpatched; the methods share it, one at a time.
+        pruner: for it.
+        keep: tokens of each image.
+        everything: tokens of an image, unpruned.
+        options: of :func:`ocvtp.apply`, where the pruner chooses.
+    """
+
+    @contextlib.contextmanager
+    def patched(chooser: Any, **how: Any) -> Iterator[Runner]:
+        with ocvtp.pruned(model, chooser, keep=keep, **how):
+            yield Runner(model, _as_given)
+
+    @contextlib.contextmanager
+    def official() -> Iterator[Runner]:
+        dataflow = OfficialDataflow(model, pruner, keep, tf32=next(model.parameters()).is_cuda)
+        yield Runner(model, dataflow.prepare)
+
+    found = [
+        Method(UNPRUNED, everything, lambda: contextlib.nullcontext(Runner(model, _as_given))),
+        Method(OURS, keep, lambda: patched(pruner, **options)),
+    ]
+    if model.config.model_type in FAMILIES:
+        found.append(Method(OFFICIAL, keep, official))
+    for name, rule in RULES.items():
+        found.append(Method(name, keep, lambda rule=rule: patched(rule)))  # type: ignore[misc]
+    return {method.name: method for method in found}
+
+
+def is_patched(model: Any) -> bool:
+    """Whether ocvtp is at work on a model."""
+    try:
+        controller_of(model)
+    except PatchError:
+        return False
+    return True
+
+
+def _as_given(inputs: Inputs, clock: Clock | None) -> Inputs:
+    return inputs

@@ -1,0 +1,134 @@
+"""What is measured: models, budgets, batch sizes, text lengths, modes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ocvtp import OCPruner, PrunerConfig
+from ocvtp.commands.demo import LLAVA_SHAPED
+from ocvtp.published import PUBLISHED
+from ocvtp.vlm.adapter import adapter_for
+
+#: How the language model runs.
+Mode = Literal["eager", "static cache", "captured prefill"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting in which methods are compared.
+
+    Attributes:
+        mode: how the language model runs.
+        batch: prompts, of one image each.
+        text_tokens: of each prompt, beside the image's.
+        methods: to compare; default: all.
+    """
+
+    mode: Mode
+    batch: int
+    text_tokens: int
+    methods: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and how it is measured.
+
+    Attributes:
+        name: for the file of results.
+        config: of the model, made when it is needed.
+        image: height and width of each picture, in pixels.
+        keep: image tokens kept.
+        cells: settings, the most telling first.
+        decode_tokens: timed after the first token.
+        rounds: of every method, in turns.
+        calls: timed in each round.
+        gpu: whether it is only for GPUs.
+    """
+
+    name: str
+    config: Any
+    image: tuple[int, int]
+    keep: int
+    cells: tuple[Cell, ...]
+    decode_tokens: int = 32
+    rounds: int = 3
+    calls: int = 5
+    gpu: bool = True
+
+    def build(self, device: torch.device) -> tuple[Any, OCPruner]:
+        """The model, float32 on a CPU and bfloat16 on a GPU, and a pruner for it; both of random weights.
+
+        Weights are drawn where they stay: nothing is downloaded, nothing as large passes through the host.
+        """
+        from transformers import AutoModelForImageTextToText
+
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        torch.manual_seed(0)
+        with device:
+            model = AutoModelForImageTextToText.from_config(self.config(), dtype=dtype).eval()
+            facts = adapter_for(model).facts({})
+            layer = min(PrunerConfig.layer, max(facts.consumed_layers) - 1)
+            pruner = OCPruner(PrunerConfig(in_dim=facts.width, unit=facts.unit, layer=layer)).eval()
+        # An answer must be as long as was asked for.
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+        return model, pruner
+
+
+def cells(
+    batches: Sequence[int], texts: Sequence[int], *, once: Sequence[Mode] = ("static cache",)
+) -> tuple[Cell, ...]:
+    """All methods eagerly and with captured prefill for every size; ``once`` for the smallest, ours alone."""
+    found = [Cell(mode, batches[0], texts[0]) for mode in ("eager", "captured prefill")]
+    found += [Cell(mode, batches[0], texts[0], ("unpruned", "ocvtp")) for mode in once]
+    for batch in batches:
+        for text in texts:
+            if (batch, text) != (batches[0], texts[0]):
+                found += [
+                    Cell(mode, batch, text, ("unpruned", "ocvtp")) for mode in ("eager", "captured prefill")
+                ]
+    return tuple(found)
+
+
+def _llava_shaped() -> Any:
+    """CLIP-L/14-336 and half a billion parameters: the model that ``ocvtp demo`` times."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    text = LLAVA_SHAPED.text
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**LLAVA_SHAPED.vision),
+        text_config=LlamaConfig(**text, eos_token_id=None, pad_token_id=0),
+        image_token_index=text["vocab_size"] - 1,
+        image_seq_length=LLAVA_SHAPED.image_tokens,
+        vision_feature_layer=-2,
+    )
+
+
+def _published(name: str, keep: int, batches: Sequence[int], texts: Sequence[int]) -> Preset:
+    one = PUBLISHED[name]
+    return Preset(name, one.config, one.image, keep, cells(batches, texts))
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "cpu-small",
+            _llava_shaped,
+            (336, 336),
+            64,
+            (Cell("eager", 1, LLAVA_SHAPED.prompt_tokens),),
+            decode_tokens=8,
+            calls=1,
+            gpu=False,
+        ),
+        _published("llava-1.5-7b", 64, (1, 8), (32, 256)),
+        _published("llava-next-7b", 160, (1, 8), (32, 256)),
+        _published("qwen2.5-vl-7b", 144, (1, 8), (32, 256)),
+    )
+}
