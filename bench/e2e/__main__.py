@@ -137,7 +137,7 @@ def show(name: str, rows: Rows, console: Console) -> None:
         title=f"{name}: {first['mode']}, B = {first['batch']}, {first['text_tokens']} text tokens",
     )
     for row in rows:
-        prefill, peak = row["prefill_ms"], row["peak_bytes"]
+        prefill = row["prefill_ms"]
         table.add_row(
             row["method"],
             str(row["keep"]),
@@ -147,7 +147,7 @@ def show(name: str, rows: Rows, console: Console) -> None:
             f"{first['prefill_ms']['median'] / prefill['median']:.2f}x" if prefill else "",
             f"{row['decode_tokens_per_s']:.1f}" if row["decode_tokens_per_s"] else "",
             f"{row['kv_bytes'] / 1e6:.1f}",
-            f"{peak / 1e9:.2f}" if peak else "",
+            f"{row['peak_bytes'] / 1e9:.2f}",
         )
     console.print(table)
 

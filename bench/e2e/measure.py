@@ -12,7 +12,7 @@ from typing import Any
 from transformers import StoppingCriteriaList
 
 from bench.e2e.captured import Recorder, captured_prefill, record_graph
-from bench.e2e.memory import cache_bytes, peak_bytes
+from bench.e2e.memory import cache_bytes, extra_bytes, held_bytes
 from bench.e2e.methods import Method, Runner
 from bench.e2e.presets import Cell
 from bench.e2e.prompts import Inputs
@@ -30,7 +30,7 @@ class Samples:
         first: milliseconds to the first token.
         decoding: tokens per second after it, of all prompts together.
         stages: milliseconds, by stage.
-        peak: bytes.
+        peak: bytes, weights among them.
         cache: bytes of keys and values of one token of every prompt.
         prompt_tokens: that the language model read of each prompt.
     """
@@ -38,7 +38,7 @@ class Samples:
     first: list[float] = field(default_factory=list)
     decoding: list[float] = field(default_factory=list)
     stages: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    peak: int | None = None
+    peak: int = 0
     cache: int = 0
     prompt_tokens: int = 0
 
@@ -85,7 +85,8 @@ def measure(
                     for _ in range(3):  # compile, record, replay
                         call.run()
                 if number == 0:
-                    samples[name].peak = peak_bytes(device, call.run if gpu else call.timed)
+                    held = held_bytes(device, runner.model)
+                    samples[name].peak = held + extra_bytes(device, call.run if gpu else call.timed)
                 for _ in range(calls - (number == 0 and not gpu)):
                     call.timed()
                 if gpu:

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-
-_CLEAR = Path("/proc/self/clear_refs")
-_STATUS = Path("/proc/self/status")
+from torch.profiler import ProfilerActivity, profile
 
 
-def peak_bytes(device: torch.device, call: Callable[[], object]) -> int | None:
-    """The most memory in use during a call: allocated on a GPU, resident of the process on a CPU.
+def extra_bytes(device: torch.device, call: Callable[[], object]) -> int:
+    """The most memory that a call takes at a time, on top of what tensors hold before it.
 
-    ``None`` where the system does not tell.
+    On a GPU what its allocator says, on a CPU the sum of all allocations and releases in their order: the
+    same in every run. (What the system says is resident does not shrink when a tensor dies.)
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        _CLEAR.write_text("5")  # reset the high-water mark: Linux, proc(5)
-    except OSError:
-        return None
-    call()
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    results: Any = profiler.profiler
+    changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def held_bytes(device: torch.device, *modules: torch.nn.Module) -> int:
+    """What tensors hold: on a GPU all of them, on a CPU the parameters and buffers of ``modules``."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def cache_bytes(cache: Any) -> int:
