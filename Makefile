@@ -6,16 +6,19 @@
 #   make lint    ruff and mypy
 #   make aot     compile every kernel for every supported GPU, without one; TARGETS="sm_90 gfx942" chooses
 #   make bench   microbenchmarks; without a GPU, PyTorch alone at small sizes
+#   make e2e     a whole model unpruned and pruned by several methods: 3 minutes on two cores
+#   make scaling cost against tokens, images and frames, and where pruning does not pay: 6 minutes on two cores
+#   make report  documents and pictures from bench/results; make guard compares counts with their snapshot
 #   make accuracy
 #                what a small model still answers with fewer tokens, by who chooses them: 10 minutes on two cores
 # On a machine with a GPU, in .venv or, where there is none, in python3 with torch, triton and pytest-benchmark:
-#   make gpu     GPU tests, then microbenchmarks, in parts of less than eight minutes that also run alone:
+#   make gpu     everything that needs one, in parts of less than eight minutes that also run alone, and the report:
 #                gpu-tests, gpu-micro-selection, gpu-micro-received, gpu-micro-reconstruction, gpu-micro-coverage,
-#                gpu-micro-slot-training, gpu-accuracy, gpu-testbed (trains a larger test bed; run it again to get
-#                further), and gpu-micro-slots,
-#                itself three parts that add up to one file if the commit is known and clean:
-#                gpu-micro-slots-kernels, gpu-micro-slots-pruner, gpu-micro-slots-compiled (torch.compile's autotuning
-#                is kept on disk: run it again to get further)
+#                gpu-micro-slot-training, gpu-micro-slots (three parts: gpu-micro-slots-kernels, -pruner and
+#                -compiled), gpu-e2e-llava-1.5-7b, gpu-e2e-llava-next-7b, gpu-e2e-qwen2.5-vl-7b, gpu-scaling,
+#                gpu-tower, gpu-accuracy, gpu-testbed (trains a larger test bed), gpu-report.
+#                Of a tree whose commit is known and clean, a part that ran out of time goes on where it stopped: run
+#                it again
 #   RESULTS=folder puts results elsewhere; COMMIT=id names a tree that has no git; GPU_PYTHON=python
 PYTHON ?= python3
 VENV := .venv
@@ -26,14 +29,19 @@ RESULTS ?= bench/results
 COMMIT ?=
 VERSIONS ?=
 TARGETS ?=
-GPU_PYTEST = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m pytest
+GPU_RUN = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON)
+GPU_PYTEST = $(GPU_RUN) -m pytest
 TABLE := --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
 # A row started just before the deadline may still compile for a minute.
 RECORD = --record --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) --deadline 400 $(TABLE)
 
-.PHONY: demo test test-matrix lint aot format bench clean gpu gpu-check gpu-tests gpu-micro-selection \
-        gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage gpu-micro-slot-training gpu-micro-slots \
-        gpu-micro-slots-kernels gpu-micro-slots-pruner gpu-micro-slots-compiled gpu-accuracy gpu-testbed accuracy
+# Exit code 3 means that time ran out and a later run goes on: the other parts still get their turn.
+RESUMABLE = --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) --record --minutes 6 || [ $$? -eq 3 ]
+
+.PHONY: demo test test-matrix lint aot format bench e2e scaling report guard accuracy clean gpu gpu-check gpu-tests \
+        gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage gpu-micro-slot-training \
+        gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner gpu-micro-slots-compiled gpu-scaling \
+        gpu-tower gpu-accuracy gpu-testbed gpu-report
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' || \
@@ -70,6 +78,19 @@ aot: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/micro $(TABLE)
 
+e2e: $(VENV)/.dev
+	$(BIN)/python -m bench.e2e
+
+scaling: $(VENV)/.dev
+	$(BIN)/python -m bench.scaling
+
+report: $(VENV)/.dev
+	$(BIN)/python -m bench.report
+
+guard: $(VENV)/.dev
+	$(BIN)/python -m bench.guard
+	$(BIN)/python -m bench.flops
+
 accuracy: $(VENV)/.dev
 	$(BIN)/python -m bench.accuracy
 
@@ -81,8 +102,14 @@ gpu:
 	$(MAKE) gpu-micro-coverage
 	$(MAKE) gpu-micro-slot-training
 	$(MAKE) gpu-micro-slots
+	$(MAKE) gpu-e2e-llava-next-7b
+	$(MAKE) gpu-e2e-llava-1.5-7b
+	$(MAKE) gpu-e2e-qwen2.5-vl-7b
+	$(MAKE) gpu-scaling
+	$(MAKE) gpu-tower
 	$(MAKE) gpu-accuracy
 	$(MAKE) gpu-testbed
+	$(MAKE) gpu-report
 
 gpu-check:
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
@@ -120,12 +147,25 @@ gpu-micro-slots-pruner: gpu-check
 gpu-micro-slots-compiled: gpu-check
 	$(GPU_PYTEST) bench/micro/test_slot_attention.py -k compiled $(RECORD)
 
+gpu-e2e-%: gpu-check
+	$(GPU_RUN) -m bench.e2e --preset $* $(RESUMABLE)
+
+gpu-scaling: gpu-check
+	$(GPU_RUN) -m bench.scaling $(RESUMABLE)
+
+gpu-tower: gpu-check
+	$(GPU_RUN) -m bench.tower --shape clip-l-336 --shape qwen2.5-vl --seconds 20 --record --results $(RESULTS) \
+	  $(if $(COMMIT),--commit $(COMMIT))
+
+gpu-report:
+	$(GPU_RUN) -m bench.report --results $(RESULTS)
+
 gpu-accuracy: gpu-check
-	$(GPU_PYTHON) -m bench.accuracy --device cuda --record --no-document --results $(RESULTS) \
+	$(GPU_RUN) -m bench.accuracy --device cuda --record --no-document --results $(RESULTS) \
 	  $(if $(COMMIT),--commit $(COMMIT))
 
 gpu-testbed: gpu-check
-	$(GPU_PYTHON) -m bench.testbed train --recipe bench/testbed/recipe-large.json --out build/testbed-large \
+	$(GPU_RUN) -m bench.testbed train --recipe bench/testbed/recipe-large.json --out build/testbed-large \
 	  --device cuda --workers 12 --minutes 7 $(if $(COMMIT),--commit $(COMMIT))
 
 format: $(VENV)/.dev

@@ -7,6 +7,7 @@ not depend on them. Nothing is timed before the gate is green.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.e2e import gate
+from bench.e2e.captured import record_graph, record_nothing
 from bench.e2e.measure import measure
 from bench.e2e.methods import NAMES, Method, methods
-from bench.e2e.presets import PRESETS, Cell, Preset
+from bench.e2e.presets import PRESETS, Cell, Preset, rehearsal
 from bench.e2e.prompts import prompt
 from bench.harness import device_slug, provenance
 from bench.micro.gates import GateError
@@ -68,6 +70,7 @@ def run(
             decode_tokens=preset.decode_tokens,
             rounds=preset.rounds,
             calls=preset.calls,
+            record=record_graph if device.type == "cuda" else record_nothing,
         )
         for row in rows:
             results.add(row)
@@ -105,7 +108,7 @@ def _head(
     return {
         **provenance(device, commit),
         "preset": preset.name,
-        "note": None,
+        "note": "a rehearsal on a tiny model: figures mean nothing" if preset.pruner else None,
         "weights": "random",
         "dtype": str(model.dtype).removeprefix("torch."),
         "image": list(preset.image),
@@ -162,16 +165,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="cpu-small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing new after this long")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on a tiny model of the same family, to see that it runs"
+    )
     parser.add_argument("--record", action="store_true", help="write RESULTS/<device>/e2e-<preset>.json")
     parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
     parser.add_argument("--commit", help="of this tree, where git can't tell")
     arguments = parser.parse_args(argv)
     preset, device = PRESETS[arguments.preset], torch.device(arguments.device)
+    if arguments.rehearse:
+        preset = rehearsal(preset)
     if preset.gpu and device.type == "cpu":
         parser.error(f"{preset.name} is built at its true size and needs a GPU; on a CPU: --preset cpu-small")
     if not arguments.record:
-        import tempfile
-
         arguments.results = Path(tempfile.mkdtemp(prefix="ocvtp-e2e-"))
     path = arguments.results / device_slug(device) / f"e2e-{preset.name}.json"
     console = Console()

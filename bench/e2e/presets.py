@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -48,6 +48,7 @@ class Preset:
         rounds: of every method, in turns.
         calls: timed in each round.
         gpu: whether it is only for GPUs.
+        pruner: sizes of the pruner that are not the published ones.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Preset:
     rounds: int = 3
     calls: int = 5
     gpu: bool = True
+    pruner: Mapping[str, int] = field(default_factory=dict)
 
     def build(self, device: torch.device) -> tuple[Any, OCPruner]:
         """The model, float32 on a CPU and bfloat16 on a GPU, and a pruner for it; both of random weights.
@@ -73,7 +75,8 @@ class Preset:
             model = AutoModelForImageTextToText.from_config(self.config(), dtype=dtype).eval()
             facts = adapter_for(model).facts({})
             layer = min(PrunerConfig.layer, max(facts.consumed_layers) - 1)
-            pruner = OCPruner(PrunerConfig(in_dim=facts.width, unit=facts.unit, layer=layer)).eval()
+            sizes = {"in_dim": facts.width, "unit": facts.unit, "layer": layer, **self.pruner}
+            pruner = OCPruner(PrunerConfig(**sizes)).eval()
         # An answer must be as long as was asked for.
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
@@ -93,6 +96,30 @@ def cells(
                     Cell(mode, batch, text, ("unpruned", "ocvtp")) for mode in ("eager", "captured prefill")
                 ]
     return tuple(found)
+
+
+def rehearsal(preset: Preset) -> Preset:
+    """The same run on a model of the same family and few parameters: every cell once, on any device."""
+
+    def config() -> Any:
+        made = preset.config()
+        text, vision = made.get_text_config(), made.vision_config
+        text.num_hidden_layers, text.hidden_size, text.intermediate_size = 2, 256, 128
+        text.num_attention_heads, text.num_key_value_heads = 2, 1
+        if getattr(text, "layer_types", None) is not None:
+            text.layer_types = text.layer_types[:2]
+        if hasattr(text, "head_dim"):
+            text.head_dim = 128
+        if made.model_type == "qwen2_5_vl":
+            vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 4, 64, 96, 4
+            vision.fullatt_block_indexes, vision.out_hidden_size = [1, 3], 256
+        else:
+            vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size = 4, 64, 96
+            vision.num_attention_heads = 4
+        return made
+
+    small = {"hidden_dim": 64, "slot_dim": 32, "ffn_dim": 64}
+    return replace(preset, config=config, decode_tokens=2, rounds=1, calls=1, gpu=False, pruner=small)
 
 
 def _llava_shaped() -> Any:

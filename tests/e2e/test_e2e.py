@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import ocvtp
 from bench.e2e import __main__ as command
 from bench.e2e import gate
-from bench.e2e.captured import BUCKET, captured_prefill
+from bench.e2e.captured import BUCKET, captured_prefill, record_nothing
 from bench.e2e.measure import measure
 from bench.e2e.memory import extra_bytes, held_bytes
 from bench.e2e.methods import NAMES, OFFICIAL, OURS, UNPRUNED, Runner, methods
@@ -52,17 +52,6 @@ def oc_pruner() -> OCPruner:
 
 def tiny(**changes: Any) -> dict[str, Any]:
     return {"image": (56, 56), "text_tokens": TEXT, **changes}
-
-
-def rehearse(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """As a CUDA graph: the first run's results are there only after a replay."""
-    output = work()
-    output.last_hidden_state.fill_(float("nan"))
-
-    def replay() -> None:
-        output.last_hidden_state.copy_(work().last_hidden_state)
-
-    return output, replay
 
 
 # ------------------------------------------------------------------------------------------------- prompts
@@ -215,7 +204,7 @@ def test_captured_prefill_computes_the_same(family: str) -> None:
                 prompt(model, image=image, text_tokens=text, batch=2) for text in (TEXT, TEXT + 7)
             )
             want = [runner.forward(inputs).logits for inputs in (short, longer, short)]
-            with captured_prefill(model, rehearse) as captured:
+            with captured_prefill(model, record_nothing) as captured:
                 got = [runner.forward(inputs).logits.clone() for inputs in (short, longer, short)]
             for one, other in zip(got, want, strict=True):
                 assert relative_error(one, other) <= 1e-5
@@ -239,7 +228,7 @@ def test_rows(family: str, mode: Any) -> None:
     cell = Cell(mode, 2, TEXT)
     inputs = prompt(model, image=image, text_tokens=TEXT, batch=2)
     found = methods(model, pruner, KEEP, tokens)
-    rows = measure(cell, inputs, found, decode_tokens=2, rounds=2, calls=2, record=rehearse)
+    rows = measure(cell, inputs, found, decode_tokens=2, rounds=2, calls=2, record=record_nothing)
     assert [row["method"] for row in rows] == list(found)
     text = model.config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -340,6 +329,31 @@ def test_no_figure_without_a_green_gate(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(SystemExit, match="gate failed at tiny: "):
         command.main(["--preset", "tiny", "--record", "--results", str(tmp_path)])
     assert not list(tmp_path.glob("*/*.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [("llava-1.5-7b", (336, 336)), ("llava-next-7b", (672, 336)), ("qwen2.5-vl-7b", (168, 168))],
+)
+def test_rehearsal_of_what_a_gpu_will_run(
+    name: str, image: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every cell of a full-size preset, its whole way to the file, on a tiny model of its family."""
+    small = PRESETS[name]
+    monkeypatch.setitem(command.PRESETS, name, dataclasses.replace(small, keep=20, image=image))
+    arguments = ["--preset", name, "--rehearse", "--record", "--results", str(tmp_path), "--device", "cpu"]
+    assert command.main(arguments) == 0
+    (path,) = tmp_path.glob(f"*/e2e-{name}.json")
+    record = json.loads(path.read_text())
+    assert "rehearsal" in record["note"]
+    want = {
+        (cell.mode, cell.batch, cell.text_tokens, method)
+        for cell in small.cells
+        for method in cell.methods or NAMES
+        if method != OFFICIAL or "llava" in name
+    }
+    rows = record["rows"]
+    assert {(row["mode"], row["batch"], row["text_tokens"], row["method"]) for row in rows} == want
 
 
 def test_full_size_presets_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
