@@ -3,7 +3,7 @@
 Launches are recorded from the launchers themselves, on shapes that reach every row of the tile table, so
 what is compiled is what a GPU would run. Prints registers, spills, shared memory and matrix instructions, and
 exits with 1 if a kernel spills, exceeds a limit of its architecture, or has a dot that missed the tensor
-cores.
+cores; and if any of these numbers is not the one in bench/results/counts/aot.json, which --write renews.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from bench import aot_snapshot
+from bench.harness import package_version, provenance
 from bench.launches import launches
 from ocvtp_kernels._arch import interpreting
 from ocvtp_kernels._launch import OPTIONS, Launch
@@ -74,6 +76,10 @@ class Usage:
     shared: int
     matrix: str
     faults: tuple[str, ...]
+
+    def row(self) -> dict[str, int | str]:
+        """What the snapshot holds of it."""
+        return {name: getattr(self, name) for name in ("registers", "spills", "shared", "matrix")}
 
 
 def compile_launch(launch: Launch, target: str) -> Usage:
@@ -129,6 +135,12 @@ def _specialise(
                 attributes[(index,)] = [["tt.divisibility", 16]]
     assert next(arguments, None) is None
     return signature, constants, attributes
+
+
+def keys(target: str) -> list[str]:
+    """A name for each launch of ``target``, by which the snapshot knows it."""
+    made = launches(TARGETS[target].tiles)
+    return aot_snapshot.keys(made, [f"{one.kernel.fn.__name__} {_variant(one)}" for one in made])
 
 
 def _variant(launch: Launch) -> str:
@@ -191,19 +203,45 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
     parser.add_argument("--kernel", action="append", help="default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--write", action="store_true", help="accept what was compiled: renew the snapshot")
     options = parser.parse_args(arguments)
     if interpreting():
         parser.error("unset TRITON_INTERPRET: interpreted kernels can't be compiled")
-    work = list(tasks(options.target or list(TARGETS), options.kernel or []))
+    targets = options.target or list(TARGETS)
+    work = list(tasks(targets, options.kernel or []))
     if not work:
         parser.error(f"no kernel is called {' or '.join(options.kernel)}")
+    names = {target: keys(target) for target in targets}
+    found: aot_snapshot.Rows = {target: {} for target in targets}
     failed = 0
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for usage in pool.map(_task, work, chunksize=4):
+        for (target, index), usage in zip(work, pool.map(_task, work, chunksize=4), strict=True):
             print(_line(usage), flush=True)
             failed += bool(usage.faults)
+            found[target][names[target][index]] = usage.row()
     print(f"{len(work)} kernels compiled, {failed} with faults")
-    return int(failed > 0)
+    version = str(package_version("triton"))
+    if not options.write:
+        lines, same = aot_snapshot.compare(
+            found, version=version, whole=not options.kernel, path=aot_snapshot.PATH
+        )
+        print(*lines, sep="\n")
+        return int(failed > 0 or not same)
+    if failed:
+        print("faults are not accepted: nothing written")
+        return 1
+    try:
+        aot_snapshot.renew(
+            found,
+            version=version,
+            commit=provenance()["commit"],
+            kernels=options.kernel or (),
+            order=TARGETS,
+            path=aot_snapshot.PATH,
+        )
+    except aot_snapshot.MixedVersionsError as error:
+        parser.error(str(error))
+    return 0
 
 
 def _line(usage: Usage) -> str:

@@ -71,6 +71,8 @@ def why_no_kernels(device: torch.device) -> str | None:
         return "triton is not installed (pip install triton)"
     if interpreting() and device.type == "cpu":
         return None
+    if _pretended is not None and device.type == "meta":
+        return None
     if device.type != "cuda":
         debug = " (TRITON_INTERPRET=1 runs them there, slowly, to debug)" if device.type == "cpu" else ""
         return f"kernels need a CUDA or ROCm GPU, not {device.type}{debug}"
@@ -93,7 +95,10 @@ def _count(index: int | None) -> int:
 
 @contextlib.contextmanager
 def pretend(arch: str) -> Iterator[None]:
-    """Take the tiles of another architecture: to compile for it, or to run its tiles in the interpreter."""
+    """Take the tiles of another architecture: to compile for it, or to run its tiles in the interpreter.
+
+    Tensors on ``meta`` count as lying on such a GPU: ``backend="auto"`` is Triton for them.
+    """
     global _pretended
     before, _pretended = _pretended, arch
     try:

@@ -13,6 +13,7 @@ _library = torch.library.Library(_NAMESPACE, "DEF")
 
 #: Operator name -> count, for ``fvcore.nn.FlopCountAnalysis(...).set_op_handle(**fvcore_handles())``.
 _fvcore: dict[str, Callable[[list[Any], list[Any]], int]] = {}
+_launchers: dict[str, Callable[..., Any]] = {}
 
 
 def define(
@@ -34,6 +35,7 @@ def define(
     for key in ("CUDA", "CPU"):
         _library.impl(name, launch, key)
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+    _launchers[f"{_NAMESPACE}::{name}"] = launch
     packet = getattr(getattr(torch.ops, _NAMESPACE), name)
     register_flop_formula(packet)(flops)
     _fvcore[f"{_NAMESPACE}::{name}"] = lambda inputs, outputs: flops(*map(_shape, inputs)) // 2
@@ -46,6 +48,14 @@ def handle_function(function: type[torch.autograd.Function], flops: Callable[...
     ``flops`` takes the shapes of the tensors among the function's arguments.
     """
     _fvcore[f"prim::PythonOp.{function.__name__}"] = lambda inputs, _: flops(*map(_shape, inputs)) // 2
+
+
+def launchers() -> dict[str, Callable[..., Any]]:
+    """Operator name -> what it runs on a GPU, for whoever counts that without one.
+
+    Import the operations that are counted first.
+    """
+    return dict(_launchers)
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import ocvtp
+from ocvtp.vlm.encode import encode
+from ocvtp.vlm.patch import controller_of
 from tests.vlm.family import Family, families
-from tests.vlm.tiny_llava import GREEDY, KEEP, llava, mixed, pruner
+from tests.vlm.tiny_llava import GREEDY, KEEP, llava, mixed, pixels, pruner
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,6 +23,54 @@ pytestmark = [
 
 def to_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {name: tensor.cuda() for name, tensor in inputs.items()}
+
+
+@contextlib.contextmanager
+def never_waiting() -> Iterator[None]:
+    """PyTorch raises where its host would wait for the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_waiting_raises() -> None:
+    x = torch.ones(3, device="cuda")
+    with never_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
+        x.sum().item()
+
+
+@pytest.mark.parametrize("refine", [0, 2])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_pruner_never_waits(backend: str, refine: int) -> None:
+    chooser = pruner().cuda()
+    features, fill = torch.randn(3, 16, chooser.config.in_dim).cuda(), torch.rand(3, 16).cuda()
+    want = chooser(features, KEEP, fill, backend=backend, refine=refine)  # folds weights, compiles kernels
+    with never_waiting():
+        got = chooser(features, KEEP, fill, backend=backend, refine=refine)
+    assert torch.equal(got.indices, want.indices)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@torch.no_grad()
+def test_the_vision_side_never_waits(capture: bool) -> None:
+    """From pixels to projected rows: tower, choice, projector."""
+    model, pictures = llava().half().cuda(), pixels(2).half().cuda()
+    ocvtp.apply(model, pruner(), keep=KEEP, backend="triton", capture=capture)
+    controller = controller_of(model)
+
+    def rows() -> torch.Tensor:
+        kept = encode(controller.adapter, {"pixel_values": pictures}, controller.settings, None)
+        return kept["image"].flat()
+
+    for _ in range(3):  # as it is, captured, replayed
+        want = rows()
+    with never_waiting():
+        got = rows()
+    assert torch.equal(got, want)
+    ocvtp.remove(model)
 
 
 def test_a_model_that_moved(route: str, positions: str) -> None:
