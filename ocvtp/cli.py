@@ -352,6 +352,54 @@ def demo(
         )
 
 
+class Accounting(str, enum.Enum):
+    """Whose count of operations."""
+
+    both = "both"
+    paper = "paper"
+    full = "full"
+
+
+class Counter(str, enum.Enum):
+    """Whose formulas."""
+
+    torch = "torch"
+    fvcore = "fvcore"
+
+
+@app.command()
+def flops(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2.5-vl-3b or qwen2.5-vl-7b; or a LLaVA's, "
+            "LLaVA-NeXT's or Qwen-VL's folder or Hub id, of which only the configuration is read.",
+            callback=_at_home,
+        ),
+    ],
+    keep: BudgetOption = DEFAULT_KEEP,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, the image aside.")] = 32,
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="HEIGHTxWIDTH", help="Pixels of the image, for LLaVA-NeXT and Qwen-VL."),
+    ] = None,
+    accounting: Annotated[Accounting, typer.Option(help="Count to show.")] = Accounting.both,
+    counter: Annotated[Counter, typer.Option(help="Formulas to count by.")] = Counter.torch,
+    as_json: JsonOption = False,
+) -> None:
+    """Count a model's floating-point operations, unpruned and pruned, without its weights."""
+    from ocvtp.commands import flops as command
+
+    with told_plainly():
+        found = command.run(
+            model=model, keep=keep, text_tokens=text_tokens, image=image, counter=counter.value
+        )
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        command.show(found, accounting.value, Console())
+
+
 @app.command()
 def env(as_json: JsonOption = False) -> None:
     """Print versions, devices, and what will run."""

@@ -1,0 +1,100 @@
+"""`make gpu` on a machine without one: every command it would run exists and takes the options it is given.
+
+What the commands do is rehearsed by the tests of each benchmark.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.e2e.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+def commands() -> list[list[str]]:
+    """Command lines of ``make gpu``, without what comes after ``||``."""
+    made = subprocess.run(
+        ["make", "-n", "gpu", "GPU_PYTHON=python3", "RESULTS=elsewhere", "COMMIT=abc"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    joined = made.stdout.replace("\\\n", " ")
+    lines = [line.partition("||")[0] for line in joined.splitlines() if " python3 -m " in line]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[list[str]]:
+    return commands()
+
+
+def of(lines: list[list[str]], module: str) -> list[list[str]]:
+    return [line[3:] for line in lines if line[:3] == ["python3", "-m", module]]
+
+
+def test_all_parts_are_there(lines: list[list[str]]) -> None:
+    modules = {line[2] for line in lines}
+    assert modules == {
+        "pytest",
+        "bench.e2e",
+        "bench.scaling",
+        "bench.tower",
+        "bench.accuracy",
+        "bench.testbed",
+        "bench.report",
+    }
+    presets = [line[line.index("--preset") + 1] for line in of(lines, "bench.e2e")]
+    assert sorted(presets) == sorted(name for name, preset in PRESETS.items() if preset.gpu)
+    assert lines[-1][2] == "bench.report"
+    recorded = [line for line in lines if "--record" in line]
+    assert all("elsewhere" in line and "abc" in line for line in recorded)
+    files = {path.name for path in (ROOT / "bench" / "micro").glob("test_*.py")}
+    assert files <= {Path(word).name for line in of(lines, "pytest") for word in line}
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["bench.e2e", "bench.scaling", "bench.tower", "bench.accuracy", "bench.testbed", "bench.report"],
+)
+def test_commands_take_their_options(
+    lines: list[list[str]],
+    module: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for line in of(lines, module):
+        subcommand = [word for word in line[:1] if not word.startswith("-")]
+        monkeypatch.setattr(sys, "argv", [module, *subcommand, "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_module(module, run_name="__main__")
+        known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+        assert {word for word in line if word.startswith("--")} <= known
+
+
+def test_tests_and_microbenchmarks_take_theirs(lines: list[list[str]]) -> None:
+    found = of(lines, "pytest")
+    for line in found:
+        for word in line:
+            if word.endswith(".py") or word.startswith("tests/"):
+                assert (ROOT / word).exists(), word
+    options = [word for word in next(line for line in found if "--record" in line) if "/" not in word]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench/micro/test_selection.py", "--collect-only", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
