@@ -150,7 +150,7 @@ PRESETS = {
             (336, 336),
             64,
             (Cell("eager", 1, LLAVA_SHAPED.prompt_tokens),),
-            decode_tokens=8,
+            decode_tokens=4,
             calls=1,
             gpu=False,
         ),

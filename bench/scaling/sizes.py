@@ -83,6 +83,7 @@ class Scale:
         images: of one prompt, for the LLaVA.
         frames: of a video, for the Qwen-VL.
         seconds: for each point.
+        budgets: tokens kept of 576, for the LLaVA.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Scale:
     images: Sequence[int]
     frames: Sequence[int]
     seconds: float
+    budgets: Sequence[int] = (16, 32, 64, 128, 192, 288, 432)
 
     def build(self, config: Any, device: torch.device) -> tuple[Any, Any]:
         """A model with random weights, and a pruner for it."""

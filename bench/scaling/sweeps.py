@@ -63,7 +63,7 @@ def _check(pruner: OCPruner, x: torch.Tensor, received: torch.Tensor, keep: int)
 
 
 def model_curves(scale: Scale, device: torch.device, done: Done) -> Iterator[Curve]:
-    """Time to the first token, unpruned and pruned, against tokens of an image, images and frames."""
+    """Time to the first token, unpruned and pruned, against tokens of an image, images, budget and frames."""
     yield from _curves(
         scale,
         device,
@@ -71,7 +71,7 @@ def model_curves(scale: Scale, device: torch.device, done: Done) -> Iterator[Cur
         scale.qwen(),
         "tokens",
         {"family": "qwen2_5_vl", "keep": KEEP, "text tokens": _TEXT},
-        [((side, side), {}) for side in scale.sides],
+        [((side, side), {}, KEEP) for side in scale.sides],
     )
     yield from _curves(
         scale,
@@ -80,7 +80,16 @@ def model_curves(scale: Scale, device: torch.device, done: Done) -> Iterator[Cur
         scale.llava(),
         "images per prompt",
         {"family": "llava", "tokens per image": 576, "keep per image": KEEP, "text tokens": _TEXT},
-        [((336, 336), {"images": images}) for images in scale.images],
+        [((336, 336), {"images": images}, KEEP) for images in scale.images],
+    )
+    yield from _curves(
+        scale,
+        device,
+        done,
+        scale.llava(),
+        "kept tokens",
+        {"family": "llava", "tokens": 576, "text tokens": _TEXT},
+        [((336, 336), {}, keep) for keep in scale.budgets],
     )
     yield from _curves(
         scale,
@@ -89,8 +98,7 @@ def model_curves(scale: Scale, device: torch.device, done: Done) -> Iterator[Cur
         scale.qwen(),
         "frames",
         {"family": "qwen2_5_vl", "tokens per pair": 144, "keep per pair": 16, "text tokens": _TEXT},
-        [((336, 336), {"frames": frames}) for frames in scale.frames],
-        keep=16,
+        [((336, 336), {"frames": frames}, 16) for frames in scale.frames],
     )
 
 
@@ -101,20 +109,19 @@ def _curves(
     config: Any,
     axis: str,
     fixed: Mapping[str, Any],
-    shapes: Sequence[tuple[tuple[int, int], dict[str, int]]],
-    keep: int = KEEP,
+    shapes: Sequence[tuple[tuple[int, int], dict[str, int], int]],
 ) -> Iterator[Curve]:
     names = {name: f"time to first token, {name}" for name in (UNPRUNED, OURS)}
     if all(done(name, axis, fixed) for name in names.values()):
         return
     model, pruner = scale.build(config, device)
     points: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for number, (image, extra) in enumerate(shapes):
+    for number, (image, extra, keep) in enumerate(shapes):
         inputs = prompt(model, image=image, text_tokens=max(_TEXT, 3 * extra.get("images", 1)), **extra)
         if number == 0:
             _check_model(model, pruner, keep, inputs)
         is_picture = inputs["input_ids"] == inputs["input_ids"].mode().values
-        at = extra.get("images") or extra.get("frames") or int(is_picture.sum())
+        at = next(iter(extra.values()), keep if axis == "kept tokens" else int(is_picture.sum()))
         found = point(at, _calls(model, pruner, keep, inputs), device, scale.seconds)
         for name in names:
             points[name].append(found[name])

@@ -47,6 +47,7 @@ TINY = dataclasses.replace(
     sides=(168, 336, 504),
     images=(1, 2),
     frames=(2, 4),
+    budgets=(16, 64),
     seconds=0.0,
 )
 
@@ -117,7 +118,11 @@ def test_everything_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("pruner", "tokens"),
         ("pruner", "kept tokens"),
         ("pruner", "images in a batch"),
-        *[("time to first token", axis) for axis in ("tokens", "images per prompt", "frames") for _ in "12"],
+        *[
+            ("time to first token", axis)
+            for axis in ("tokens", "images per prompt", "kept tokens", "frames")
+            for _ in "12"
+        ],
     ]
     for one in record["sweeps"]:
         xs = [each["x"] for each in one["points"]]
