@@ -19,7 +19,7 @@
 #                gpu-tower, gpu-accuracy, gpu-testbed (trains a larger test bed), gpu-report.
 #                Of a tree whose commit is known and clean, a part that ran out of time goes on where it stopped: run
 #                it again
-#   RESULTS=folder puts results elsewhere; COMMIT=id names a tree that has no git; GPU_PYTHON=python
+#   RESULTS=folder puts results elsewhere, and copies of the documents with them; COMMIT=id names a tree that has no git; GPU_PYTHON=python
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -94,22 +94,14 @@ guard: $(VENV)/.dev
 accuracy: $(VENV)/.dev
 	$(BIN)/python -m bench.accuracy
 
-gpu:
-	$(MAKE) gpu-tests
-	$(MAKE) gpu-micro-selection
-	$(MAKE) gpu-micro-received
-	$(MAKE) gpu-micro-reconstruction
-	$(MAKE) gpu-micro-coverage
-	$(MAKE) gpu-micro-slot-training
-	$(MAKE) gpu-micro-slots
-	$(MAKE) gpu-e2e-llava-next-7b
-	$(MAKE) gpu-e2e-llava-1.5-7b
-	$(MAKE) gpu-e2e-qwen2.5-vl-7b
-	$(MAKE) gpu-scaling
-	$(MAKE) gpu-tower
-	$(MAKE) gpu-accuracy
-	$(MAKE) gpu-testbed
-	$(MAKE) gpu-report
+GPU_PARTS := gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
+             gpu-micro-slot-training gpu-micro-slots gpu-e2e-llava-next-7b gpu-e2e-llava-1.5-7b gpu-e2e-qwen2.5-vl-7b \
+             gpu-scaling gpu-tower gpu-accuracy gpu-testbed gpu-report
+
+# A part that fails doesn't keep the others from their turn.
+gpu: gpu-check
+	@failed=; for part in $(GPU_PARTS); do $(MAKE) $$part || failed="$$failed $$part"; done; \
+	  if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 gpu-check:
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
@@ -158,7 +150,7 @@ gpu-tower: gpu-check
 	  $(if $(COMMIT),--commit $(COMMIT))
 
 gpu-report:
-	$(GPU_RUN) -m bench.report --results $(RESULTS)
+	$(GPU_RUN) -m bench.report $(if $(filter-out bench/results,$(RESULTS)),--results $(RESULTS) --into $(RESULTS)/report)
 
 gpu-accuracy: gpu-check
 	$(GPU_RUN) -m bench.accuracy --device cuda --record --no-document --results $(RESULTS) \

@@ -48,13 +48,15 @@ def check(
         GateError: an implementation computes something else than it should.
     """
     found = [_everything(model, inputs), *_by_default(model, pruner, keep, inputs)]
+    features = _features(model, inputs)
     for name, method in methods.items():
         if name in (UNPRUNED, OFFICIAL):
             continue
         with method.active() as runner:
-            want = decode(model, by_hand(model, inputs), _TOKENS)
-            _agree(name, runner.tokens(inputs, _TOKENS), want)
-            _near(name, runner.forward(inputs).logits, want)
+            want = decode(model, by_hand(model, inputs, features), _TOKENS)
+            tokens, logits = runner.answer(inputs, _TOKENS)
+            _agree(name, tokens, want)
+            _near(name, logits, want, BOUNDS[model.dtype])
     names = ", ".join(name for name in methods if name not in (UNPRUNED, OFFICIAL))
     found.append(f"{names}: first logits and {_TOKENS} greedy tokens are those of a prompt shortened by hand")
     if OFFICIAL in methods:
@@ -62,16 +64,22 @@ def check(
     return found
 
 
-def by_hand(model: Any, inputs: Inputs) -> Inputs:
-    """The patched model's prompt, made by upstream's encoder: embeddings, mask and, for M-RoPE, positions."""
+@torch.no_grad()
+def _features(model: Any, inputs: Inputs) -> torch.Tensor:
+    """Rows of all image tokens ``[n, D]``, by the unpatched model."""
+    names = ("pixel_values", "image_sizes", "image_grid_thw")
+    found = model.get_image_features(**{name: inputs[name] for name in names if name in inputs})
+    return torch.cat(list(getattr(found, "pooler_output", found)))
+
+
+def by_hand(model: Any, inputs: Inputs, rows: torch.Tensor) -> Inputs:
+    """The patched model's prompt, of rows that upstream made: embeddings, mask and, for M-RoPE, positions."""
     controller = controller_of(model)
     adapter = controller.adapter
     with torch.no_grad():
         kept = encode(adapter, inputs, controller.settings, None)["image"]
-        features = model.get_image_features(**_vision(model, inputs))
         ids = inputs["input_ids"]
         where = ids == adapter.token_id("image")
-        rows = torch.cat(list(getattr(features, "pooler_output", features)))
         text = model.get_input_embeddings()(ids)
         long = text.masked_scatter(where[..., None], rows.to(text))
         stays = ~where
@@ -171,8 +179,8 @@ def _against_official(model: Any, pruner: OCPruner, keep: int, inputs: Inputs) -
     return found
 
 
-def _near(name: str, logits: torch.Tensor, want: Answer) -> None:
-    require_error(f"{name}: logits", _error(logits[:, -1], want.logits[:, 0]), BOUNDS[logits.dtype])
+def _near(name: str, logits: torch.Tensor, want: Answer, bound: float) -> None:
+    require_error(f"{name}: logits", _error(logits, want.logits[:, 0]), bound)
 
 
 def _agree(name: str, tokens: torch.Tensor, want: Answer) -> None:

@@ -44,9 +44,10 @@ class Runner:
         given = self._prepare(inputs, self._clock)
         return self.model.generate(**given, do_sample=False, return_dict_in_generate=True, **options)
 
-    def tokens(self, inputs: Inputs, count: int) -> torch.Tensor:
-        """``[B, count]``, chosen greedily."""
-        return self.generate(inputs, max_new_tokens=count).sequences[:, -count:]
+    def answer(self, inputs: Inputs, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, count]`` tokens, chosen greedily, and the first one's logits ``[B, V]``."""
+        found = self.generate(inputs, max_new_tokens=count, output_logits=True)
+        return found.sequences[:, -count:], found.logits[0]
 
     def forward(self, inputs: Inputs) -> Any:
         """The first token's logits ``[B, 1, V]``, and a filled cache."""

@@ -84,7 +84,7 @@ def squeeze(
         counts.append(where.sum(1))
     # A masked placeholder still receives its feature row upstream, so it stays a column as well.
     live = keep if mask is None else keep & (mask.bool() | anywhere)
-    lengths, *per_row = torch.stack([live.sum(1), *counts]).tolist()  # the one synchronisation
+    lengths, *per_row = torch.stack([live.sum(1), *counts]).tolist()  # the one synchronisation here
     for some, row_counts in zip(dropping, per_row, strict=True):
         check_placeholders(row_counts, some.totals)
     width = max(lengths)

@@ -118,20 +118,24 @@ def test_other_kept_tokens_fail(llava: Any, oc_pruner: OCPruner, monkeypatch: py
 
 
 def test_other_tokens_fail(llava: Any, oc_pruner: OCPruner, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Runner.tokens
-    monkeypatch.setattr(Runner, "tokens", lambda *args: (right(*args) + 1) % tiny_llava.VOCAB)
+    right = Runner.answer
+
+    def wrong(*args: Any) -> Any:
+        tokens, logits = right(*args)
+        return (tokens + 1) % tiny_llava.VOCAB, logits
+
+    monkeypatch.setattr(Runner, "answer", wrong)
     fails(llava, oc_pruner, "ocvtp: token 0 of row 0 is")
 
 
 def test_other_logits_fail(llava: Any, oc_pruner: OCPruner, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Runner.forward
+    right = Runner.answer
 
-    def wrong(self: Runner, inputs: Any) -> Any:
-        output = right(self, inputs)
-        output.logits = output.logits * 1.001
-        return output
+    def wrong(*args: Any) -> Any:
+        tokens, logits = right(*args)
+        return tokens, logits * 1.001
 
-    monkeypatch.setattr(Runner, "forward", wrong)
+    monkeypatch.setattr(Runner, "answer", wrong)
     fails(llava, oc_pruner, "ocvtp: logits: relative error 1.0.e-03")
 
 
@@ -325,7 +329,9 @@ def test_the_file_and_what_is_taken_up(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("preset")
 def test_no_figure_without_a_green_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runner, "tokens", lambda *_: torch.zeros(1, 3, dtype=torch.int64))
+    monkeypatch.setattr(
+        Runner, "answer", lambda *_: (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, tiny_llava.VOCAB))
+    )
     with pytest.raises(SystemExit, match="gate failed at tiny: "):
         command.main(["--preset", "tiny", "--record", "--results", str(tmp_path)])
     assert not list(tmp_path.glob("*/*.json"))
