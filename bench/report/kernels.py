@@ -98,7 +98,7 @@ def targets(results: Results) -> str:
             [
                 name,
                 f"{'≥' if least else '≤'} {target:g}{space}{unit}",
-                NOT_MEASURED if got is None else f"{got:.2f}{space}{unit}",
+                NOT_MEASURED if got is None else f"{got:.3f}{space}{unit}",
                 NOT_MEASURED if got is None else ("met" if met else "**missed**"),
             ]
         )

@@ -31,14 +31,12 @@ def flops_data(results: Results) -> Data:
         rows = [row for row in result.data["models"].values() if row["model"] == name]
         rows.sort(key=lambda row: row["keep"])
         panels[name] = {
-            "language model, the paper's accounting": [
-                [row["keep"], row["paper"]["pruned_tflops"]] for row in rows
-            ],
-            "language model, all its matrices": [[r["keep"], r["full"]["pruned"]["prefill"]] for r in rows],
-            "everything to the first token": [[r["keep"], r["full"]["pruned"]["first_token"]] for r in rows],
+            "paper's accounting": [[row["keep"], row["paper"]["pruned_tflops"]] for row in rows],
+            "language model": [[r["keep"], r["full"]["pruned"]["prefill"]] for r in rows],
+            "to the first token": [[r["keep"], r["full"]["pruned"]["first_token"]] for r in rows],
         }
         if name in FIGURE_1:
-            panels[name]["printed in the paper"] = [list(one) for one in sorted(FIGURE_1[name].items())]
+            panels[name]["printed"] = [list(one) for one in sorted(FIGURE_1[name].items())]
     return panels
 
 

@@ -130,9 +130,9 @@ def test_a_gpus_rows_take_the_place_of_nothing() -> None:
     assert "llava-next-7b, h100 | ocvtp | 8 |" in models.stages(found)
     lines = kernels.targets(found).splitlines()
     (target,) = (line for line in lines if "LLaVA-NeXT-7B" in line)
-    assert target.endswith("| ≥ 6x | 7.50x | met |")
+    assert target.endswith("| ≥ 6x | 7.500x | met |")
     slow = Results([e2e("llava-next-7b", row("unpruned", 600.0), row("ocvtp", 120.0))])
-    assert "| ≥ 6x | 5.00x | **missed** |" in kernels.targets(slow)
+    assert "| ≥ 6x | 5.000x | **missed** |" in kernels.targets(slow)
 
 
 def test_the_better_mode_counts_towards_a_target() -> None:
@@ -144,7 +144,7 @@ def test_the_better_mode_counts_towards_a_target() -> None:
         row("unpruned", 400.0, **captured),
         row("ocvtp", 100.0, **captured),
     )
-    assert "| ≥ 3x | 4.00x | met |" in kernels.targets(Results([found]))
+    assert "| ≥ 3x | 4.000x | met |" in kernels.targets(Results([found]))
     on_cpu = Result("cpu-x-2-cores", found.name, found.data)
     assert "| ≥ 3x | not measured" in kernels.targets(Results([on_cpu]))
 
@@ -166,7 +166,7 @@ def test_kernels_against_their_floors() -> None:
     table = kernels.floors(found)
     assert "| h100 | pruner | llava-64, B=1 | graph | 75.0 | 11.7 | flops | 16 % | 5.0x |" in table
     assert "| GPU | selection | not measured" in table
-    assert "| ≤ 60 µs | 75.00 µs | **missed** |" in kernels.targets(found)
+    assert "| ≤ 60 µs | 75.000 µs | **missed** |" in kernels.targets(found)
     data = pictures.kernels_data(found)
     assert list(data.values()) == [pytest.approx(75 / 11.7)]
     assert pictures.draw_kernels(data).axes

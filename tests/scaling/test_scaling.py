@@ -24,15 +24,26 @@ DEVICE = torch.device("cpu")
 
 def small(side: int = 336, layers: int = 1) -> Any:
     config = small_llava(side, 1)
-    config.vision_config.num_hidden_layers = 4
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = (
+        64,
+        64,
+        2,
+        2,
+    )
+    text.head_dim = 32
+    vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size = 4, 64, 64
+    vision.num_attention_heads = 2
     return config
 
 
 def small_video() -> Any:
     config = small_qwen()
-    config.text_config.num_hidden_layers = 1
-    config.vision_config.depth = 3
-    config.vision_config.fullatt_block_indexes = [2]
+    text, vision = config.text_config, config.vision_config
+    text.num_hidden_layers, text.hidden_size, text.intermediate_size = 1, 128, 64
+    text.num_attention_heads, text.num_key_value_heads = 2, 1
+    vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 3, 64, 64, 2
+    vision.fullatt_block_indexes, vision.out_hidden_size = [2], 128
     return config
 
 
