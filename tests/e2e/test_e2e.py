@@ -100,6 +100,25 @@ def test_everybody_passes_the_gate(family: str, batch: int) -> None:
         ocvtp.vlm.patch.controller_of(model)
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_the_gate_in_half_precision(family: str) -> None:
+    """As on a GPU: kept tokens are compared with the vision side in float32, answers as they are."""
+    model, pruner, image, tokens = build(family)
+    model = model.bfloat16()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs = prompt(model, image=image, text_tokens=TEXT, batch=2)
+    checked = gate.check(model, pruner, KEEP, inputs, methods(model, pruner, KEEP, tokens))
+    assert "keeps 100.0% of the tokens that the official dataflow keeps" in " ".join(checked)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.model.vision_tower.dtype == torch.bfloat16
+
+
+def test_how_many_tokens_may_differ() -> None:
+    gpu = torch.device("cuda")
+    assert gate.least_share(64, CPU) == 1.0
+    assert [round(keep * (1 - gate.least_share(keep, gpu))) for keep in (16, 64, 160)] == [1, 3, 8]
+
+
 def fails(model: Any, pruner: OCPruner, match: str) -> None:
     inputs = prompt(model, **tiny(batch=2))
     with pytest.raises(GateError, match=match):
@@ -150,9 +169,9 @@ def test_a_patch_that_changes_the_unpruned_model_fails(
 def test_an_answer_may_part_where_rounding_decides() -> None:
     logits = torch.tensor([[[1.0, 0.99999, 0.0], [0.0, 1.0, 0.0]]])
     want = gate.Answer(torch.tensor([[0, 1]]), logits)
-    gate._agree("x", torch.tensor([[1, 0]]), want)  # a near tie, and what follows from it
+    gate._agree("x", torch.tensor([[1, 0]]), want, 1e-4)  # a near tie, and what follows from it
     with pytest.raises(GateError, match="token 1 of row 0 is 0, by hand it is 1"):
-        gate._agree("x", torch.tensor([[0, 0]]), want)
+        gate._agree("x", torch.tensor([[0, 0]]), want, 1e-4)
 
 
 # --------------------------------------------------------------------------------------- official dataflow
