@@ -139,9 +139,28 @@ def count(
 
     Raises:
         ValueError: another family, an image that is no whole number of patches, a budget that it can't have,
-            or no text.
+            or no text; or a transformers that can't run models on the meta device (5.0).
         ImportError: no fvcore.
     """
+    try:
+        return _count(config, keep, text_tokens, image, pruner, counter)
+    except RuntimeError as error:
+        if "autocast" not in str(error):
+            raise
+        raise ValueError(
+            "this transformers can't run models on the meta device, where operations are counted; a newer "
+            "one can: pip install -U transformers"
+        ) from error
+
+
+def _count(
+    config: Any,
+    keep: float,
+    text_tokens: int,
+    image: tuple[int, int] | None,
+    pruner: PrunerConfig | None,
+    counter: Counter,
+) -> Cost:
     from transformers import AutoModelForImageTextToText
 
     family = config.model_type

@@ -181,6 +181,17 @@ def test_models_that_can_t_be_counted() -> None:
         count(qwen, image=(100, 112))
 
 
+def test_a_transformers_that_can_t_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5.0 asks torch whether autocast is on for ``meta``, which is an error."""
+
+    def run(*_: Any) -> Any:
+        raise RuntimeError("unknown device type for autocast in get_autocast_dispatch_key_from_device_type")
+
+    monkeypatch.setattr(flops, "encode", run)
+    with pytest.raises(ValueError, match="pip install -U transformers"):
+        count(PUBLISHED["llava-1.5-7b"].config())
+
+
 def test_a_counter_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "fvcore.nn", None)
     with pytest.raises(ImportError, match="pip install fvcore"):
