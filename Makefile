@@ -19,7 +19,8 @@
 #                gpu-tower, gpu-accuracy, gpu-testbed (trains a larger test bed), gpu-report.
 #                Of a tree whose commit is known and clean, a part that ran out of time goes on where it stopped: run
 #                it again
-#   RESULTS=folder puts results elsewhere, and copies of the documents with them; COMMIT=id names a tree that has no git; GPU_PYTHON=python
+#   RESULTS=folder puts results elsewhere, and copies of the documents with them; COMMIT=id names a tree that has no
+#   git; GPU_PYTHON=python
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,11 +33,12 @@ TARGETS ?=
 GPU_RUN = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON)
 GPU_PYTEST = $(GPU_RUN) -m pytest
 TABLE := --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
+RECORDED = --record --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT))
 # A row started just before the deadline may still compile for a minute.
-RECORD = --record --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) --deadline 400 $(TABLE)
+RECORD = $(RECORDED) --deadline 400 $(TABLE)
 
 # Exit code 3 means that time ran out and a later run goes on: the other parts still get their turn.
-RESUMABLE = --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) --record --minutes 6 || [ $$? -eq 3 ]
+RESUMABLE = $(RECORDED) --minutes 6 || [ $$? -eq 3 ]
 
 .PHONY: demo test test-matrix lint aot format bench e2e scaling report guard accuracy clean gpu gpu-check gpu-tests \
         gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage gpu-micro-slot-training \
@@ -146,15 +148,13 @@ gpu-scaling: gpu-check
 	$(GPU_RUN) -m bench.scaling $(RESUMABLE)
 
 gpu-tower: gpu-check
-	$(GPU_RUN) -m bench.tower --shape clip-l-336 --shape qwen2.5-vl --seconds 20 --record --results $(RESULTS) \
-	  $(if $(COMMIT),--commit $(COMMIT))
+	$(GPU_RUN) -m bench.tower --shape clip-l-336 --shape qwen2.5-vl --seconds 20 $(RECORDED)
 
 gpu-report:
 	$(GPU_RUN) -m bench.report $(if $(filter-out bench/results,$(RESULTS)),--results $(RESULTS) --into $(RESULTS)/report)
 
 gpu-accuracy: gpu-check
-	$(GPU_RUN) -m bench.accuracy --device cuda --record --no-document --results $(RESULTS) \
-	  $(if $(COMMIT),--commit $(COMMIT))
+	$(GPU_RUN) -m bench.accuracy --device cuda --no-document $(RECORDED)
 
 gpu-testbed: gpu-check
 	$(GPU_RUN) -m bench.testbed train --recipe bench/testbed/recipe-large.json --out build/testbed-large \

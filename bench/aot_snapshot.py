@@ -12,9 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench import snapshot
+from bench.launches import kinds_of
 from ocvtp_kernels._launch import Launch
 
 PATH = snapshot.FOLDER / "aot.json"
@@ -41,28 +40,13 @@ def keys(launches: Sequence[Launch], names: Sequence[str]) -> list[str]:
     for indices in alike.values():
         if len(indices) == 1:
             continue
-        kinds = [_kinds(launches[index]) for index in indices]
+        kinds = [kinds_of(launches[index]) for index in indices]
         differing = [name for name in kinds[0] if len({kind[name] for kind in kinds}) > 1]
         for index, kind in zip(indices, kinds, strict=True):
             result[index] += f" [{' '.join(f'{name}={kind[name]}' for name in differing)}]"
     if len(set(result)) < len(result):
         raise ValueError(f"two launches have one name: {sorted({k for k in result if result.count(k) > 1})}")
     return result
-
-
-def _kinds(launch: Launch) -> dict[str, str]:
-    """By parameter, what Triton specialises on."""
-    parameters = [p for p in launch.kernel.params if not p.is_constexpr]
-    kinds = {}
-    for parameter, value in zip(parameters, launch.arguments, strict=True):
-        if isinstance(value, torch.Tensor):
-            kinds[parameter.name] = str(value.dtype).removeprefix("torch.")
-        elif isinstance(value, int):
-            wide = "i64" if value >= 2**31 else "i32"
-            special = not parameter.do_not_specialize
-            one, sixteen = special and value == 1, special and value % 16 == 0
-            kinds[parameter.name] = "1" if one else f"16*{wide}" if sixteen else wide
-    return kinds
 
 
 def compare(

@@ -29,20 +29,22 @@ def launches(arch: str) -> list[Launch]:
         _coverage()
     unique: dict[str, Launch] = {}
     for launch in recorded:
-        unique.setdefault(f"{launch.kernel.fn.__name__} {_kinds(launch)} {launch.tile}", launch)
+        unique.setdefault(f"{launch.kernel.fn.__name__} {kinds_of(launch)} {launch.tile}", launch)
     return list(unique.values())
 
 
-def _kinds(launch: Launch) -> list[object]:
-    """What Triton specialises on: dtypes, and whether integers are 64 bits wide, 1, or multiples of 16."""
+def kinds_of(launch: Launch) -> dict[str, str]:
+    """By parameter, what Triton specialises on: types, and whether integers are 1 or multiples of 16."""
     parameters = [p for p in launch.kernel.params if not p.is_constexpr]
-    kinds: list[object] = []
+    kinds = {}
     for parameter, value in zip(parameters, launch.arguments, strict=True):
         if isinstance(value, torch.Tensor):
-            kinds.append(value.dtype)
+            kinds[parameter.name] = str(value.dtype).removeprefix("torch.")
         elif isinstance(value, int):
-            wide = value >= 2**31
-            kinds.append((wide,) if parameter.do_not_specialize else (wide, value == 1, value % 16 == 0))
+            wide = "i64" if value >= 2**31 else "i32"
+            special = not parameter.do_not_specialize
+            one, sixteen = special and value == 1, special and value % 16 == 0
+            kinds[parameter.name] = "1" if one else f"16*{wide}" if sixteen else wide
     return kinds
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from bench.harness import device_slug
 from ocvtp.atomic import write_json
 
 Row = dict[str, Any]
@@ -80,3 +85,18 @@ class ResultFile:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {**self._head, self._name: self._finish(self.rows)})
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a benchmark that records in parts: device, time, and where results go."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing new after this long")
+    parser.add_argument("--record", action="store_true", help="write into RESULTS/<device>")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--commit", help="of this tree, where git can't tell")
+
+
+def folder_of(arguments: argparse.Namespace) -> Path:
+    """Of the device's results, by :func:`add_options`; a temporary one if nothing is to be recorded."""
+    results = arguments.results if arguments.record else Path(tempfile.mkdtemp(prefix="ocvtp-bench-"))
+    return results / device_slug(torch.device(arguments.device))

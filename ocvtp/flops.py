@@ -11,9 +11,6 @@ as eager attention computes it.
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +21,10 @@ from ocvtp.config import PrunerConfig
 from ocvtp.counters import Counter, Products, counter_of
 from ocvtp.pruner import OCPruner
 from ocvtp.vlm.adapter import Adapter, adapter_for
+from ocvtp.vlm.arguments import picture_arguments
 from ocvtp.vlm.encode import choose, encode
 from ocvtp.vlm.options import Options, resolve
+from ocvtp_kernels._arch import pretend
 
 FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")
 _META = torch.device("meta")
@@ -168,11 +167,9 @@ def _count(
         raise ValueError(f"can't count a {family!r} model; these can be: {', '.join(FAMILIES)}")
     if isinstance(text_tokens, bool) or not isinstance(text_tokens, int) or text_tokens < 1:
         raise ValueError(f"text_tokens must be an int of at least 1; got {text_tokens!r}")
-    height, width = _size(config, image)
-    products = counter_of(counter)
-    config._attn_implementation = "eager"  # whose products both counters see
-    with torch.no_grad(), _kernels():
-        with _META:
+    size, products = _size(config, image), counter_of(counter)
+    with torch.no_grad(), pretend(_ARCHITECTURE):  # "auto" is our kernels, as on a GPU
+        with _META:  # eager attention, whose products both counters see
             model = AutoModelForImageTextToText.from_config(
                 config, dtype=torch.float16, attn_implementation="eager"
             ).eval()
@@ -182,13 +179,12 @@ def _count(
         facts = adapter.facts({})
         layer = min(PrunerConfig.layer, max(facts.consumed_layers) - 1)
         sizes = PrunerConfig(in_dim=facts.width, unit=facts.unit, layer=layer) if pruner is None else pruner
-        arguments = _pixels(config, height, width)
-        language = _LanguageModel(model, products)
+        arguments = picture_arguments(config, size, 1, _empty)
+        language = _LanguageModel(adapter, products)
         before, rows, candidates = _unpruned_vision(adapter, arguments, products)
         with _META:
             made = OCPruner(sizes).eval()
-        after, kept = _pruned_vision(adapter, arguments, made, keep, products)
-        budget = _budget(keep, candidates)
+        after, kept, budget = _pruned_vision(adapter, arguments, made, keep, products)
         if budget == candidates:
             after = before
         prompts = rows + text_tokens, kept + text_tokens
@@ -223,8 +219,7 @@ def _unpruned_vision(
     pixels = arguments["pixel_values"]
     if "image_grid_thw" in arguments:
         # Upstream's tower reads its grids, which have no values here; ours runs the same blocks.
-        run = adapter.vision("image", arguments, settings)
-        tower = products(lambda: run.run(None, None))
+        tower = products(lambda: vision.run(None, None))
         everything = products(lambda: encode(adapter, arguments, settings, None))
         return (tower, 0, everything - tower), sum(vision.totals), candidates
     tiles = pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
@@ -236,8 +231,8 @@ def _unpruned_vision(
 
 def _pruned_vision(
     adapter: Adapter, arguments: dict[str, Any], pruner: OCPruner, keep: float, products: Products
-) -> tuple[tuple[int, int, int], int]:
-    """Tower, pruner and projector as ocvtp runs them, each the difference it makes; rows in the prompt."""
+) -> tuple[tuple[int, int, int], int, int]:
+    """Tower, pruner and projector as ocvtp runs them, each the difference it makes; rows; tokens kept."""
     settings, _ = resolve(adapter, Options(pruner, keep))
 
     def vision() -> Any:
@@ -248,7 +243,9 @@ def _pruned_vision(
     tower = products(lambda: vision().run(settings.selector.read_layer, None))
     chosen = products(lambda: choose(vision(), settings))
     everything = products(lambda: encode(adapter, arguments, settings, None))
-    return (tower, chosen - tower, everything - chosen), kept
+    budget = settings.budget.of(sum(segment.tokens for segment in vision().segments))
+    assert isinstance(budget, int)
+    return (tower, chosen - tower, everything - chosen), kept, budget
 
 
 def _size(config: Any, image: tuple[int, int] | None) -> tuple[int, int]:
@@ -270,45 +267,8 @@ def _size(config: Any, image: tuple[int, int] | None) -> tuple[int, int]:
     return height, width
 
 
-def _pixels(config: Any, height: int, width: int) -> dict[str, Any]:
-    """One image as a processor would deliver it, without values."""
-    if config.model_type == "llava":
-        return {"pixel_values": _empty(1, 3, height, width)}
-    if config.model_type == "llava_next":
-        from ocvtp.vlm.tiles import packing
-
-        vision = config.vision_config
-        grids = tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints)
-        side = vision.image_size
-        made = packing(height, width, grids, side, side // vision.patch_size, torch.device("cpu"))
-        pixels = _empty(1, made.tiles, 3, side, side)
-        return {"pixel_values": pixels, "image_sizes": [[height, width]]}
-    vision = config.vision_config
-    grid = [1, height // vision.patch_size, width // vision.patch_size]
-    values = 3 * vision.temporal_patch_size * vision.patch_size**2
-    patches = _empty(math.prod(grid), values)
-    return {"pixel_values": patches, "image_grid_thw": [grid]}
-
-
 def _empty(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float16, device=_META)
-
-
-def _budget(keep: float, candidates: int) -> int:
-    if isinstance(keep, float):
-        from ocvtp.budget import share_of
-
-        return share_of(keep, candidates)
-    return keep
-
-
-@contextlib.contextmanager
-def _kernels() -> Iterator[None]:
-    """Have ``backend="auto"`` choose our kernels, as on a GPU, where Triton is installed."""
-    from ocvtp_kernels._arch import pretend
-
-    with pretend(_ARCHITECTURE):
-        yield
 
 
 # --------------------------------------------------------------------------------------------- language model
@@ -317,10 +277,9 @@ def _kernels() -> Iterator[None]:
 class _LanguageModel:
     """Counts a language model at any length."""
 
-    def __init__(self, model: Any, products: Products) -> None:
-        self._model, self._products = model, products
-        text = model.config.get_text_config()
-        self._width: int = text.hidden_size
+    def __init__(self, adapter: Adapter, products: Products) -> None:
+        self._model, self._mrope, self._products = adapter.model, adapter.mrope, products
+        self._width: int = self._model.config.get_text_config().hidden_size
 
     def parts(self, tokens: int) -> tuple[int, int, int]:
         """Prefill, head, and a decoding step after a prompt of so many tokens."""
@@ -338,9 +297,7 @@ class _LanguageModel:
     def _run(self, language: Any, rows: torch.Tensor, cache: Any) -> torch.Tensor:
         held = 0 if cache is None else cache.get_seq_length()
         positions = torch.arange(held, held + rows.shape[1], device=_META)[None]
-        if "rope_parameters" in vars(language.config) and "mrope_section" in (
-            language.config.rope_parameters or {}
-        ):
+        if self._mrope:
             positions = positions.expand(3, 1, -1)
         output = language(inputs_embeds=rows, position_ids=positions, past_key_values=cache, use_cache=True)
         hidden: torch.Tensor = output.last_hidden_state

@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-_CLIP_L_336 = {
+#: The tower of LLaVA-1.5 and LLaVA-NeXT: openai/clip-vit-large-patch14-336.
+CLIP_L_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
     "image_size": 336,
     "patch_size": 14,
-    "projection_dim": 768,
 }
 _VICUNA = {"vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "pad_token_id": 32001}
 _VICUNA_7B = {
@@ -111,16 +111,14 @@ class Published:
 PUBLISHED = {
     model.name: model
     for model in (
-        Published("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", "llava", _VICUNA_7B, _CLIP_L_336, (336, 336)),
-        Published(
-            "llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", "llava", _VICUNA_13B, _CLIP_L_336, (336, 336)
-        ),
+        Published("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", "llava", _VICUNA_7B, CLIP_L_336, (336, 336)),
+        Published("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", "llava", _VICUNA_13B, CLIP_L_336, (336, 336)),
         Published(
             "llava-next-7b",
             "llava-hf/llava-v1.6-vicuna-7b-hf",
             "llava_next",
             _VICUNA_7B,
-            _CLIP_L_336,
+            CLIP_L_336,
             (672, 672),
         ),
         Published(

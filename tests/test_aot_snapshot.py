@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import aot_snapshot, snapshot
+from bench import snapshot
 from ocvtp_kernels._launch import Launch
 
 pytest.importorskip("triton")
 
+from bench import aot_snapshot
 from bench.aot import TARGETS
 
 ROOT = Path(__file__).parents[1]

@@ -115,6 +115,14 @@ def test_keeping_everything_costs_what_the_unpruned_model_costs() -> None:
     assert cost.to_dict()["full"]["ratio"] == 1.0
 
 
+def test_an_image_of_fewer_tokens_keeps_all_of_them() -> None:
+    """As ``apply`` has it, where images differ in size."""
+    cost = count(PUBLISHED["llava-next-7b"].config(), 5000, 32)
+    assert cost.keep == cost.image_tokens == 2880
+    assert cost.pruned == cost.unpruned
+    assert cost.paper[0] == cost.paper[1]
+
+
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-3b"])
 def test_both_counters_agree(name: str) -> None:
     pytest.importorskip("fvcore")

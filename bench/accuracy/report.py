@@ -86,7 +86,7 @@ def _find(rows: Rows, key: tuple[str, str], percent: int) -> dict[str, Any]:
     return next(row for row in _at(rows, percent) if _key(row) == key)
 
 
-def _percent(estimate: Sequence[float]) -> str:
+def with_interval(estimate: Sequence[float]) -> str:
     """Mean and half of the 95 % interval; empty if there was no question."""
     mean, low, high = estimate
     return "" if mean is None else f"{100 * mean:.1f} ± {50 * (high - low):.1f}"
@@ -100,11 +100,11 @@ def _accuracy(rows: Rows) -> str:
     head += [f"beyond {whom} at {_ELEVEN} %" for whom in ("random", "ours as published")]
     lines = []
     for row in _at(rows, 100):
-        lines.append([row["method"], *[_percent(row["accuracy"])] * len(BUDGETS), "", ""])
+        lines.append([row["method"], *[with_interval(row["accuracy"])] * len(BUDGETS), "", ""])
     for row in _at(rows, BUDGETS[0]):
         at_eleven = _find(rows, _key(row), _ELEVEN)
         over = [at_eleven[name] for name in ("over_random", "over_published")]
-        cells = [_percent(_find(rows, _key(row), percent)["accuracy"]) for percent in BUDGETS]
+        cells = [with_interval(_find(rows, _key(row), percent)["accuracy"]) for percent in BUDGETS]
         lines.append([_label(row), *cells, *(_signed(one) if one else "" for one in over)])
     return table(head, lines)
 
@@ -118,7 +118,7 @@ def _columns(rows: Rows, what: str) -> str:
     """By kind or size: all tokens, the baselines, and every selector at 11 %."""
     names = list(rows[0][what])
     lines = [
-        [_label(row), *(_percent(row[what][name]) for name in names)]
+        [_label(row), *(with_interval(row[what][name]) for name in names)]
         for row in [*_at(rows, 100), *_at(rows, _ELEVEN)]
     ]
     return table([f"at {_ELEVEN} %", *names], lines)

@@ -7,7 +7,6 @@ not depend on them. Nothing is timed before the gate is green.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +18,13 @@ from rich.table import Table
 
 from bench.e2e import gate
 from bench.e2e.captured import record_graph, record_nothing
-from bench.e2e.measure import measure
-from bench.e2e.methods import NAMES, Method, methods
-from bench.e2e.presets import PRESETS, Cell, Preset, rehearsal
+from bench.e2e.measure import measure, setting
+from bench.e2e.methods import NAMES, methods
+from bench.e2e.presets import PRESETS, Preset, rehearsal
 from bench.e2e.prompts import prompt
 from bench.harness import device_slug, provenance
 from bench.micro.gates import GateError
-from bench.record import ResultFile, Row, Rows
+from bench.record import ResultFile, Row, Rows, add_options, folder_of
 
 _KEY = ("method", "mode", "batch", "text_tokens", "keep")
 
@@ -58,7 +57,7 @@ def run(
     results = ResultFile(path, head, _KEY)
     for cell in preset.cells:
         chosen = {name: method for name, method in found.items() if name in (cell.methods or NAMES)}
-        if all(results.has(_named(cell, method)) for method in chosen.values()):
+        if all(results.has(setting(cell, method)) for method in chosen.values()):
             continue
         if time.monotonic() > deadline:
             return results, False
@@ -81,16 +80,6 @@ def run(
 def _image_tokens(model: Any, inputs: Row) -> int:
     ids = inputs["input_ids"][0]
     return int((ids == model.config.image_token_id).sum())
-
-
-def _named(cell: Cell, method: Method) -> Row:
-    return {
-        "method": method.name,
-        "mode": cell.mode,
-        "batch": cell.batch,
-        "text_tokens": cell.text_tokens,
-        "keep": method.keep,
-    }
 
 
 def _head(
@@ -163,23 +152,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", choices=PRESETS, default="cpu-small")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing new after this long")
     parser.add_argument(
         "--rehearse", action="store_true", help="on a tiny model of the same family, to see that it runs"
     )
-    parser.add_argument("--record", action="store_true", help="write RESULTS/<device>/e2e-<preset>.json")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
-    parser.add_argument("--commit", help="of this tree, where git can't tell")
+    add_options(parser)
     arguments = parser.parse_args(argv)
     preset, device = PRESETS[arguments.preset], torch.device(arguments.device)
     if arguments.rehearse:
         preset = rehearsal(preset)
     if preset.gpu and device.type == "cpu":
         parser.error(f"{preset.name} is built at its true size and needs a GPU; on a CPU: --preset cpu-small")
-    if not arguments.record:
-        arguments.results = Path(tempfile.mkdtemp(prefix="ocvtp-e2e-"))
-    path = arguments.results / device_slug(device) / f"e2e-{preset.name}.json"
+    path = folder_of(arguments) / f"e2e-{preset.name}.json"
     console = Console()
     results, complete = run(
         preset, device, path, commit=arguments.commit, minutes=arguments.minutes, console=console

@@ -14,9 +14,9 @@ import torch
 
 import ocvtp
 from bench.e2e.methods import OFFICIAL, OURS, UNPRUNED, Method
-from bench.e2e.official import OfficialDataflow
+from bench.e2e.official import Kept, OfficialDataflow
 from bench.e2e.prompts import Inputs
-from bench.micro.gates import GateError, require_error
+from bench.micro.gates import GateError, require_error, worst_error
 from ocvtp import OCPruner
 from ocvtp.vlm import select
 from ocvtp.vlm.encode import encode
@@ -54,7 +54,7 @@ def check(
             want = decode(model, by_hand(model, inputs, features), _TOKENS)
             tokens, logits = runner.answer(inputs, _TOKENS)
             _agree(name, tokens, want, BOUNDS[model.dtype])
-            _near(name, logits, want, BOUNDS[model.dtype])
+            require_error(f"{name}: logits", worst_error(logits, want.logits[:, 0]), BOUNDS[model.dtype])
     names = ", ".join(name for name in methods if name not in (UNPRUNED, OFFICIAL))
     found.append(f"{names}: first logits and {_TOKENS} greedy tokens are those of a prompt shortened by hand")
     if OFFICIAL in methods:
@@ -169,23 +169,27 @@ def _against_official(model: Any, pruner: OCPruner, keep: int, inputs: Inputs) -
     options: dict[str, Any] = {"precision": "fp32"}
     if model.config.model_type == "llava_next":
         options["layout"] = "official"
-    with _wide_vision(model, inputs) as wide:
-        theirs = OfficialDataflow(model, pruner, keep).encode(wide).indices
+
+    def both(given: Inputs) -> tuple[OfficialDataflow, Kept, torch.Tensor]:
+        official = OfficialDataflow(model, pruner, keep)
         with ocvtp.pruned(model, pruner, keep=keep, **options):
-            ours = select(model, **_vision(model, wide)).indices
-    share, least = _share(ours, theirs), least_share(keep, ours.device)
+            return official, official.encode(given), select(model, **_vision(model, given)).indices
+
+    with _wide_vision(model, inputs) as wide:
+        official, theirs, ours = both(wide)
+    share, least = _share(ours, theirs.indices), least_share(keep, ours.device)
     if not share >= least:
         raise GateError(f"{share:.2%} of the kept tokens are the official dataflow's, fewer than {least:.0%}")
     found = [f"{OURS} in float32 keeps {share:.1%} of the tokens that the {OFFICIAL} keeps"]
-    official = OfficialDataflow(model, pruner, keep)
+    if wide is not inputs:
+        official, theirs, ours = both(inputs)
+    if not torch.equal(ours, theirs.indices):  # rounding decided
+        return found
     with torch.no_grad():
+        want = model(**official.splice(inputs, theirs), use_cache=True, logits_to_keep=1).logits[:, -1]
         with ocvtp.pruned(model, pruner, keep=keep, **options):
-            ours = select(model, **_vision(model, inputs)).indices
             got = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
-        if not torch.equal(ours, official.encode(inputs).indices):  # rounding of 16 bits decided
-            return found
-        want = model(**official.prepare(inputs), use_cache=True, logits_to_keep=1).logits[:, -1]
-    require_error(f"{OFFICIAL}: logits", _error(got, want), BOUNDS[model.dtype])
+    require_error(f"{OFFICIAL}: logits", worst_error(got, want), BOUNDS[model.dtype])
     return [*found, f"{OFFICIAL}: first logits are ours"]
 
 
@@ -205,10 +209,6 @@ def _wide_vision(model: Any, inputs: Inputs) -> Iterator[Inputs]:
             module.to(before)
 
 
-def _near(name: str, logits: torch.Tensor, want: Answer, bound: float) -> None:
-    require_error(f"{name}: logits", _error(logits, want.logits[:, 0]), bound)
-
-
 def _agree(name: str, tokens: torch.Tensor, want: Answer, rounding: float) -> None:
     """Every token as in the reference, up to one that rounding may decide, from which on answers may part."""
     for row, (given, expected, logits) in enumerate(zip(tokens, want.tokens, want.logits, strict=True)):
@@ -219,8 +219,3 @@ def _agree(name: str, tokens: torch.Tensor, want: Answer, rounding: float) -> No
             if gap <= rounding:
                 break
             raise GateError(f"{name}: token {step} of row {row} is {token}, by hand it is {other}")
-
-
-def _error(got: torch.Tensor, want: torch.Tensor) -> float:
-    got, want = got.detach().double(), want.detach().double()
-    return float((got - want).norm() / want.norm())

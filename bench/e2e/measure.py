@@ -91,7 +91,7 @@ def measure(
                     call.timed()
                 if gpu:
                     call.watched()
-    return [_row(cell, methods[name], of, decode_tokens) for name, of in samples.items()]
+    return [_row(cell, methods[name], of) for name, of in samples.items()]
 
 
 def _prefilling(cell: Cell, runner: Runner, record: Recorder) -> contextlib.AbstractContextManager[object]:
@@ -149,14 +149,21 @@ class _Call:
         self._samples.saw(watch)
 
 
-def _row(cell: Cell, method: Method, samples: Samples, decode_tokens: int) -> Row:
-    stages = {name: summarise(values).to_dict() for name, values in samples.stages.items()}
+def setting(cell: Cell, method: Method) -> Row:
+    """What a row is of."""
     return {
         "method": method.name,
         "mode": cell.mode,
         "batch": cell.batch,
         "text_tokens": cell.text_tokens,
         "keep": method.keep,
+    }
+
+
+def _row(cell: Cell, method: Method, samples: Samples) -> Row:
+    stages = {name: summarise(values).to_dict() for name, values in samples.stages.items()}
+    return {
+        **setting(cell, method),
         "prompt_tokens": samples.prompt_tokens,
         "ttft_ms": summarise(samples.first).to_dict(),
         "prefill_ms": stages.get(LANGUAGE_MODEL),

@@ -101,8 +101,12 @@ class OfficialDataflow:
     @torch.no_grad()
     def prepare(self, inputs: Inputs, clock: Clock | None = None) -> Inputs:
         """``inputs_embeds`` and ``attention_mask`` of the shortened prompts, one image in each."""
-        ids = inputs["input_ids"]
-        rows = self.encode(inputs, clock).rows.to(self._model.dtype)
+        return self.splice(inputs, self.encode(inputs, clock))
+
+    @torch.no_grad()
+    def splice(self, inputs: Inputs, kept: Kept) -> Inputs:
+        """The same, of what :meth:`encode` made."""
+        ids, rows = inputs["input_ids"], kept.rows.to(self._model.dtype)
         is_text = ids != self._model.config.image_token_id
         text = self._model.get_input_embeddings()(ids)
         joined = []

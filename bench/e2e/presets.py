@@ -63,39 +63,46 @@ class Preset:
     pruner: Mapping[str, int] = field(default_factory=dict)
 
     def build(self, device: torch.device) -> tuple[Any, OCPruner]:
-        """The model, float32 on a CPU and bfloat16 on a GPU, and a pruner for it; both of random weights.
-
-        Weights are drawn where they stay: nothing is downloaded, nothing as large passes through the host.
-        """
-        from transformers import AutoModelForImageTextToText
-
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        torch.manual_seed(0)
-        with device:
-            model = AutoModelForImageTextToText.from_config(self.config(), dtype=dtype).eval()
-            facts = adapter_for(model).facts({})
-            layer = min(PrunerConfig.layer, max(facts.consumed_layers) - 1)
-            sizes = {"in_dim": facts.width, "unit": facts.unit, "layer": layer, **self.pruner}
-            pruner = OCPruner(PrunerConfig(**sizes)).eval()
-        # An answer must be as long as was asked for.
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
-        return model, pruner
+        """The model and a pruner for it, as :func:`build` makes them."""
+        return build(self.config(), device, **self.pruner)
 
 
-def cells(
-    batches: Sequence[int], texts: Sequence[int], *, once: Sequence[Mode] = ("static cache",)
-) -> tuple[Cell, ...]:
-    """All methods eagerly and with captured prefill for every size; ``once`` for the smallest, ours alone."""
-    found = [Cell(mode, batches[0], texts[0]) for mode in ("eager", "captured prefill")]
-    found += [Cell(mode, batches[0], texts[0], ("unpruned", "ocvtp")) for mode in once]
-    for batch in batches:
-        for text in texts:
-            if (batch, text) != (batches[0], texts[0]):
-                found += [
-                    Cell(mode, batch, text, ("unpruned", "ocvtp")) for mode in ("eager", "captured prefill")
-                ]
-    return tuple(found)
+def build(config: Any, device: torch.device, **pruner: int) -> tuple[Any, OCPruner]:
+    """A model, float32 on a CPU and bfloat16 on a GPU, and a pruner for it; both of random weights.
+
+    Weights are drawn where they stay: nothing is downloaded, nothing as large passes through the host.
+
+    Args:
+        config: of the model.
+        device: for both.
+        pruner: sizes of the pruner that are not the published ones.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        facts = adapter_for(model).facts({})
+        layer = min(PrunerConfig.layer, max(facts.consumed_layers) - 1)
+        sizes = {"in_dim": facts.width, "unit": facts.unit, "layer": layer, **pruner}
+        made = OCPruner(PrunerConfig(**sizes)).eval()
+    # An answer must be as long as was asked for.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model, made
+
+
+def cells(batches: Sequence[int], texts: Sequence[int]) -> tuple[Cell, ...]:
+    """All methods at the smallest size; ours alone at every other, and with a static cache."""
+    pair = ("unpruned", "ocvtp")
+    modes: tuple[Mode, ...] = ("eager", "captured prefill")
+    first, *others = [(batch, text) for batch in batches for text in texts]
+    return (
+        *(Cell(mode, *first) for mode in modes),
+        Cell("static cache", *first, pair),
+        *(Cell(mode, *size, pair) for size in others for mode in modes),
+    )
 
 
 def rehearsal(preset: Preset) -> Preset:
@@ -122,20 +129,6 @@ def rehearsal(preset: Preset) -> Preset:
     return replace(preset, config=config, decode_tokens=2, rounds=1, calls=1, gpu=False, pruner=small)
 
 
-def _llava_shaped() -> Any:
-    """CLIP-L/14-336 and half a billion parameters: the model that ``ocvtp demo`` times."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    text = LLAVA_SHAPED.text
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**LLAVA_SHAPED.vision),
-        text_config=LlamaConfig(**text, eos_token_id=None, pad_token_id=0),
-        image_token_index=text["vocab_size"] - 1,
-        image_seq_length=LLAVA_SHAPED.image_tokens,
-        vision_feature_layer=-2,
-    )
-
-
 def _published(name: str, keep: int, batches: Sequence[int], texts: Sequence[int]) -> Preset:
     one = PUBLISHED[name]
     return Preset(name, one.config, one.image, keep, cells(batches, texts))
@@ -146,7 +139,7 @@ PRESETS = {
     for preset in (
         Preset(
             "cpu-small",
-            _llava_shaped,
+            LLAVA_SHAPED.config,
             (336, 336),
             64,
             (Cell("eager", 1, LLAVA_SHAPED.prompt_tokens),),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from ocvtp.vlm.adapter import adapter_for
+from ocvtp.vlm.arguments import picture_arguments
 from ocvtp.vlm.options import Options, resolve
 
 Inputs = dict[str, Any]
@@ -43,8 +43,14 @@ def prompt(
     generator = torch.Generator().manual_seed(seed)
     adapter, device = adapter_for(model), next(model.parameters()).device
     modality = "video" if frames else "image"
-    pictures = _pictures(model, image, batch * (1 if frames else images), frames, generator)
-    pictures = {name: value.to(device) for name, value in pictures.items()}
+    dtype = next(model.parameters()).dtype
+
+    def noise(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=generator).to(dtype)
+
+    count = batch * (1 if frames else images)
+    made = picture_arguments(model.config, image, count, noise, frames)
+    pictures = {name: torch.as_tensor(value).to(device) for name, value in made.items()}
     settings, _ = resolve(adapter, Options("grid", 1.0))
     totals = list(adapter.vision(modality, pictures, settings).totals)
     special, marks = adapter.token_id(modality), _marks(model)
@@ -70,31 +76,3 @@ def _marks(model: Any) -> list[int]:
     """What Qwen's processor puts before and after each picture; of others, none."""
     names = ("vision_start_token_id", "vision_end_token_id")
     return [mark for name in names if (mark := getattr(model.config, name, None)) is not None]
-
-
-def _pictures(
-    model: Any, image: tuple[int, int], count: int, frames: int, generator: torch.Generator
-) -> Inputs:
-    dtype, family = next(model.parameters()).dtype, model.config.model_type
-    height, width = image
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    if family == "llava":
-        return {"pixel_values": noise(count, 3, height, width)}
-    if family == "llava_next":
-        side = model.config.vision_config.image_size
-        tiles = 1 + math.ceil(height / side) * math.ceil(width / side)
-        sizes = torch.tensor([[height, width]] * count)
-        return {"pixel_values": noise(count, tiles, 3, side, side), "image_sizes": sizes}
-    vision = model.config.vision_config
-    patch, thick = vision.patch_size, vision.temporal_patch_size
-    grid = [max(frames, thick) // thick, height // patch, width // patch]
-    kind = "video" if frames else "image"
-    return {
-        "pixel_values_videos" if frames else "pixel_values": noise(
-            count * math.prod(grid), 3 * thick * patch**2
-        ),
-        f"{kind}_grid_thw": torch.tensor([grid] * count),
-    }

@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import ocvtp
 from bench.guard.count import count
 from bench.guard.remote import Remote, move, remote_device
+from ocvtp.published import CLIP_L_336
 from ocvtp.vlm.encode import encode
 from ocvtp.vlm.patch import controller_of
 
@@ -38,16 +39,7 @@ def rows() -> dict[str, dict[str, Any]]:
 def vision_side(images: int) -> Callable[[], object]:
     """Tower, choice of 64 of 576 tokens, projector: CLIP-L/14-336, the published pruner."""
     with torch.device("meta"):
-        model = _llava(
-            CLIPVisionConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=24,
-                num_attention_heads=16,
-                image_size=336,
-                patch_size=14,
-            )
-        )
+        model = _llava(CLIPVisionConfig(**CLIP_L_336))
         pruner = ocvtp.OCPruner().eval()
         pixels = torch.empty(images, 3, 336, 336)
     ocvtp.apply(model, pruner, keep=64)

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness import device_slug, provenance
+from bench.harness import provenance
 from bench.micro.gates import GateError
-from bench.record import ResultFile
+from bench.record import ResultFile, add_options, folder_of
 from bench.scaling.limits import limits
 from bench.scaling.sizes import CPU, GPU, Scale
 from bench.scaling.sweeps import model_curves, pruner_curves
@@ -86,20 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing new after this long")
-    parser.add_argument("--record", action="store_true", help="write scaling.json and limits.json")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
-    parser.add_argument("--commit", help="of this tree, where git can't tell")
+    add_options(parser)
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
-    results = arguments.results if arguments.record else Path(tempfile.mkdtemp(prefix="ocvtp-scaling-"))
     console = Console()
     try:
         complete = run(
             GPU if device.type == "cuda" else CPU,
             device,
-            results / device_slug(device),
+            folder_of(arguments),
             commit=arguments.commit,
             minutes=arguments.minutes,
             console=console,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import ocvtp
 from bench.e2e.methods import OURS, UNPRUNED
+from bench.e2e.presets import build
 from bench.e2e.prompts import prompt
-from bench.scaling.points import point
+from bench.scaling.points import timed, unpruned_and_ours
 from bench.scaling.sizes import Scale
+from bench.scaling.sweeps import check_model
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,13 @@ def limits(scale: Scale, device: torch.device, done: Any) -> Iterator[dict[str, 
         if done(limit.what):
             continue
         sizes: dict[str, int] = {} if limit.layers is None else {"layers": limit.layers}
-        model, pruner = scale.build(scale.llava(side=limit.side, **sizes), device)
+        model, pruner = build(scale.llava(side=limit.side, **sizes), device)
         inputs = prompt(model, image=(limit.side, limit.side), text_tokens=limit.text_tokens)
+        check_model(model, pruner, limit.keep, inputs)
         how = {"max_new_tokens": limit.answer_tokens, "do_sample": False}
-
-        def unpruned() -> None:
-            model.generate(**inputs, **how)  # noqa: B023
-
-        def ours() -> None:
-            with ocvtp.pruned(model, pruner, keep=limit.keep):  # noqa: B023
-                model.generate(**inputs, **how)  # noqa: B023
-
-        times = point(0, {UNPRUNED: unpruned, OURS: ours}, device, scale.seconds)
-        before, after = times[UNPRUNED]["ms"], times[OURS]["ms"]
+        call = functools.partial(model.generate, **inputs, **how)
+        times = timed(unpruned_and_ours(model, pruner, limit.keep, call), device, scale.seconds)
+        before, after = times[UNPRUNED], times[OURS]
         yield {
             "what": limit.what,
             "image_tokens": (limit.side // 14) ** 2,
@@ -72,7 +68,7 @@ def limits(scale: Scale, device: torch.device, done: Any) -> Iterator[dict[str, 
             "text_tokens": limit.text_tokens,
             "answer_tokens": limit.answer_tokens,
             "layers": model.config.get_text_config().num_hidden_layers,
-            "unpruned_ms": before,
-            "pruned_ms": after,
-            "speedup": before["median"] / after["median"],
+            "unpruned_ms": before.to_dict(),
+            "pruned_ms": after.to_dict(),
+            "speedup": before.median / after.median,
         }

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import ocvtp
 from bench.e2e.memory import extra_bytes
+from bench.e2e.methods import OURS, UNPRUNED
 from bench.e2e.watch import synchronize
-from bench.harness import summarise
+from bench.harness import Timing, interleaved
 from bench.scaling.fit import power_law
+from ocvtp import OCPruner
 
 Calls = Mapping[str, Callable[[], object]]
 
@@ -29,18 +32,30 @@ def point(x: int, calls: Calls, device: torch.device, seconds: float) -> dict[st
         with FlopCounterMode(display=False) as counter:
             call()
         found[name] = {"x": x, "peak_bytes": peak, "flops": counter.get_total_flops() or None}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while len(next(iter(samples.values()))) < 3 or time.perf_counter() < end:
-        for name, call in calls.items():
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            samples[name].append((time.perf_counter() - start) * 1e3)
-    for name, values in samples.items():
-        found[name]["ms"] = summarise(values).to_dict()
+    for name, timing in timed(calls, device, seconds).items():
+        found[name]["ms"] = timing.to_dict()
     return found
+
+
+def timed(calls: Calls, device: torch.device, seconds: float) -> dict[str, Timing]:
+    """Times of calls in turns, until a GPU is done with each."""
+
+    def to_the_end(call: Callable[[], object]) -> None:
+        call()
+        synchronize(device)
+
+    turns = {name: functools.partial(to_the_end, call) for name, call in calls.items()}
+    return interleaved(turns, seconds=seconds, least=3)
+
+
+def unpruned_and_ours(model: Any, pruner: OCPruner, keep: int, call: Callable[[], object]) -> Calls:
+    """The same call of a model as it is, and with a pruner."""
+
+    def ours() -> None:
+        with ocvtp.pruned(model, pruner, keep=keep):
+            call()
+
+    return {UNPRUNED: call, OURS: ours}
 
 
 def curve(what: str, axis: str, fixed: Mapping[str, Any], points: list[dict[str, Any]]) -> dict[str, Any]:

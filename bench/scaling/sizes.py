@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from bench.e2e.presets import Preset
 from ocvtp.published import PUBLISHED
 
 _SMALL_TEXT = {
@@ -67,6 +64,15 @@ def small_qwen() -> Any:
     )
 
 
+def _published_llava(side: int = 336, layers: int = 32) -> Any:
+    config = PUBLISHED["llava-1.5-7b"].config()
+    config.vision_config.image_size = side
+    config.image_seq_length = (side // config.vision_config.patch_size) ** 2
+    config.text_config.num_hidden_layers = layers
+    config.text_config.max_position_embeddings = 32768
+    return config
+
+
 @dataclass(frozen=True)
 class Scale:
     """What is measured on a kind of device.
@@ -99,10 +105,6 @@ class Scale:
     seconds: float
     budgets: Sequence[int] = (16, 32, 64, 128, 192, 288, 432)
 
-    def build(self, config: Any, device: torch.device) -> tuple[Any, Any]:
-        """A model with random weights, and a pruner for it."""
-        return Preset(self.name, lambda: config, (0, 0), 0, ()).build(device)
-
 
 _TOKENS = (144, 256, 576, 1024, 2304, 4096, 8192, 16384)
 CPU = Scale(
@@ -120,8 +122,8 @@ CPU = Scale(
 )
 GPU = Scale(
     "7b",
-    lambda side=336, layers=32: _published_llava(side, layers),
-    lambda: PUBLISHED["qwen2.5-vl-7b"].config(),
+    _published_llava,
+    PUBLISHED["qwen2.5-vl-7b"].config,
     _TOKENS,
     (16, 32, 64, 128, 256, 512, 1024),
     2880,
@@ -131,12 +133,3 @@ GPU = Scale(
     (2, 4, 8, 16, 32, 64),
     1.0,
 )
-
-
-def _published_llava(side: int, layers: int) -> Any:
-    config = PUBLISHED["llava-1.5-7b"].config()
-    config.vision_config.image_size = side
-    config.image_seq_length = (side // config.vision_config.patch_size) ** 2
-    config.text_config.num_hidden_layers = layers
-    config.text_config.max_position_embeddings = 32768
-    return config

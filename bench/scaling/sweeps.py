@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-import ocvtp
 from bench.e2e import gate
 from bench.e2e.methods import OURS, UNPRUNED, methods
+from bench.e2e.presets import build
 from bench.e2e.prompts import prompt
 from bench.micro.gates import GateError
 from bench.official import official_attention, official_selection
-from bench.scaling.points import curve, point
+from bench.scaling.points import curve, point, unpruned_and_ours
 from bench.scaling.sizes import Scale
 from ocvtp import OCPruner
 from ocvtp.noise import seeded_normal
@@ -114,29 +115,20 @@ def _curves(
     names = {name: f"time to first token, {name}" for name in (UNPRUNED, OURS)}
     if all(done(name, axis, fixed) for name in names.values()):
         return
-    model, pruner = scale.build(config, device)
+    model, pruner = build(config, device)
     points: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number, (image, extra, keep) in enumerate(shapes):
         inputs = prompt(model, image=image, text_tokens=max(_TEXT, 3 * extra.get("images", 1)), **extra)
         if number == 0:
-            _check_model(model, pruner, keep, inputs)
+            check_model(model, pruner, keep, inputs)
         is_picture = inputs["input_ids"] == inputs["input_ids"].mode().values
         at = next(iter(extra.values()), keep if axis == "kept tokens" else int(is_picture.sum()))
-        found = point(at, _calls(model, pruner, keep, inputs), device, scale.seconds)
+        call = functools.partial(_first_token, model, inputs)
+        found = point(at, unpruned_and_ours(model, pruner, keep, call), device, scale.seconds)
         for name in names:
             points[name].append(found[name])
     for name, what in names.items():
         yield curve(what, axis, fixed, points[name])
-
-
-def _calls(
-    model: Any, pruner: OCPruner, keep: int, inputs: dict[str, Any]
-) -> dict[str, Callable[[], object]]:
-    def ours() -> None:
-        with ocvtp.pruned(model, pruner, keep=keep):
-            _first_token(model, inputs)
-
-    return {UNPRUNED: lambda: _first_token(model, inputs), OURS: ours}
 
 
 @torch.no_grad()
@@ -144,7 +136,8 @@ def _first_token(model: Any, inputs: dict[str, Any]) -> None:
     model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(dim=-1).tolist()
 
 
-def _check_model(model: Any, pruner: OCPruner, keep: int, inputs: dict[str, Any]) -> None:
+def check_model(model: Any, pruner: OCPruner, keep: int, inputs: dict[str, Any]) -> None:
+    """The end-to-end benchmark's gate, for a model unpruned and pruned."""
     if "pixel_values_videos" in inputs:  # the end-to-end gate is about images
         inputs = prompt(model, image=(336, 336), text_tokens=_TEXT)
     found = methods(model, pruner, keep, 0)

@@ -22,6 +22,7 @@ from ocvtp.commands.loading import check_keep
 from ocvtp.commands.output import check_writable, make_folder
 from ocvtp.commands.progress import busy, steps
 from ocvtp.commands.timing import seconds
+from ocvtp.published import CLIP_L_336
 
 if TYPE_CHECKING:
     import torch
@@ -55,16 +56,21 @@ class DemoSize:
         """Patches of an image."""
         return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
 
+    def config(self) -> Any:
+        """Of the model."""
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+        return LlavaConfig(
+            vision_config=CLIPVisionConfig(**self.vision),
+            text_config=LlamaConfig(**self.text, eos_token_id=None, pad_token_id=0),
+            image_token_index=self.text["vocab_size"] - 1,
+            image_seq_length=self.image_tokens,
+            vision_feature_layer=-2,
+        )
+
 
 LLAVA_SHAPED = DemoSize(
-    vision={
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-    },
+    vision=CLIP_L_336,
     text={
         "vocab_size": 32064,
         "hidden_size": 1024,
@@ -222,20 +228,13 @@ def _photograph() -> Image:
 
 def _build(size: DemoSize) -> tuple[Any, Any]:
     """``(model, image processor)``."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
 
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**size.vision),
-        text_config=LlamaConfig(**size.text, eos_token_id=None, pad_token_id=0),
-        image_token_index=size.text["vocab_size"] - 1,
-        image_seq_length=size.image_tokens,
-        vision_feature_layer=-2,
-    )
     side = size.vision["image_size"]
     processor = _image_processor_class()(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
     )
-    return LlavaForConditionalGeneration(config).eval(), processor
+    return LlavaForConditionalGeneration(size.config()).eval(), processor
 
 
 def _image_processor_class() -> Any:

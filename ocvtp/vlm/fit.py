@@ -28,20 +28,24 @@ def check_fit(config: PrunerConfig, facts: TowerFacts, model: str = "MODEL") -> 
             f"tokens of {facts.unit} x {facts.unit}; {how_to_train(facts, model)}"
         )
     if not 0 <= config.layer < max(facts.consumed_layers):
-        raise ValueError(
-            f"the pruner reads encoder layer {config.layer}, which must be below the deepest layer the "
-            f"language model consumes ({max(facts.consumed_layers)}); {how_to_train(facts, model)}"
-        )
+        too_late = _too_late("the pruner reads", config.layer, facts.consumed_layers)
+        raise ValueError(f"{too_late}; {how_to_train(facts, model)}")
 
 
 def check_layers(read: int | None, consumed: tuple[int, ...]) -> None:
     """Raise ``ValueError`` unless tokens are chosen by a layer below the deepest one a call consumes."""
     if read is not None and not 0 <= read < max(consumed):
         raise ValueError(
-            f"tokens are chosen by encoder layer {read}, which must be below the deepest layer the language "
-            f"model consumes ({max(consumed)}); use another vision_feature_layer, or a pruner trained on an "
-            "earlier layer"
+            f"{_too_late('tokens are chosen by', read, consumed)}; use another vision_feature_layer, or a "
+            "pruner trained on an earlier layer"
         )
+
+
+def _too_late(who: str, layer: int, consumed: tuple[int, ...]) -> str:
+    return (
+        f"{who} encoder layer {layer}, which must be below the deepest layer the language model consumes "
+        f"({max(consumed)})"
+    )
 
 
 def how_to_train(facts: TowerFacts, model: str) -> str:

@@ -166,8 +166,8 @@ class _Videos(Pictures):
         """See :class:`~ocvtp.vlm.adapter.Vision`."""
         if self._shrunk is None:
             self._shrunk = self._of(self.all_projected(), range(len(self.segments)))
-        projected = self._shrunk[list(which)]
-        return [self._piece(i, projected[j], indices[j].to(projected.device)) for j, i in enumerate(which)]
+        shrunk = self._shrunk
+        return [self._piece(i, shrunk[i], indices[j].to(shrunk.device)) for j, i in enumerate(which)]
 
     def _of(self, tokens: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         """Candidates: ``[frames, N, C] -> [segments, n, C]``."""

@@ -14,7 +14,7 @@ from bench.micro.gates import GateError
 from bench.scaling import __main__ as command
 from bench.scaling import sweeps
 from bench.scaling.fit import power_law
-from bench.scaling.limits import LIMITS
+from bench.scaling.limits import LIMITS, limits
 from bench.scaling.points import curve, point
 from bench.scaling.sizes import CPU, GPU, Scale, small_llava, small_qwen
 from ocvtp import OCPruner
@@ -142,9 +142,9 @@ def test_everything_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     by_tokens = [one for one in record["sweeps"] if one["axis"] == "tokens"]
     assert [each["x"] for each in by_tokens[1]["points"]] == [36, 144, 324]
     assert 0.5 < by_tokens[0]["fits"]["flops"]["exponent"] < 1.0
-    limits = json.loads(path.with_name("limits.json").read_text())["rows"]
-    assert [row["what"] for row in limits] == [limit.what for limit in LIMITS]
-    assert all(row["speedup"] > 0 for row in limits)
+    rows = json.loads(path.with_name("limits.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == [limit.what for limit in LIMITS]
+    assert all(row["speedup"] > 0 for row in rows)
     monkeypatch.setattr("bench.scaling.sweeps.point", lambda *_: pytest.fail("measured again"))
     assert start(tmp_path) == 0
 
@@ -155,6 +155,15 @@ def test_no_curve_of_a_wrong_pruner(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit, match=r"gate failed: pruner at \[1, 144, 1024\], keep 64"):
         start(tmp_path)
     assert not list(tmp_path.glob("*/*.json"))
+
+
+def test_no_limit_of_a_wrong_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: Any) -> None:
+        raise GateError("other tokens")
+
+    monkeypatch.setattr("bench.scaling.limits.check_model", wrong)
+    with pytest.raises(GateError, match="other tokens"):
+        next(limits(TINY, DEVICE, lambda _: False))
 
 
 def test_the_pruners_check_looks_at_every_token() -> None:
