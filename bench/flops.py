@@ -13,8 +13,8 @@ from typing import Any
 
 from bench import snapshot
 from bench.harness import provenance
-from ocvtp.flops import count
-from ocvtp.published import PUBLISHED
+from ocvtp.cost.flops import count
+from ocvtp.cost.published import PUBLISHED
 
 PATH = snapshot.FOLDER / "flops.json"
 TEXT_TOKENS = 32

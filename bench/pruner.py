@@ -14,7 +14,7 @@ from rich.table import Table
 from bench.harness import Timing, interleaved, provenance
 from bench.official import official_attention, official_selection
 from ocvtp import OCPruner
-from ocvtp.noise import seeded_normal
+from ocvtp.pruner.noise import seeded_normal
 from ocvtp_kernels.selection import select_tokens
 
 SHAPES = [(1, 576, 64), (8, 576, 64), (1, 576, 192)]

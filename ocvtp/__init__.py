@@ -13,8 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ocvtp.checkpoint import CheckpointError
     from ocvtp.pruner import OCPruner, PrunerConfig, Reconstruction
+    from ocvtp.pruner.checkpoint import CheckpointError
     from ocvtp.selection import Selection
     from ocvtp.vlm import PatchError, PruneReport, UnsupportedModelError, apply, pruned, remove
     from ocvtp_kernels import BackendUnavailableError
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BackendUnavailableError": "ocvtp_kernels",
-    "CheckpointError": "ocvtp.checkpoint",
+    "CheckpointError": "ocvtp.pruner.checkpoint",
     "OCPruner": "ocvtp.pruner",
     "PatchError": "ocvtp.vlm",
     "PruneReport": "ocvtp.vlm",

@@ -106,5 +106,5 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsal]:
         made.append(Rehearsal(device))
         return made[-1]
 
-    monkeypatch.setattr("ocvtp.capture.lane_for", lane_for)
+    monkeypatch.setattr("ocvtp.pruner.capture.lane_for", lane_for)
     return made

@@ -11,7 +11,7 @@ from ocvtp_kernels.slot_attention import TopTokens
 
 
 class Rehearsal:
-    """What :class:`ocvtp.capture.CudaLane` does, on the CPU; ``log`` tells in which order."""
+    """What :class:`ocvtp.pruner.capture.CudaLane` does, on the CPU; ``log`` tells in which order."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -16,8 +16,8 @@ from bench.tower.encoder import ENCODERS, EncoderBench, EncoderShape
 from bench.tower.qwen import QWENS, QwenBench, QwenShape
 from bench.tower.report import record, show
 from bench.tower.step import measure
-from ocvtp.vlm.qwen_tower import QwenTowerRun
-from ocvtp.vlm.tower import HeldLayer
+from ocvtp.vlm.towers.clip import HeldLayer
+from ocvtp.vlm.towers.qwen import QwenTowerRun
 
 CPU = torch.device("cpu")
 CLIP = EncoderShape(width=32, mlp=48, layers=4, heads=4, image=28, patch=7, class_token=True)

@@ -15,10 +15,10 @@ from bench import flops as bench_flops
 from bench import snapshot
 from bench.e2e.prompts import prompt
 from bench.tower.encoder import ENCODERS
-from ocvtp import flops
-from ocvtp.counters import counter_of
-from ocvtp.flops import count, paper_flops
-from ocvtp.published import PUBLISHED
+from ocvtp.cost import flops
+from ocvtp.cost.counters import counter_of
+from ocvtp.cost.flops import count, paper_flops
+from ocvtp.cost.published import PUBLISHED
 from tests.vlm.family import families
 
 LAYERS, WIDTH, FFN = 32, 4096, 11008

@@ -30,7 +30,7 @@ from bench.pruners import named, training_notes
 from bench.testbed.examples import Split
 from ocvtp import OCPruner
 from ocvtp.atomic import write_json
-from ocvtp.vlm.selectors import Rule
+from ocvtp.vlm.contracts.selector import Rule
 
 _ROOT = Path(__file__).parents[2]
 _DOCUMENT = _ROOT / "docs" / "accuracy.md"

@@ -13,7 +13,7 @@ import torch
 from bench.testbed.examples import Example, Split, example
 from bench.testbed.model import Size
 from bench.testbed.packing import Batch, normalise, pack, shown
-from ocvtp.vlm.tower import run_tower
+from ocvtp.vlm.towers.clip import run_tower
 
 _BATCH = 25
 

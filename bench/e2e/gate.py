@@ -19,8 +19,8 @@ from bench.e2e.prompts import Inputs
 from bench.micro.gates import GateError, require_error, worst_error
 from ocvtp import OCPruner
 from ocvtp.vlm import select
-from ocvtp.vlm.encode import encode
-from ocvtp.vlm.patch import controller_of
+from ocvtp.vlm.call.controller import controller_of
+from ocvtp.vlm.encode.encode import encode
 
 #: Largest relative error of the first token's logits, ``|got - want| / |want|``.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}

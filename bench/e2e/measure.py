@@ -19,7 +19,7 @@ from bench.e2e.prompts import Inputs
 from bench.e2e.watch import LANGUAGE_MODEL, TokenClock, Watch, synchronize
 from bench.harness import summarise
 from bench.record import Row, Rows
-from ocvtp.vlm.timing import STAGES
+from ocvtp.vlm.encode.timing import STAGES
 
 
 @dataclass

@@ -15,9 +15,9 @@ from bench.e2e.prompts import Inputs
 from bench.e2e.watch import Watch, watched
 from ocvtp import OCPruner
 from ocvtp.vlm import PatchError, stage_times
-from ocvtp.vlm.patch import controller_of
-from ocvtp.vlm.selectors import Rule
-from ocvtp.vlm.timing import Clock
+from ocvtp.vlm.call.controller import controller_of
+from ocvtp.vlm.contracts.selector import Rule
+from ocvtp.vlm.encode.timing import Clock
 
 UNPRUNED, OURS, OFFICIAL = "unpruned", "ocvtp", "official dataflow"
 #: Name of a method -> the rule that it is.

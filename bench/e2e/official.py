@@ -24,8 +24,8 @@ import torch
 from bench.e2e.prompts import Inputs
 from bench.official import official_attention, official_selection
 from ocvtp import OCPruner
-from ocvtp.noise import seeded_normal
-from ocvtp.vlm.timing import Clock, stage
+from ocvtp.pruner.noise import seeded_normal
+from ocvtp.vlm.encode.timing import Clock, stage
 
 FAMILIES = ("llava", "llava_next")
 

@@ -10,8 +10,8 @@ import torch
 
 from ocvtp import OCPruner, PrunerConfig
 from ocvtp.commands.demo import LLAVA_SHAPED
-from ocvtp.published import PUBLISHED
-from ocvtp.vlm.adapter import adapter_for
+from ocvtp.cost.published import PUBLISHED
+from ocvtp.vlm.families import adapter_for
 
 #: How the language model runs.
 Mode = Literal["eager", "static cache", "captured prefill"]

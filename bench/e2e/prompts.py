@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ocvtp.vlm.adapter import adapter_for
-from ocvtp.vlm.arguments import picture_arguments
+from ocvtp.vlm.families import adapter_for
+from ocvtp.vlm.families.arguments import picture_arguments
 from ocvtp.vlm.options import Options, resolve
 
 Inputs = dict[str, Any]

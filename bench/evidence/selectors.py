@@ -10,7 +10,7 @@ import torch
 
 from bench.evidence.views import Views
 from ocvtp import OCPruner, Selection, methods
-from ocvtp.noise import seeded_normal
+from ocvtp.pruner.noise import seeded_normal
 from ocvtp_kernels.coverage import coverage_error, refine
 from ocvtp_kernels.selection import select_tokens
 from ocvtp_kernels.slot_attention import slot_attention

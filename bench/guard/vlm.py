@@ -16,9 +16,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import ocvtp
 from bench.guard.count import count
 from bench.guard.remote import Remote, move, remote_device
-from ocvtp.published import CLIP_L_336
-from ocvtp.vlm.encode import encode
-from ocvtp.vlm.patch import controller_of
+from ocvtp.cost.published import CLIP_L_336
+from ocvtp.vlm.call.controller import controller_of
+from ocvtp.vlm.encode.encode import encode
 
 IMAGE = 120
 

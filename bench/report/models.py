@@ -8,7 +8,7 @@ from bench.e2e.methods import OURS, UNPRUNED
 from bench.e2e.presets import PRESETS
 from bench.markdown import table
 from bench.report.results import Result, Results
-from ocvtp.vlm.timing import STAGES
+from ocvtp.vlm.encode.timing import STAGES
 
 NOT_MEASURED = "not measured"
 _GPU_PRESETS = [name for name, preset in PRESETS.items() if preset.gpu]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ocvtp.published import PUBLISHED
+from ocvtp.cost.published import PUBLISHED
 
 _SMALL_TEXT = {
     "vocab_size": 8192,

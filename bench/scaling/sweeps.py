@@ -17,7 +17,7 @@ from bench.official import official_attention, official_selection
 from bench.scaling.points import curve, point, unpruned_and_ours
 from bench.scaling.sizes import Scale
 from ocvtp import OCPruner
-from ocvtp.noise import seeded_normal
+from ocvtp.pruner.noise import seeded_normal
 
 KEEP = 64
 #: Larger images are not compared with the official dataflow, whose selection takes quadratic time in Python.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench.testbed.language import BEGIN, END, IMAGE, PAD, VOCABULARY
-from ocvtp.vlm.tower import root
+from ocvtp.vlm.towers.clip import root
 
 _SLOWEST = 100.0  # the longest wave's length in patches, over 2 pi
 _AMPLITUDE = 0.3  # about as large as what the pixels say

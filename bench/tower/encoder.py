@@ -12,7 +12,7 @@ import torch
 
 from bench.micro.gates import require_equal, require_error, worst_error
 from bench.tower.step import Results, Step
-from ocvtp.vlm.tower import HeldLayer, WholeLayer, root, run_tower
+from ocvtp.vlm.towers.clip import HeldLayer, WholeLayer, root, run_tower
 
 #: Rows kept of an image.
 KEEPS = (64, 160)

@@ -11,7 +11,7 @@ import torch
 
 from bench.micro.gates import require_equal, require_error, worst_error
 from bench.tower.step import Results, Step
-from ocvtp.vlm.qwen_tower import run_qwen_tower
+from ocvtp.vlm.towers.qwen import run_qwen_tower
 
 #: Units kept of an image.
 KEEPS = (64, 32)

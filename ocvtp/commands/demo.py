@@ -22,7 +22,7 @@ from ocvtp.commands.loading import check_keep
 from ocvtp.commands.output import check_writable, make_folder
 from ocvtp.commands.progress import busy, steps
 from ocvtp.commands.timing import seconds
-from ocvtp.published import CLIP_L_336
+from ocvtp.cost.published import CLIP_L_336
 
 if TYPE_CHECKING:
     import torch

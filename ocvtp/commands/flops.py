@@ -13,7 +13,7 @@ from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.loading import check_keep, model_source, read_model_config
 
 if TYPE_CHECKING:
-    from ocvtp.flops import Cost
+    from ocvtp.cost.flops import Cost
 
 Accounting = Literal["both", "paper", "full"]
 PARTS = {
@@ -40,7 +40,7 @@ def run(
         raise UserError(f"--text-tokens must be at least 1; got {text_tokens}")
     size = None if image is None else read_size(image)
     config, default = _config(model)
-    from ocvtp.flops import count
+    from ocvtp.cost.flops import count
 
     with blamed_on_input(ValueError, ImportError):
         cost: Cost = count(config, keep, text_tokens, size or default, counter=counter)
@@ -57,7 +57,7 @@ def read_size(image: str) -> tuple[int, int]:
 
 def _config(model: str) -> tuple[Any, tuple[int, int] | None]:
     """A configuration, and the image counted by default."""
-    from ocvtp.published import PUBLISHED
+    from ocvtp.cost.published import PUBLISHED
 
     if model in PUBLISHED:
         return PUBLISHED[model].config(), PUBLISHED[model].image

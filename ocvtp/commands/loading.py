@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ocvtp import OCPruner, PrunerConfig, PruneReport
-    from ocvtp.vlm.adapter import TowerFacts
+    from ocvtp.vlm.contracts.adapter import TowerFacts
 
 DEFAULT_KEEP = 64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -65,7 +65,7 @@ def _model_source(given: str, option: str) -> str:
 
 
 def _is_pruner_folder(folder: Path) -> bool:
-    from ocvtp.config import read_json_object
+    from ocvtp.pruner.config import read_json_object
 
     config = folder / "config.json"
     if not config.exists():
@@ -75,14 +75,14 @@ def _is_pruner_folder(folder: Path) -> bool:
 
 def is_rule(pruner: str) -> bool:
     """Whether this names a rule that needs no pruner."""
-    from ocvtp.vlm.selectors import Rule
+    from ocvtp.vlm.contracts.selector import Rule
 
     return pruner in get_args(Rule)
 
 
 def pruner_source(given: str) -> str:
     """A pruner's folder, file or Hub id, as far as can be told without loading anything."""
-    from ocvtp.config import read_json_object
+    from ocvtp.pruner.config import read_json_object
 
     if not given.strip():
         raise UserError("--pruner is empty; give a pruner's folder, Hub id or official weights file")
@@ -152,7 +152,7 @@ def read_model_config(source: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    from ocvtp.vlm.adapter import ADAPTERS
+    from ocvtp.vlm.families import ADAPTERS
 
     try:
         config = AutoConfig.from_pretrained(source)
@@ -171,8 +171,8 @@ def check_fit(config: Any, pruner: PrunerConfig | None, keep: float) -> TowerFac
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from ocvtp.vlm.adapter import adapter_for
-    from ocvtp.vlm.fit import check_fit as check_pruner
+    from ocvtp.vlm.families import adapter_for
+    from ocvtp.vlm.families.fit import check_fit as check_pruner
 
     with blamed_on_input(ValueError):
         with torch.device("meta"):  # shapes alone, whatever the size of the model
@@ -279,7 +279,7 @@ def prepare(
     positions: Literal["auto", "compact", "original"] = "auto",
 ) -> Prepared:
     """Check, load and patch: everything that ``prune`` and ``visualize`` do before they differ."""
-    from ocvtp.vlm.selectors import reads_features
+    from ocvtp.vlm.contracts.selector import reads_features
 
     if refine and is_rule(pruner) and not reads_features(pruner):
         raise UserError(f"--refine needs features; {pruner!r} reads none")

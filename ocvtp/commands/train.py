@@ -44,7 +44,7 @@ def run(
     """Check, train, say what came of it. Flags win over the config file."""
     _check_source(features, images, encoder)
     settings = read_config(config)
-    from ocvtp.config import PrunerConfig
+    from ocvtp.pruner.config import PrunerConfig
     from ocvtp.training.recipe import Recipe
 
     with blamed_on_input(ValueError):

@@ -8,7 +8,7 @@ import torch
 
 from ocvtp.checks import check_fill_scores
 from ocvtp.methods._inputs import check_features, chosen
-from ocvtp.noise import seeded_normal
+from ocvtp.pruner.noise import seeded_normal
 from ocvtp.selection import Selection
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
 

@@ -45,7 +45,7 @@ def is_pruned_family(source: str) -> bool:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    from ocvtp.vlm.adapter import ADAPTERS
+    from ocvtp.vlm.families import ADAPTERS
 
     try:
         kind = AutoConfig.from_pretrained(source).model_type
@@ -146,7 +146,7 @@ def _skeleton(source: str) -> tuple[Any, Any]:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from ocvtp.vlm.adapter import adapter_for
+    from ocvtp.vlm.families import adapter_for
 
     try:
         config = AutoConfig.from_pretrained(source)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ocvtp.config import PrunerConfig
+from ocvtp.pruner.config import PrunerConfig
 from ocvtp.training.recipe import Recipe
 from ocvtp.training.source import FeatureSource
 from ocvtp.training.split import split

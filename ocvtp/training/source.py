@@ -55,7 +55,7 @@ class FeatureSource(Protocol):
 
     @property
     def unit(self) -> int:
-        """Patches along the side of a token, see :class:`~ocvtp.config.PrunerConfig`."""
+        """Patches along the side of a token, see :class:`~ocvtp.pruner.config.PrunerConfig`."""
 
     @property
     def fingerprint(self) -> str:

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from ocvtp.atomic import sync_folder, write_json
-from ocvtp.config import PrunerConfig
 from ocvtp.pruner import OCPruner
+from ocvtp.pruner.config import PrunerConfig
 from ocvtp.training import checkpoint
 from ocvtp.training.batches import Batch, HeldOutBatches, TrainingBatches, load
 from ocvtp.training.checkpoint import Progress, ResumeError

@@ -7,10 +7,10 @@ ocvtp.remove(model)
 
 from __future__ import annotations
 
-from ocvtp.vlm.errors import PatchError, UnsupportedModelError
+from ocvtp.vlm.contracts.errors import PatchError, UnsupportedModelError
 from ocvtp.vlm.patch import apply, pruned, remove, select
 from ocvtp.vlm.report import PruneReport
-from ocvtp.vlm.timing import stage_times
+from ocvtp.vlm.stage_times import stage_times
 
 __all__ = [
     "PatchError",

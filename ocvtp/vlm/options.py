@@ -8,16 +8,17 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ocvtp.capture import SlotRunner
-from ocvtp.pruner import OCPruner, check_options
-from ocvtp.vlm.adapter import Adapter, TowerFacts
-from ocvtp.vlm.budgets import Budget
-from ocvtp.vlm.fit import check_fit, check_layers
-from ocvtp.vlm.handover import route_of
+from ocvtp.pruner.capture import SlotRunner
+from ocvtp.pruner.pruner import OCPruner, check_options
+from ocvtp.vlm.call.handover import route_of
+from ocvtp.vlm.contracts.adapter import Adapter, TowerFacts
+from ocvtp.vlm.contracts.budgets import Budget
+from ocvtp.vlm.contracts.selector import Rule, Selector, reads_features
+from ocvtp.vlm.contracts.settings import Frames, Layout, Newlines, Positions, Settings, Tower
+from ocvtp.vlm.contracts.versions import transformers_older_than
+from ocvtp.vlm.encode.selectors import PrunerSelector, RuleSelector
+from ocvtp.vlm.families.fit import check_fit, check_layers
 from ocvtp.vlm.report import PruneReport
-from ocvtp.vlm.selectors import PrunerSelector, Rule, RuleSelector, Selector, reads_features
-from ocvtp.vlm.settings import Frames, Layout, Newlines, Positions, Settings, Tower
-from ocvtp.vlm.versions import transformers_older_than
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels.coverage import check_rounds
 

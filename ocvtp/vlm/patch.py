@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import inspect
-import pickle
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -14,81 +11,18 @@ from typing import Any, Literal
 import torch
 
 from ocvtp.selection import Selection
-from ocvtp.vlm import calls
-from ocvtp.vlm.adapter import Adapter, adapter_for
-from ocvtp.vlm.encode import choose
-from ocvtp.vlm.errors import PatchError, UnsupportedModelError
+from ocvtp.vlm.call import calls
+from ocvtp.vlm.call.controller import ATTRIBUTE, Controller, controller_of, unwrap
+from ocvtp.vlm.contracts.adapter import Adapter
+from ocvtp.vlm.contracts.errors import PatchError
+from ocvtp.vlm.contracts.selector import Rule
+from ocvtp.vlm.contracts.settings import Frames, Layout, Newlines, Settings, Tower
+from ocvtp.vlm.encode.encode import choose
+from ocvtp.vlm.families import adapter_for
 from ocvtp.vlm.options import Options, resolve
 from ocvtp.vlm.report import PruneReport
-from ocvtp.vlm.selectors import Rule
-from ocvtp.vlm.settings import Frames, Layout, Newlines, Settings, Tower
-from ocvtp.vlm.timing import Clock
 
-_CONTROLLER = "_ocvtp"
 _PATCHED = {"forward": calls.forward, "generate": calls.generate}
-
-
-class Controller:
-    """State of one patched model.
-
-    A plain object in the instance's ``__dict__``: no module, so nothing of it (the pruner least of all) gets
-    into ``state_dict``, ``save_pretrained``, ``parameters`` or quantisation.
-    """
-
-    def __init__(self, model: Any, adapter: Adapter, settings: Settings) -> None:
-        self.model = model
-        self.adapter = adapter
-        self.settings = settings
-        self.enabled = True
-        self.clock: Clock | None = None
-        #: Instance attributes that were there before ours: accelerate's or torch.compile's wrappers.
-        self.previous = {name: model.__dict__.get(name) for name in _PATCHED}
-        #: The bound methods below the patch. A deep copy of the model rebinds them.
-        self.originals = {name: getattr(model, name) for name in _PATCHED}
-        self._names = {
-            name: tuple(
-                parameter.name
-                for parameter in inspect.signature(getattr(type(model), name)).parameters.values()
-                if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            )[1:]
-            for name in _PATCHED
-        }
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
-        """For a copy of the model: it has a patch of its own."""
-        twin = memo[id(self)] = object.__new__(type(self))
-        for name, value in self.__dict__.items():
-            twin.__dict__[name] = copy.deepcopy(value, memo)
-        return twin
-
-    def __reduce__(self) -> Any:
-        """Methods of an instance don't survive pickling: the copy would silently not be pruned."""
-        raise pickle.PicklingError(
-            "a model patched by ocvtp can't be pickled: ocvtp.remove(model) first, and apply to the copy"
-        )
-
-    def argument(self, method: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One argument of a call, by position or by name."""
-        if name in kwargs:
-            return kwargs[name]
-        return self.by_name(method, args, {}).get(name) if args else None
-
-    def by_name(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of a call, by name."""
-        names = self._names[method]
-        if len(args) > len(names):
-            raise TypeError(f"{method}() takes at most {len(names)} positional arguments; got {len(args)}")
-        given = {names[i]: value for i, value in enumerate(args)}  # torch 2.7 can't trace zip(strict=)
-        for name in given:
-            if name in kwargs:
-                raise TypeError(f"{method}() got multiple values for argument {name!r}")
-        return {**given, **kwargs}
-
-    def has_pixels(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call brings pixels along."""
-        return any(
-            self.argument(method, key, args, kwargs) is not None for key in self.adapter.pixel_keys.values()
-        )
 
 
 def apply(
@@ -165,7 +99,7 @@ def apply(
         PatchError: somebody else patched a method of this instance that pruning would bypass or wrap.
         TypeError, ValueError: a pruner or a setting that does not fit.
     """
-    target = _unwrap(model)
+    target = unwrap(model)
     adapter = adapter_for(target)
     options = Options(
         pruner=pruner,
@@ -197,8 +131,8 @@ def remove(model: Any) -> None:
     If accelerate or ``torch.compile`` has wrapped the patched methods since, their wrappers stay and the
     patch underneath them is switched off.
     """
-    target = _unwrap(model)
-    controller = target.__dict__.get(_CONTROLLER)
+    target = unwrap(model)
+    controller = target.__dict__.get(ATTRIBUTE)
     if controller is None:
         return
     controller.enabled = False
@@ -213,7 +147,7 @@ def remove(model: Any) -> None:
             del target.__dict__[name]
         else:
             target.__dict__[name] = controller.previous[name]
-    del target.__dict__[_CONTROLLER]
+    del target.__dict__[ATTRIBUTE]
 
 
 @contextlib.contextmanager
@@ -233,7 +167,7 @@ def pruned(
     Raises:
         Whatever :func:`apply` raises.
     """
-    target = _unwrap(model)
+    target = unwrap(model)
     adapter = adapter_for(target)
     settings, report = resolve(adapter, Options(pruner, *args, **options))
     before = _settings_of(target)
@@ -273,47 +207,21 @@ def select(
     return found[0]
 
 
-def controller_of(model: Any) -> Controller:
-    """The controller of a patched model.
-
-    Raises:
-        PatchError: there is none, or it is switched off.
-    """
-    controller = _unwrap(model).__dict__.get(_CONTROLLER)
-    if controller is None or not controller.enabled:
-        raise PatchError("this model is not patched; call ocvtp.apply(model, pruner) first")
-    return controller
-
-
-def _unwrap(model: Any) -> Any:
-    """The model inside ``torch.compile`` and PEFT wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif type(model).__module__.startswith("peft.") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            break
-    if not isinstance(model, torch.nn.Module):
-        raise UnsupportedModelError(f"can't prune a {type(model).__name__}: not a torch.nn.Module")
-    return model
-
-
 def _settings_of(model: Any) -> Settings | None:
     """The settings under which a model is patched, if it is."""
-    controller = model.__dict__.get(_CONTROLLER)
+    controller = model.__dict__.get(ATTRIBUTE)
     return controller.settings if controller is not None and controller.enabled else None
 
 
 def _install(model: Any, adapter: Adapter, settings: Settings) -> None:
     _refuse_foreign_patches(model, adapter)
-    controller = model.__dict__.get(_CONTROLLER)
+    controller = model.__dict__.get(ATTRIBUTE)
     if controller is not None and all(_reaches_ours(model.__dict__.get(name)) for name in _PATCHED):
         controller.adapter, controller.settings, controller.enabled = adapter, settings, True
         return
     if controller is not None:  # one of the two methods was replaced by its unpatched self
         remove(model)
-    installed: dict[str, Any] = {_CONTROLLER: Controller(model, adapter, settings)}
+    installed: dict[str, Any] = {ATTRIBUTE: Controller(model, adapter, settings, _PATCHED)}
     for name in _PATCHED:
         installed[name] = types.MethodType(_wrapper(type(model), name), model)
     model.__dict__.update(installed)  # all or nothing
@@ -324,19 +232,19 @@ def _wrapper(cls: type, name: str) -> Any:
     run = _PATCHED[name]
 
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        controller = self.__dict__.get(_CONTROLLER)
+        controller = self.__dict__.get(ATTRIBUTE)
         if controller is None:  # somebody kept the method from before remove
             return getattr(self, name)(*args, **kwargs)
         return run(controller, args, kwargs)
 
     # generate inspects the signature of forward. The class's function has it whatever sits on the instance.
     functools.update_wrapper(patched, getattr(cls, name))
-    patched.__dict__[_CONTROLLER] = name
+    patched.__dict__[ATTRIBUTE] = name
     return patched
 
 
 def _is_ours(method: Any) -> bool:
-    return _CONTROLLER in getattr(getattr(method, "__func__", None), "__dict__", {})
+    return ATTRIBUTE in getattr(getattr(method, "__func__", None), "__dict__", {})
 
 
 def _reaches_ours(method: Any) -> bool:

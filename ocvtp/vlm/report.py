@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ocvtp.vlm.settings import Positions, Route
+from ocvtp.vlm.contracts.settings import Positions, Route
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class TestSources:
         def download(*_: object, **__: object) -> None:
             raise LocalEntryNotFoundError("not cached") from ConnectionError("no such host")
 
-        monkeypatch.setattr("ocvtp.hub.hf_hub_download", download)
+        monkeypatch.setattr("ocvtp.pruner.hub.hf_hub_download", download)
         output = refused(files, PRUNER, "nope")
         assert "no folder 'nope' here, and the Hub can't be reached; check the spelling" in output
         assert "no such host" in output
@@ -74,7 +74,7 @@ class TestSources:
         def download(*_: object, **__: object) -> None:
             raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
-        monkeypatch.setattr("ocvtp.hub.hf_hub_download", download)
+        monkeypatch.setattr("ocvtp.pruner.hub.hf_hub_download", download)
         assert "no folder 'nope' here, and no such repository" in refused(files, PRUNER, "nope")
 
     def test_pruner_that_is_no_weights_file(self, files: Files) -> None:

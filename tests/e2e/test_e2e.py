@@ -97,7 +97,7 @@ def test_everybody_passes_the_gate(family: str, batch: int) -> None:
     assert (OFFICIAL in found) == published
     assert ("keeps 100.0% of the tokens that the official dataflow keeps" in " ".join(checked)) == published
     with pytest.raises(ocvtp.vlm.PatchError):  # everything is as it was
-        ocvtp.vlm.patch.controller_of(model)
+        ocvtp.vlm.call.controller.controller_of(model)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])

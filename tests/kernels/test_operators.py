@@ -29,12 +29,14 @@ from ocvtp_kernels.coverage import op as coverage_op
 from ocvtp_kernels.coverage import triton as coverage_kernels
 from ocvtp_kernels.received_attention import op as attention_op
 from ocvtp_kernels.received_attention import received_attention
+from ocvtp_kernels.received_attention import shapes as attention_shapes
 from ocvtp_kernels.received_attention import triton as attention_kernels
 from ocvtp_kernels.reconstruction import area_weighted_mse
 from ocvtp_kernels.reconstruction import op as reconstruction_op
 from ocvtp_kernels.reconstruction import triton as reconstruction_kernels
 from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
 from ocvtp_kernels.selection import op as selection_op
+from ocvtp_kernels.selection import shapes as selection_shapes
 from ocvtp_kernels.selection import triton as selection_kernels
 from ocvtp_kernels.slot_attention import (
     FoldedWeights,
@@ -46,6 +48,7 @@ from ocvtp_kernels.slot_attention import (
     top_tokens,
 )
 from ocvtp_kernels.slot_attention import op as slot_op
+from ocvtp_kernels.slot_attention import shapes as slot_shapes
 from ocvtp_kernels.slot_attention import triton as slot_kernels
 from ocvtp_kernels.slot_attention.training import op as training_op
 from ocvtp_kernels.slot_attention.training import triton as training_kernels
@@ -720,12 +723,12 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
         return torch.empty(shape, dtype=dtype, device="meta")
 
     with _arch.pretend(arch), recording():
-        for tokens in range(1, selection_op.MAX_TOKENS + 1):
+        for tokens in range(1, selection_shapes.MAX_TOKENS + 1):
             selection_kernels.select_tokens(empty(2, 7, tokens), 1, None, None)
         selection_kernels.select_tokens(empty(2, 70000, 1), 1, None, empty(2, 1, 3))
         selection_kernels.gather_tokens(empty(2, 3, 4), empty(2, 5, dtype=torch.int64))
         selection_kernels.scatter_tokens(empty(2, 5, 4), empty(2, 5, dtype=torch.int64), 3)
-        for width in range(1, attention_op.MAX_HEAD_DIM + 1):
+        for width in range(1, attention_shapes.MAX_HEAD_DIM + 1):
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 q = empty(1, 2, 3, width, dtype=dtype)
                 for cu_seqlens in (None, empty(3, dtype=torch.int32)):
@@ -752,8 +755,8 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
 
 def test_the_limits_are_those_of_the_launchers() -> None:
     """What the public functions let through, the launchers have sizes for; one more they have not."""
-    assert max(selection_kernels._SIZES) == selection_op.MAX_TOKENS
-    assert max(attention_kernels._HEAD_DIMS) == attention_op.MAX_HEAD_DIM
+    assert max(selection_kernels._SIZES) == selection_shapes.MAX_TOKENS
+    assert max(attention_kernels._HEAD_DIMS) == attention_shapes.MAX_HEAD_DIM
     assert all(width >= first + second for width, (_, first, second) in attention_kernels._HEAD_DIMS.items())
     assert all(width <= first + second for width, (_, first, second) in attention_kernels._HEAD_DIMS.items())
 
@@ -764,14 +767,14 @@ def test_the_limits_are_those_of_the_launchers() -> None:
 def _refusals() -> dict[str, tuple[Callable[[], Any], str]]:
     half, double = Q.half(), Q.double()
     wide = torch.zeros(1, 1, 2, 129, device=DEVICE)
-    many = torch.zeros(1, 2, selection_op.MAX_TOKENS + 1, device=DEVICE)
+    many = torch.zeros(1, 2, selection_shapes.MAX_TOKENS + 1, device=DEVICE)
     packed = torch.zeros(1, 1, 4097, 16, device=DEVICE)
     x = X.to(torch.complex128)
     crowd = torch.zeros(65536, 1, 1, device=DEVICE)
     exotic = MAP.to(torch.float8_e8m0fnu)
     double_start, double_weights = SLOTS.folded(torch.float64)
     brain = FoldedWeights(*(t.bfloat16() for t in WEIGHTS))
-    broad = WEIGHTS._replace(encoder_fc1_weight=torch.zeros(1, slot_op.MAX_WIDTH + 1, device=DEVICE))
+    broad = WEIGHTS._replace(encoder_fc1_weight=torch.zeros(1, slot_shapes.MAX_WIDTH + 1, device=DEVICE))
     learned = FEATURES.clone().requires_grad_()
     wanted = "has no gradient: use torch.no_grad"
     return {

@@ -15,7 +15,7 @@ from ocvtp_kernels._tiles import table
 from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
 from ocvtp_kernels.selection import op as operators
 from ocvtp_kernels.selection import triton as kernels
-from ocvtp_kernels.selection.op import MAX_TOKENS
+from ocvtp_kernels.selection.shapes import MAX_TOKENS
 from tests.kernels.test_selection import keys_of, oracle
 from tests.kernels.triton_device import (
     DEVICE,

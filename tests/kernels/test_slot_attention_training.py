@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 pytest.importorskip("triton")
 
 from ocvtp import OCPruner, PrunerConfig, area_weighted_mse
-from ocvtp.checkpoint import to_official_name
+from ocvtp.pruner.checkpoint import to_official_name
 from ocvtp_kernels import BackendUnavailableError
 from ocvtp_kernels._arch import pretend
 from ocvtp_kernels._launch import recording

@@ -29,7 +29,7 @@ from ocvtp_kernels.slot_attention import (
     TopTokens,
     fold,
     folded,
-    op,
+    shapes,
     slot_assignment,
     slot_attention,
     start_from_slots,
@@ -205,7 +205,7 @@ def tile_tokens(slots: int, dtype: torch.dtype) -> int:
     size = "16bit" if dtype == torch.float16 else "32bit"
     arch = architecture(DEVICE)
     assert arch is not None
-    return table_row("slot_attention.attend", arch, f"{op.slot_class(slots)}-{size}")["BM"]
+    return table_row("slot_attention.attend", arch, f"{shapes.slot_class(slots)}-{size}")["BM"]
 
 
 def assert_equal_features(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
@@ -366,7 +366,7 @@ def _tile_sets() -> list[tuple[str, torch.dtype, int]]:
                     if of == arch and kernel.startswith("slot_attention.") and shape.endswith((size, "any"))
                 }
                 attends = {key for key in roles if key[0].endswith(".attend")}
-                used = op.slot_class(slots)
+                used = shapes.slot_class(slots)
                 for key in attends:
                     if key[1] != f"{used}-{size}":
                         del roles[key]

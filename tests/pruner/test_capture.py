@@ -14,9 +14,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from ocvtp import OCPruner, capture
-from ocvtp.assignment import Assignment
-from ocvtp.capture import SlotRunner
+from ocvtp import OCPruner
+from ocvtp.pruner import capture
+from ocvtp.pruner.assignment import Assignment
+from ocvtp.pruner.capture import SlotRunner
 from tests.conftest import SMALL, make_pruner
 from tests.kernels.triton_device import DEVICE, ON_GPU, needs_gpu
 from tests.rehearsal import Rehearsal

@@ -12,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from ocvtp import CheckpointError, OCPruner, PrunerConfig
-from ocvtp.checkpoint import to_official_keys
+from ocvtp.pruner.checkpoint import to_official_keys
 from tests.conftest import SMALL, Golden, make_pruner
 
 WITH_DECODER = PrunerConfig(
@@ -345,7 +345,7 @@ class TestHubRepository:
                 raise EntryNotFoundError(f"no {filename} at v1")
             return str(tmp_path / filename)
 
-        monkeypatch.setattr("ocvtp.hub.hf_hub_download", download)
+        monkeypatch.setattr("ocvtp.pruner.hub.hf_hub_download", download)
         return tmp_path
 
     def test_our_format(self, hub: Path) -> None:
@@ -379,7 +379,7 @@ class TestHubRepository:
                 raise LocalEntryNotFoundError("set 'local_files_only' to False")
             raise LocalEntryNotFoundError("not in the cache") from ConnectionError("no such host")
 
-        monkeypatch.setattr("ocvtp.hub.hf_hub_download", download)
+        monkeypatch.setattr("ocvtp.pruner.hub.hf_hub_download", download)
         with pytest.raises(FileNotFoundError) as caught:
             OCPruner.from_pretrained("nope")
         assert local_only == [False, True]
@@ -397,7 +397,7 @@ class TestHubRepository:
                 raise EntryNotFoundError("404")
             raise LocalEntryNotFoundError("timed out")
 
-        monkeypatch.setattr("ocvtp.hub.hf_hub_download", download)
+        monkeypatch.setattr("ocvtp.pruner.hub.hf_hub_download", download)
         with pytest.raises(FileNotFoundError, match=r"can't be reached.*timed out"):
             OCPruner.from_pretrained("someone/pruner")
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ocvtp import OCPruner, area_weighted_mse
-from ocvtp.checkpoint import to_official_name
+from ocvtp.pruner.checkpoint import to_official_name
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.selection import select_tokens
 from ocvtp_kernels.slot_attention import reference, slot_attention

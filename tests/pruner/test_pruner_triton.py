@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from ocvtp import BackendUnavailableError, OCPruner
-from ocvtp import pruner as pruner_module
+from ocvtp.pruner import pruner as pruner_module
 from tests.conftest import SMALL, make_pruner, relative_error
 from tests.kernels.triton_device import DEVICE, ON_GPU
 

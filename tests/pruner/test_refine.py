@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ocvtp import OCPruner
-from ocvtp.capture import SlotRunner
+from ocvtp.pruner.capture import SlotRunner
 from ocvtp_kernels.coverage import coverage_error, refine
 from tests.conftest import make_pruner
 from tests.rehearsal import Rehearsal

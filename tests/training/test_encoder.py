@@ -21,7 +21,7 @@ import ocvtp.vlm
 from ocvtp.training.encoder import EncoderError, FeatureEncoder, vision_config
 from ocvtp.training.features import ImageFeatures, extract
 from ocvtp.training.store import FeatureStore
-from ocvtp.vlm.selectors import PrunerSelector
+from ocvtp.vlm.encode.selectors import PrunerSelector
 from tests.training.pictures import good_pictures, mixed_pictures, noise
 from tests.vlm.processor import image_processor, write_processor
 from tests.vlm.tiny_llava import llava, pruner

@@ -19,9 +19,9 @@ from ocvtp.training.features import ImageFeatures
 from ocvtp.training.pictures import PictureEncoder, is_pruned_family
 from ocvtp.training.recipe import Recipe
 from ocvtp.training.trainer import default_config, train
-from ocvtp.vlm.adapter import adapter_for
-from ocvtp.vlm.qwen_geometry import patchify
-from ocvtp.vlm.selectors import PrunerSelector
+from ocvtp.vlm.encode.selectors import PrunerSelector
+from ocvtp.vlm.families import adapter_for
+from ocvtp.vlm.towers.qwen_geometry import patchify
 from tests.vlm import tiny_qwen
 from tests.vlm.family import Family, families
 from tests.vlm.hub_families import FAMILIES as HUB

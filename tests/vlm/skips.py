@@ -6,7 +6,7 @@ import pytest
 import transformers
 from packaging.version import Version
 
-from ocvtp.vlm.handover import route_of
+from ocvtp.vlm.call.handover import route_of
 from tests.vlm.tiny_llava import llava
 
 VERSION = Version(transformers.__version__)

@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("triton")
 
 import ocvtp
-from ocvtp.capture import SlotRunner
-from ocvtp.vlm.patch import controller_of
-from ocvtp.vlm.tower import root
+from ocvtp.pruner.capture import SlotRunner
+from ocvtp.vlm.call.controller import controller_of
+from ocvtp.vlm.towers.clip import root
 from tests.rehearsal import Rehearsal
 from tests.vlm.tiny_llava import GREEDY, KEEP, LAYERS, ONE, llava, pixels, prompt, pruner
 

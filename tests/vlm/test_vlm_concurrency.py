@@ -24,8 +24,8 @@ from transformers import DynamicCache, LogitsProcessorList
 import ocvtp
 from ocvtp import OCPruner
 from ocvtp.vlm import patch
-from ocvtp.vlm.patch import controller_of
-from ocvtp.vlm.tower import root
+from ocvtp.vlm.call.controller import controller_of
+from ocvtp.vlm.towers.clip import root
 from tests.vlm import tiny_llava, tiny_qwen
 from tests.vlm.skips import NATIVE_ROUTE, VERSION, needs_images_behind_cache
 from tests.vlm.tiny_llava import GREEDY, KEEP, NONE, ONE, TWO, llava, pixels, prompt
@@ -640,7 +640,7 @@ def test_an_exception_while_removing(error: type[BaseException], monkeypatch: py
         raise error
 
     with monkeypatch.context() as context:
-        context.setattr("ocvtp.capture.SlotRunner.close", fail)
+        context.setattr("ocvtp.pruner.capture.SlotRunner.close", fail)
         with pytest.raises(error):
             ocvtp.remove(model)
     assert identical(told(model, inputs), unpruned)

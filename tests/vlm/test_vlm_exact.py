@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ocvtp
-from ocvtp.vlm.tower import root, run_tower
+from ocvtp.vlm.towers.clip import root, run_tower
 from tests.vlm.tiny_llava import (
     GREEDY,
     IMAGE,

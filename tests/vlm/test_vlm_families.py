@@ -13,8 +13,8 @@ from packaging.version import Version
 from transformers import DynamicCache, LlamaForCausalLM
 
 import ocvtp
-from ocvtp.vlm import merged, qwen_geometry, tiles
-from ocvtp.vlm.adapter import adapter_for
+from ocvtp.vlm.families import adapter_for, merged, tiles
+from ocvtp.vlm.towers import qwen_geometry
 from tests.vlm.family import Family, Inputs, by_hand, families, joined, steps
 from tests.vlm.skips import (
     IMAGES_BEHIND_CACHE,

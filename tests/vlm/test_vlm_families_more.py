@@ -15,7 +15,7 @@ from transformers import StaticCache
 
 import ocvtp
 from ocvtp import OCPruner, methods
-from ocvtp.vlm.handover import route_of
+from ocvtp.vlm.call.handover import route_of
 from tests.vlm.family import Family, Inputs, by_hand, families, made
 from tests.vlm.skips import needs_mm_route, needs_original
 from tests.vlm.tiny_llava import GREEDY

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import ocvtp
-from ocvtp.vlm.tower import root
+from ocvtp.vlm.towers.clip import root
 from tests.vlm.skips import needs_chunked_prefill, needs_mm_route, needs_original
 from tests.vlm.tiny_llava import (
     GREEDY,

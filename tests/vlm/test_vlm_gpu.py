@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import ocvtp
-from ocvtp.vlm.encode import encode
-from ocvtp.vlm.patch import controller_of
+from ocvtp.vlm.call.controller import controller_of
+from ocvtp.vlm.encode.encode import encode
 from tests.vlm.family import Family, families
 from tests.vlm.tiny_llava import GREEDY, KEEP, llava, mixed, pixels, pruner
 

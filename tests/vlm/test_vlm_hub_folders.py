@@ -17,7 +17,7 @@ from PIL import Image
 
 import ocvtp
 from ocvtp import OCPruner, PrunerConfig
-from ocvtp.vlm.adapter import ADAPTERS
+from ocvtp.vlm.families import ADAPTERS
 from tests.vlm.hub_families import FAMILIES, Family
 from tests.vlm.hub_folders import random_model, write_folder
 from tests.vlm.skips import VERSION

@@ -10,7 +10,7 @@ from packaging.version import Version
 from transformers import DynamicCache
 
 import ocvtp
-from ocvtp.vlm.adapter import adapter_for
+from ocvtp.vlm.families import adapter_for
 from tests.vlm.families import qwen
 from tests.vlm.family import Family, Inputs, families, rope_positions, steps
 from tests.vlm.skips import IMAGES_BEHIND_CACHE, VERSION

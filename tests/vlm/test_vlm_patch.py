@@ -338,7 +338,7 @@ def test_model_dtype_does_not_reach_the_pruner(
 
 
 def test_the_pruner_follows_the_features() -> None:
-    from ocvtp.vlm.selectors import move_to
+    from ocvtp.vlm.encode.selectors import move_to
 
     module = torch.nn.Linear(2, 2)
     move_to(module, torch.device("cpu"))
@@ -373,7 +373,7 @@ def test_no_synchronisation_unless_timing(
     model: Any, oc_pruner: Any, one: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[torch.device] = []
-    monkeypatch.setattr("ocvtp.vlm.timing._synchronize", calls.append)
+    monkeypatch.setattr("ocvtp.vlm.encode.timing._synchronize", calls.append)
     ocvtp.apply(model, oc_pruner, keep=KEEP)
     model.generate(**one, **GREEDY)
     assert not calls

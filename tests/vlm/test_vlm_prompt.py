@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ocvtp.vlm.prompt import (
+from ocvtp.vlm.call.prompt import (
     Placeholders,
     check_placeholders,
     remap_kept_logits,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from ocvtp.vlm import qwen_geometry
-from ocvtp.vlm.qwen_tower import run_qwen_tower, scored_block
+from ocvtp.vlm.towers import qwen_geometry
+from ocvtp.vlm.towers.qwen import run_qwen_tower, scored_block
 from tests.vlm.tiny_qwen import DEPTH, FAMILIES, FULL, MERGE, STACKED, WIDTH, WINDOW, grid, pixels, units
 
 # Sizes that fill windows of 2 x 2 units and ones that don't, twice the same, and a video among them.

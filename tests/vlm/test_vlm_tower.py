@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ocvtp.vlm.tower import HeldLayer, TowerRun, root, run_tower
+from ocvtp.vlm.towers.clip import HeldLayer, TowerRun, root, run_tower
 from tests.vlm.tiny_llava import LAYERS, TOKENS, llava, pixels
 
 DEEPEST = LAYERS - 2

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ocvtp import PrunerConfig, Selection
-from ocvtp.vlm.adapter import adapter_for
-from ocvtp.vlm.encode import encode
+from ocvtp.vlm.encode.encode import encode
+from ocvtp.vlm.families import adapter_for
 from ocvtp.vlm.options import Options, resolve
 from tests.vlm.family import Inputs
 from tests.vlm.tiny_llava import WIDTH

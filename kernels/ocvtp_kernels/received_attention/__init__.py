@@ -10,7 +10,7 @@ from ocvtp_kernels._backend import interpreted, resolve_backend
 from ocvtp_kernels._checks import require, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels._launch import MAX_IMAGES
-from ocvtp_kernels.received_attention import op, reference
+from ocvtp_kernels.received_attention import op, reference, shapes
 
 __all__ = ["received_attention"]
 
@@ -91,10 +91,10 @@ def _unsupported(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor | No
         return "Triton's interpreter can't multiply bfloat16"
     if max(q.shape[:2]) > MAX_IMAGES:
         return f"it takes up to {MAX_IMAGES} images and heads; got {list(q.shape[:2])}"
-    if q.shape[3] > op.MAX_HEAD_DIM:
-        return f"its head dim is at most {op.MAX_HEAD_DIM}, and q's is {q.shape[3]}"
-    if cu_seqlens is not None and cu_seqlens.shape[0] - 1 > op.MAX_SEGMENTS:
-        return f"it takes up to {op.MAX_SEGMENTS} segments; got {cu_seqlens.shape[0] - 1}"
+    if q.shape[3] > shapes.MAX_HEAD_DIM:
+        return f"its head dim is at most {shapes.MAX_HEAD_DIM}, and q's is {q.shape[3]}"
+    if cu_seqlens is not None and cu_seqlens.shape[0] - 1 > shapes.MAX_SEGMENTS:
+        return f"it takes up to {shapes.MAX_SEGMENTS} segments; got {cu_seqlens.shape[0] - 1}"
     return None
 
 

@@ -10,11 +10,7 @@ from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels._library import define, handle_function
 from ocvtp_kernels.received_attention import reference
 
-__all__ = ["MAX_HEAD_DIM", "MAX_SEGMENTS", "received_attention"]
-
-MAX_HEAD_DIM = 128
-#: Of a packed batch: their bounds are searched in registers.
-MAX_SEGMENTS = 4096
+__all__ = ["received_attention"]
 
 
 def _launch(

@@ -18,7 +18,7 @@ from ocvtp_kernels._arch import architecture
 from ocvtp_kernels._jit import LOG2E
 from ocvtp_kernels._launch import launch
 from ocvtp_kernels._tiles import tile
-from ocvtp_kernels.received_attention.op import MAX_SEGMENTS
+from ocvtp_kernels.received_attention.shapes import MAX_SEGMENTS
 
 # Head dims are covered by one or two powers of two: (shape class, first, second).
 _HEAD_DIMS = {64: ("d64", 64, 0), 80: ("d80", 64, 16), 96: ("d96", 64, 32), 128: ("d128", 128, 0)}

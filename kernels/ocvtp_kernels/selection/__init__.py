@@ -7,7 +7,7 @@ import torch
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
 from ocvtp_kernels._launch import MAX_IMAGES
-from ocvtp_kernels.selection import op, reference
+from ocvtp_kernels.selection import op, reference, shapes
 
 __all__ = ["gather_tokens", "select_from_keys", "select_rows", "select_tokens"]
 
@@ -184,8 +184,8 @@ def _resolve(
         for scores in (slot_attention, slot_attention if fill_scores is None else fill_scores):
             if scores.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                 return f"it compares scores in float32, and these are {scores.dtype}"
-        if slot_attention.shape[2] > op.MAX_TOKENS:
-            return f"it holds up to {op.MAX_TOKENS} tokens an image; got {slot_attention.shape[2]}"
+        if slot_attention.shape[2] > shapes.MAX_TOKENS:
+            return f"it holds up to {shapes.MAX_TOKENS} tokens an image; got {slot_attention.shape[2]}"
         return _unsupported_rows(slot_attention if x is None else x)
 
     return resolve_backend(backend, "selection", slot_attention.device, unsupported)

@@ -8,10 +8,7 @@ import torch
 
 from ocvtp_kernels._library import define, handle_function
 
-__all__ = ["MAX_TOKENS", "gather_tokens", "select_from_keys", "select_rows", "select_tokens"]
-
-#: Largest image that one program can hold.
-MAX_TOKENS = 4096
+__all__ = ["gather_tokens", "select_from_keys", "select_rows", "select_tokens"]
 
 
 def _launch_select(

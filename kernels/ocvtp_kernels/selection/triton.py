@@ -20,7 +20,7 @@ from ocvtp_kernels._arch import architecture, processors
 from ocvtp_kernels._jit import ordered_bits
 from ocvtp_kernels._launch import launch
 from ocvtp_kernels._tiles import tile
-from ocvtp_kernels.selection.op import MAX_TOKENS
+from ocvtp_kernels.selection.shapes import MAX_TOKENS
 
 _SIZES = (256, 1024, MAX_TOKENS)
 # Slots x padded tokens that one block marks by itself: 2 us of its instructions, what a launch costs.

@@ -9,7 +9,7 @@ import torch
 from ocvtp_kernels._backend import BackendUnavailableError, resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
 from ocvtp_kernels._launch import MAX_IMAGES
-from ocvtp_kernels.slot_attention import folded, op, reference, training
+from ocvtp_kernels.slot_attention import folded, op, reference, shapes, training
 from ocvtp_kernels.slot_attention.folded import FoldedWeights, SlotStart, fold, start_from_slots
 from ocvtp_kernels.slot_attention.reference import SlotAttentionWeights
 
@@ -162,8 +162,8 @@ def top_tokens(
 
 def why_no_kernel(images: int, width: int) -> str | None:
     """Why the inference kernels can't take so many images of so many channels, or ``None``."""
-    if width > op.MAX_WIDTH:
-        return f"it takes up to {op.MAX_WIDTH} channels; got {width}"
+    if width > shapes.MAX_WIDTH:
+        return f"it takes up to {shapes.MAX_WIDTH} channels; got {width}"
     return f"it takes up to {MAX_IMAGES} images; got {images}" if images > MAX_IMAGES else None
 
 

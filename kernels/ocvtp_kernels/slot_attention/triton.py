@@ -28,8 +28,8 @@ from ocvtp_kernels._jit import ordered_bits
 from ocvtp_kernels._launch import launch
 from ocvtp_kernels._tiles import tile
 from ocvtp_kernels.slot_attention.folded import FoldedWeights, SlotStart
-from ocvtp_kernels.slot_attention.op import Assigned, slot_class, token_tiles
 from ocvtp_kernels.slot_attention.reference import NORM_EPS
+from ocvtp_kernels.slot_attention.shapes import Assigned, slot_class, token_tiles
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _ROOT_HALF = tl.constexpr(0.7071067811865476)

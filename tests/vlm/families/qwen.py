@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ocvtp import OCPruner
-from ocvtp.vlm.qwen_tower import run_qwen_tower
+from ocvtp.vlm.towers.qwen import run_qwen_tower
 from tests.vlm import tiny_qwen
 from tests.vlm.family import Choice, Family, Inputs, Seen
 from tests.vlm.tiny_qwen import IMAGE, MERGE, VIDEO, VISION_END, VISION_START, grid, pixels, units

@@ -1,0 +1,306 @@
+"""What a vision-language model costs, unpruned and pruned, counted on the meta device.
+
+Nothing is computed and no weights exist, so that models of any size can be counted on any machine. The parts
+are run, not described: the tower and the choice by the code that :func:`ocvtp.apply` runs on a GPU, whose
+kernels have FLOP formulas; the language model by transformers.
+
+What counts is what a counter has a formula for, two operations for a multiply-add: matrix products,
+convolutions and our kernels. Normalisation, softmax and activations do not. Causal attention counts in full,
+as eager attention computes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ocvtp.cost.counters import Counter, Products, counter_of
+from ocvtp.pruner import OCPruner
+from ocvtp.pruner.config import PrunerConfig
+from ocvtp.vlm.contracts.adapter import Adapter
+from ocvtp.vlm.encode.encode import choose, encode
+from ocvtp.vlm.families import adapter_for
+from ocvtp.vlm.families.arguments import picture_arguments
+from ocvtp.vlm.options import Options, resolve
+from ocvtp_kernels._arch import pretend
+
+FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")
+_META = torch.device("meta")
+#: Of the models counted; any architecture with kernels for it has the same products.
+_ARCHITECTURE = "sm90"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Floating-point operations of one call with one image.
+
+    Attributes:
+        vision_tower: that turns pixels into patch tokens; pruned, it stops at the layer that is consumed.
+        pruner: fill scores and choice; of these 0 without pruning.
+        projector: on all or on kept tokens. Of Qwen-VL, which merges patches there, its merger.
+        prefill: the language model on the whole prompt, without its head.
+        head: of the language model, for the last token.
+        decode_step: one further token, head included, with the prompt in the cache.
+    """
+
+    vision_tower: int
+    pruner: int
+    projector: int
+    prefill: int
+    head: int
+    decode_step: int
+
+    @property
+    def first_token(self) -> int:
+        """From pixels to the first token's logits."""
+        return self.vision_tower + self.pruner + self.projector + self.prefill + self.head
+
+    def tflops(self) -> dict[str, float]:
+        """By part, in 10^12 operations."""
+        names = ("vision_tower", "pruner", "projector", "prefill", "head", "decode_step", "first_token")
+        return {name: getattr(self, name) / 1e12 for name in names}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A call with one image, unpruned and pruned.
+
+    Attributes:
+        image_tokens: candidates: tokens of the image that are chosen among.
+        keep: how many of them are kept.
+        text_tokens: of the prompt, the image aside.
+        prompt_tokens: that the language model reads, unpruned and pruned. LLaVA-NeXT's newlines among them.
+        unpruned: operations of the model as it is.
+        pruned: with ocvtp.
+        paper: the language model by the paper's accounting (:func:`paper_flops`), unpruned and pruned.
+    """
+
+    image_tokens: int
+    keep: int
+    text_tokens: int
+    prompt_tokens: tuple[int, int]
+    unpruned: Parts
+    pruned: Parts
+    paper: tuple[int, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; TFLOP, and ratios of pruned to unpruned."""
+        unpruned, pruned = self.paper
+        return {
+            "keep": self.keep,
+            "text_tokens": self.text_tokens,
+            "image_tokens": self.image_tokens,
+            "prompt_tokens": {"unpruned": self.prompt_tokens[0], "pruned": self.prompt_tokens[1]},
+            "paper": {
+                "unpruned_tflops": unpruned / 1e12,
+                "pruned_tflops": pruned / 1e12,
+                "ratio": pruned / unpruned,
+            },
+            "full": {
+                "unpruned": self.unpruned.tflops(),
+                "pruned": self.pruned.tflops(),
+                "ratio": self.pruned.first_token / self.unpruned.first_token,
+            },
+        }
+
+
+def paper_flops(layers: int, width: int, ffn: int, tokens: int) -> int:
+    """``2 L (4 n d^2 + 2 n^2 d + 2 n d m)``: the published accounting of a prefill of ``n`` tokens.
+
+    It is FastV's (arXiv 2403.06764), twice for a multiply-add. It has two matrices of the feed-forward
+    network, where LLaMA and Qwen have three, and neither tower, projector nor head. With 32 text tokens it
+    gives the 33.76 and 1.95 TFLOP that arXiv 2511.20439 prints for LLaVA-NeXT with 2880 and 160 tokens.
+    """
+    return 2 * layers * (4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * ffn)
+
+
+def count(
+    config: Any,
+    keep: float = 64,
+    text_tokens: int = 32,
+    image: tuple[int, int] | None = None,
+    *,
+    pruner: PrunerConfig | None = None,
+    counter: Counter = "torch",
+) -> Cost:
+    """Count a call with one image at batch 1.
+
+    Args:
+        config: of a model of :data:`FAMILIES`; say
+            ``ocvtp.cost.published.PUBLISHED["llava-1.5-7b"].config()``.
+        keep: tokens to keep: a number, or a share such as ``0.25``.
+        text_tokens: of the prompt, the image aside.
+        image: height and width of the image in pixels; default: what a LLaVA-1.5's tower takes, and four
+            tiles of LLaVA-NeXT. Qwen-VL has no default.
+        pruner: sizes of the pruner; default: the published ones for the tower's width.
+        counter: whose formulas: ``"torch"``, or ``"fvcore"`` for a second opinion (``pip install fvcore``).
+
+    Raises:
+        ValueError: another family, an image that is no whole number of patches, a budget that it can't have,
+            or no text; or a transformers that can't run models on the meta device (5.0).
+        ImportError: no fvcore.
+    """
+    try:
+        return _count(config, keep, text_tokens, image, pruner, counter)
+    except RuntimeError as error:
+        if "autocast" not in str(error):
+            raise
+        raise ValueError(
+            "this transformers can't run models on the meta device, where operations are counted; a newer "
+            "one can: pip install -U transformers"
+        ) from error
+
+
+def _count(
+    config: Any,
+    keep: float,
+    text_tokens: int,
+    image: tuple[int, int] | None,
+    pruner: PrunerConfig | None,
+    counter: Counter,
+) -> Cost:
+    from transformers import AutoModelForImageTextToText
+
+    family = config.model_type
+    if family not in FAMILIES:
+        raise ValueError(f"can't count a {family!r} model; these can be: {', '.join(FAMILIES)}")
+    if isinstance(text_tokens, bool) or not isinstance(text_tokens, int) or text_tokens < 1:
+        raise ValueError(f"text_tokens must be an int of at least 1; got {text_tokens!r}")
+    size, products = _size(config, image), counter_of(counter)
+    with torch.no_grad(), pretend(_ARCHITECTURE):  # "auto" is our kernels, as on a GPU
+        with _META:  # eager attention, whose products both counters see
+            model = AutoModelForImageTextToText.from_config(
+                config, dtype=torch.float16, attn_implementation="eager"
+            ).eval()
+        if hasattr(model.model, "image_newline"):  # the one weight that is looked at
+            model.model.image_newline = nn.Parameter(torch.zeros(config.get_text_config().hidden_size))
+        adapter = adapter_for(model)
+        facts = adapter.facts({})
+        layer = min(PrunerConfig.layer, max(facts.consumed_layers) - 1)
+        sizes = PrunerConfig(in_dim=facts.width, unit=facts.unit, layer=layer) if pruner is None else pruner
+        arguments = picture_arguments(config, size, 1, _empty)
+        language = _LanguageModel(adapter, products)
+        before, rows, candidates = _unpruned_vision(adapter, arguments, products)
+        with _META:
+            made = OCPruner(sizes).eval()
+        after, kept, budget = _pruned_vision(adapter, arguments, made, keep, products)
+        if budget == candidates:
+            after = before
+        prompts = rows + text_tokens, kept + text_tokens
+        text = config.get_text_config()
+        # The published figures have the image's candidates alone: newlines don't count.
+        paper = [
+            paper_flops(text.num_hidden_layers, text.hidden_size, text.intermediate_size, n + text_tokens)
+            for n in (candidates, budget)
+        ]
+        return Cost(
+            candidates,
+            budget,
+            text_tokens,
+            prompts,
+            Parts(*before, *language.parts(prompts[0])),
+            Parts(*after, *language.parts(prompts[1])),
+            (paper[0], paper[1]),
+        )
+
+
+# ------------------------------------------------------------------------------------------------ vision side
+
+
+def _unpruned_vision(
+    adapter: Adapter, arguments: dict[str, Any], products: Products
+) -> tuple[tuple[int, int, int], int, int]:
+    """Tower, pruner (0) and projector as transformers runs them; rows in the prompt; candidates."""
+    settings, _ = resolve(adapter, Options("grid", 1.0))
+    vision = adapter.vision("image", arguments, settings)
+    candidates = sum(segment.tokens for segment in vision.segments)
+    model: Any = adapter.model
+    pixels = arguments["pixel_values"]
+    if "image_grid_thw" in arguments:
+        # Upstream's tower reads its grids, which have no values here; ours runs the same blocks.
+        tower = products(lambda: vision.run(None, None))
+        everything = products(lambda: encode(adapter, arguments, settings, None))
+        return (tower, 0, everything - tower), sum(vision.totals), candidates
+    tiles = pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
+    tower = products(lambda: model.model.vision_tower(tiles, output_hidden_states=True).last_hidden_state)
+    consumed = _empty(len(tiles), candidates // len(tiles), adapter.facts({}).width)
+    projector = products(lambda: model.model.multi_modal_projector(consumed))
+    return (tower, 0, projector), sum(vision.totals), candidates
+
+
+def _pruned_vision(
+    adapter: Adapter, arguments: dict[str, Any], pruner: OCPruner, keep: float, products: Products
+) -> tuple[tuple[int, int, int], int, int]:
+    """Tower, pruner and projector as ocvtp runs them, each the difference it makes; rows; tokens kept."""
+    settings, _ = resolve(adapter, Options(pruner, keep))
+
+    def vision() -> Any:
+        return adapter.vision("image", arguments, settings)
+
+    # Also folds the pruner's weights, which happens once a checkpoint, not once a call.
+    kept = sum(len(rows) for rows in encode(adapter, arguments, settings, None)["image"].rows)
+    tower = products(lambda: vision().run(settings.selector.read_layer, None))
+    chosen = products(lambda: choose(vision(), settings))
+    everything = products(lambda: encode(adapter, arguments, settings, None))
+    budget = settings.budget.of(sum(segment.tokens for segment in vision().segments))
+    assert isinstance(budget, int)
+    return (tower, chosen - tower, everything - chosen), kept, budget
+
+
+def _size(config: Any, image: tuple[int, int] | None) -> tuple[int, int]:
+    side: int = getattr(config.vision_config, "image_size", 0)
+    if config.model_type == "llava":
+        if image not in (None, (side, side)):
+            raise ValueError(f"this model's tower takes images of {side} x {side} pixels, no others")
+        return side, side
+    if image is None:
+        if config.model_type != "llava_next":
+            raise ValueError("an image of this model may have any size: say which")
+        return 2 * side, 2 * side
+    height, width = image
+    unit = 1
+    if config.model_type != "llava_next":
+        unit = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    if height < unit or width < unit or height % unit or width % unit:
+        raise ValueError(f"height and width of an image must be multiples of {unit} pixels; got {image}")
+    return height, width
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16, device=_META)
+
+
+# --------------------------------------------------------------------------------------------- language model
+
+
+class _LanguageModel:
+    """Counts a language model at any length."""
+
+    def __init__(self, adapter: Adapter, products: Products) -> None:
+        self._model, self._mrope, self._products = adapter.model, adapter.mrope, products
+        self._width: int = self._model.config.get_text_config().hidden_size
+
+    def parts(self, tokens: int) -> tuple[int, int, int]:
+        """Prefill, head, and a decoding step after a prompt of so many tokens."""
+        from transformers import DynamicCache
+
+        language, head = self._model.model.language_model, self._model.lm_head
+        prompt, one = (_empty(1, n, self._width) for n in (tokens, 1))
+        prefill = self._products(lambda: self._run(language, prompt, None))
+        cache = DynamicCache(config=self._model.config.get_text_config())
+        self._run(language, prompt, cache)
+        step = self._products(lambda: self._run(language, one, cache))
+        last = self._products(lambda: head(one))
+        return prefill, last, step + last
+
+    def _run(self, language: Any, rows: torch.Tensor, cache: Any) -> torch.Tensor:
+        held = 0 if cache is None else cache.get_seq_length()
+        positions = torch.arange(held, held + rows.shape[1], device=_META)[None]
+        if self._mrope:
+            positions = positions.expand(3, 1, -1)
+        output = language(inputs_embeds=rows, position_ids=positions, past_key_values=cache, use_cache=True)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden

@@ -1,0 +1,243 @@
+"""Reading weights, and the official key names of OC-VTP.
+
+The official file is a flat ``state_dict`` saved with ``torch.save``: 25 keys for the pruner, 69 with the
+decoder, possibly wrapped in ``{"state_dict": ...}``. Nothing here executes code from a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from ocvtp.pruner.config import PrunerConfig
+
+# Official prefix -> ours. The tails (".weight", ".bias", "weight_ih", ...) are the same.
+_PREFIXES = {
+    "encode_project.mlp.0.": "encoder.norm.",
+    "encode_project.mlp.1.": "encoder.fc1.",
+    "encode_project.mlp.4.": "encoder.fc2.",
+    "initializ.mean": "slot_mean",
+    "initializ.logstd": "slot_log_std",
+    "aggregat.norm_in.": "slot_attention.input_norm.",
+    "aggregat.norm_slots_0.": "slot_attention.slot_norm.",
+    "aggregat.proj_q.": "slot_attention.query.",
+    "aggregat.proj_k.": "slot_attention.key.",
+    "aggregat.proj_v.": "slot_attention.value.",
+    "aggregat.gru.": "slot_attention.gru.",
+    "aggregat.norm_slots_1.": "slot_attention.mlp_norm.",
+    "aggregat.ffn.mlp.0.": "slot_attention.mlp_fc1.",
+    "aggregat.ffn.mlp.3.": "slot_attention.mlp_fc2.",
+    "decode.mask_token": "decoder.mask_token",
+    "decode.posit_embed._pe": "decoder.position",
+    "decode.project1.project.": "decoder.token_proj.",
+    "decode.project1.norm.": "decoder.token_norm.",
+    "decode.project2.project.": "decoder.slot_proj.",
+    "decode.project2.norm.": "decoder.slot_norm.",
+    "decode.norm0.": "decoder.input_norm.",
+    "decode.backbone.layers.": "decoder.layers.",
+}
+_DECODER = "decode."
+_DECODER_LAYER = "decode.backbone.layers."
+
+
+class CheckpointError(ValueError):
+    """A file or state dict that is not a complete, well-shaped pruner. The message names the key."""
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Around checks of what a file holds: a ``CheckpointError`` that doesn't name ``path`` is made to."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """Tensors of a ``.safetensors`` file, or of a PyTorch file read with ``weights_only=True``.
+
+    Raises:
+        TypeError: no path.
+        FileNotFoundError: nothing there.
+        CheckpointError: not such a file, or it holds more than tensors.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"official weights are a file's path or a state dict; got {type(path).__name__}")
+    if not str(path):  # as a Path, this would be the current folder
+        raise FileNotFoundError("no checkpoint at '': the path is empty")
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; give the weights file, or use OCPruner.from_pretrained")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # on bytes that are no checkpoint, torch.load raises nearly anything
+        # Its message is not passed on: it advises weights_only=False, which runs what is in the file.
+        raise CheckpointError(
+            f"{path} can't be read: it is no PyTorch file that holds tensors alone. "
+            "Give official weights (weights.pth or .safetensors)"
+        ) from error
+    with naming(path):
+        return unwrap_state_dict(loaded)
+
+
+def read_config(path: Path) -> PrunerConfig:
+    """The configuration in a ``config.json``.
+
+    Raises:
+        CheckpointError: not a JSON object, or one that this version does not understand; names the file.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object; got {type(values).__name__}")
+        if "model_type" in values:
+            raise ValueError(f"it is a {values['model_type']!r} model's")
+        return PrunerConfig.from_dict(values)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no pruner's configuration: {error}") from error
+
+
+def unwrap_state_dict(loaded: object) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, or of ``{"state_dict": ...}`` around one.
+
+    Raises:
+        CheckpointError: something in it is not a tensor.
+    """
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"expected a state dict; got {type(loaded).__name__}")
+    for key, value in loaded.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"expected only tensors; {key!r} is {type(value).__name__}")
+    return dict(loaded)
+
+
+def config_from_official(
+    state: Mapping[str, torch.Tensor], num_iters: int, decoder_heads: int, layer: int
+) -> PrunerConfig:
+    """Every size from the shapes of an official state dict; the arguments are what shapes can't tell.
+
+    Raises:
+        CheckpointError: a key needed for a size is missing or has the wrong rank, or it is our own format.
+    """
+    if "slot_mean" in state and "initializ.mean" not in state:
+        raise CheckpointError(
+            "this is ocvtp's own format: give the folder that holds it and config.json "
+            "(OCPruner.from_pretrained)"
+        )
+
+    def size(key: str, rank: int, dim: int) -> int:
+        if key not in state:
+            raise CheckpointError(
+                f"missing key {key!r}: not an official OC-VTP checkpoint, or a truncated one"
+            )
+        if state[key].ndim != rank:
+            raise CheckpointError(
+                f"{key!r} must have {rank} dimension(s); got shape {list(state[key].shape)}"
+            )
+        return state[key].shape[dim]
+
+    decoder: dict[str, int] = {}
+    if any(key.startswith(_DECODER) for key in state):
+        layers = {key[len(_DECODER_LAYER) :].split(".")[0] for key in state if key.startswith(_DECODER_LAYER)}
+        decoder = {
+            "decoder_layers": len(layers),
+            "decoder_heads": decoder_heads,
+            "decoder_ffn_dim": size(f"{_DECODER_LAYER}0.linear1.weight", 2, 0),
+            "decoder_tokens": size("decode.posit_embed._pe", 3, 1),
+        }
+    try:
+        return PrunerConfig(
+            in_dim=size("encode_project.mlp.1.weight", 2, 1),
+            hidden_dim=size("encode_project.mlp.1.weight", 2, 0),
+            slot_dim=size("initializ.mean", 3, 2),
+            ffn_dim=size("aggregat.ffn.mlp.0.weight", 2, 0),
+            num_iters=num_iters,
+            layer=layer,
+            **decoder,
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"no pruner has these sizes: {error}") from error
+
+
+def from_official_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Official names -> ours.
+
+    Raises:
+        CheckpointError: a name that is not official.
+    """
+    unexpected = sorted(key for key in state if not key.startswith(tuple(_PREFIXES)))
+    if unexpected:
+        raise CheckpointError(f"unexpected key(s) {unexpected}")
+    return {_rename(key, _PREFIXES): tensor for key, tensor in state.items()}
+
+
+def to_official_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our names -> the official ones."""
+    return {to_official_name(key): tensor for key, tensor in state.items()}
+
+
+def to_official_name(key: str) -> str:
+    """One of our names -> the official one."""
+    return _rename(key, {ours: official for official, ours in _PREFIXES.items()})
+
+
+def check_state(
+    state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], *, official_names: bool
+) -> None:
+    """Raise ``CheckpointError`` unless ``state`` has the names and shapes of ``expected``, and is finite.
+
+    Both are in our names; ``official_names`` says which names the message should speak of.
+    """
+
+    def shown(keys: list[str]) -> list[str]:
+        return sorted(to_official_name(key) if official_names else key for key in keys)
+
+    missing = [key for key in expected if key not in state]
+    if missing:
+        raise CheckpointError(f"missing key(s) {shown(missing)}")
+    unexpected = [key for key in state if key not in expected]
+    if unexpected:
+        raise CheckpointError(f"unexpected key(s) {shown(unexpected)}")
+    for key, tensor in state.items():
+        if tensor.shape != expected[key].shape:
+            raise CheckpointError(
+                f"{shown([key])[0]!r} has shape {list(tensor.shape)}; "
+                f"the other sizes ask for {list(expected[key].shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{shown([key])[0]!r} is {tensor.dtype}; weights must be floating point")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{shown([key])[0]!r} contains NaN or Inf")
+    dtypes = sorted({str(tensor.dtype) for tensor in state.values()})
+    if len(dtypes) > 1:
+        raise CheckpointError(f"all weights must have one dtype; this state dict has {', '.join(dtypes)}")
+
+
+def _rename(key: str, prefixes: Mapping[str, str]) -> str:
+    for old, new in prefixes.items():
+        if key.startswith(old):
+            return new + key[len(old) :]
+    return key

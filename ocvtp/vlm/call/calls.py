@@ -1,0 +1,251 @@
+"""What the patched ``forward`` and ``generate`` do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ocvtp.vlm.call.callbacks import LongView
+from ocvtp.vlm.call.controller import Controller
+from ocvtp.vlm.call.memory import CacheNote, cached_length, note_of, prefix_of, write_note
+from ocvtp.vlm.call.prompt import identity, restore_prompt
+from ocvtp.vlm.call.shorten import ShortCall, shorten
+from ocvtp.vlm.contracts.versions import transformers_older_than
+
+
+def forward(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``forward`` on the pruned prompt. Logits, loss and cache are those of the short sequence."""
+    original = controller.originals["forward"]
+    cache = controller.argument("forward", "past_key_values", args, kwargs)
+    note = note_of(cache)
+    pixels = controller.has_pixels("forward", args, kwargs)
+    if not controller.enabled or (note is None and not pixels):
+        return original(*args, **kwargs)
+    arguments = controller.by_name("forward", args, kwargs)
+    ids = arguments.pop("input_ids", None)
+    if _is_upstreams_business(ids, arguments, pixels):
+        return original(input_ids=ids, **arguments)
+    prefix = prefix_of(cache, ids.shape[0], ids.device, generating=False)
+    call = shorten(
+        controller.adapter,
+        controller.settings,
+        ids,
+        arguments,
+        prefix,
+        controller.clock,
+        generating=False,
+        pad_token_id=_pad_token_id(controller.model, arguments),
+    )
+    write_note(cache, None)
+    if "inputs_embeds" not in call.arguments or call.arguments["inputs_embeds"] is None:
+        call.arguments["input_ids"] = call.ids
+    try:
+        output = original(**call.arguments)
+    except BaseException:
+        _note_failure(cache, note, prefix, ids)
+        raise
+    filled = _cache_in(output)
+    if filled is not None:
+        write_note(filled, call.note)
+    return output
+
+
+def generate(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``generate`` on the pruned prompt. Returns the long prompt followed by the new tokens."""
+    original = controller.originals["generate"]
+    cache = controller.argument("generate", "past_key_values", args, kwargs)
+    # generate reuses a static cache of its own across calls, with the note of an earlier one on it.
+    own_cache = getattr(controller.model, "_cache", None)
+    if own_cache is not None and own_cache is not cache:
+        write_note(own_cache, None)
+    note = note_of(cache)
+    pixels = controller.has_pixels("generate", args, kwargs)
+    if not controller.enabled or (note is None and not pixels):
+        return original(*args, **kwargs)
+    arguments = controller.by_name("generate", args, kwargs)
+    ids, inputs = arguments.pop("input_ids", None), arguments.pop("inputs", None)
+    paged = _effective(controller.model, arguments, "cache_implementation") == "paged"
+    if paged or (ids is not None and inputs is not None):
+        return original(inputs, input_ids=ids, **arguments)
+    ids = inputs if ids is None else ids
+    if _is_upstreams_business(ids, arguments, pixels):
+        return original(ids, **arguments)
+    settings, adapter = controller.settings, controller.adapter
+    if settings.route == "inputs_embeds" and pixels:
+        _refuse_on_embeds_route(controller.model, arguments, cache)
+    if arguments.get("attention_mask") is None:
+        arguments["attention_mask"] = _inferred_mask(controller.model, ids, arguments)
+    prefix = prefix_of(cache, ids.shape[0], ids.device, generating=True)
+    with torch.no_grad():
+        call = shorten(
+            adapter,
+            settings,
+            ids,
+            arguments,
+            prefix,
+            controller.clock,
+            generating=True,
+            pad_token_id=_pad_token_id(controller.model, arguments),
+            guard=_may_run_without_cache(controller.model, arguments),
+        )
+    if call.note is None:
+        return original(call.ids, **call.arguments)
+    view = LongView(ids, call.ids.shape[1])
+    _wrap_callbacks(call.arguments, view)
+    _shift_lengths(controller.model, call.arguments, view.dropped)
+    write_note(cache, None)
+    try:
+        output = original(call.ids, **call.arguments)
+    except BaseException:
+        _note_failure(cache, note, prefix, ids)
+        raise
+    return _restore(output, ids, call, cache)
+
+
+def _restore(output: Any, ids: torch.Tensor, call: ShortCall, cache: Any) -> Any:
+    """The long prompt back in front of the new tokens, and a note on the cache."""
+    sequences = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
+    if sequences is None or call.note is None:
+        return output
+    short = call.ids.shape[1]
+    full = restore_prompt(sequences, ids, short)
+    note = _grown(call.note, sequences.shape[0], sequences.shape[1] - short)
+    for filled in (cache, _cache_in(output)):
+        if filled is not None:
+            write_note(filled, note)
+    if isinstance(output, torch.Tensor):
+        return full
+    output.sequences = full
+    return output
+
+
+def _grown(note: CacheNote, rows: int, new: int) -> CacheNote:
+    """The note after ``new`` more tokens in each of ``rows`` sequences."""
+    note = note.repeated(rows // note.index.shape[0])
+    more = identity(rows, note.long, note.long + new, note.index.device)
+    return replace(note.moved(new), index=torch.cat([note.index, more], dim=1))
+
+
+def _note_failure(cache: Any, note: CacheNote | None, prefix: CacheNote | None, ids: torch.Tensor) -> None:
+    """After a failed call: what the cache held before. If it holds something else now, nobody can go on."""
+    if not cached_length(cache):
+        return
+    if prefix is None:
+        nothing = identity(ids.shape[0], 0, 0, ids.device)
+        write_note(cache, CacheNote(nothing, 0, None))
+    elif note is not None:
+        write_note(cache, note)
+    elif cached_length(cache) != prefix.index.shape[1]:
+        write_note(cache, prefix)
+
+
+def _is_upstreams_business(ids: Any, arguments: Mapping[str, Any], pixels: bool) -> bool:
+    """Calls that upstream refuses with a better message than ours; raises for those that only we refuse."""
+    if pixels and arguments.get("inputs_embeds") is not None:
+        raise ValueError(
+            "pixel_values together with inputs_embeds can't be pruned: pass input_ids, or remove the patch"
+        )
+    if arguments.get("mm_encoder_outputs") is not None and pixels:
+        return True
+    return not (isinstance(ids, torch.Tensor) and ids.ndim == 2)
+
+
+def _cache_in(output: Any) -> Any:
+    """The key-value cache in a model's output."""
+    if isinstance(output, tuple):
+        return next((item for item in output if hasattr(item, "get_seq_length")), None)
+    return getattr(output, "past_key_values", None)
+
+
+def _effective(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
+    """A generation parameter: argument before ``generation_config`` before the model's default."""
+    for value in (
+        arguments.get(name),
+        getattr(arguments.get("generation_config"), name, None),
+        getattr(getattr(model, "generation_config", None), name, None),
+    ):
+        if value is not None:
+            return value
+    return None
+
+
+def _pad_token_id(model: Any, arguments: Mapping[str, Any]) -> int:
+    pad = _effective(model, arguments, "pad_token_id")
+    if pad is None:
+        pad = model.config.get_text_config().pad_token_id
+    return 0 if pad is None else int(pad)
+
+
+def _inferred_mask(model: Any, ids: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    """The mask ``generate`` would infer: pad ids are padding unless they are end tokens as well."""
+    pad = _effective(model, arguments, "pad_token_id")
+    if pad is None:
+        return None
+    ends = _effective(model, arguments, "eos_token_id")
+    ends = [ends] if isinstance(ends, int) else (list(ends) if ends is not None else [])
+    if pad in ends or not bool((ids == pad).any()):
+        return None
+    return (ids != pad).long()
+
+
+def _may_run_without_cache(model: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether transformers may attend without a cache: told to, or for gradient checkpointing."""
+    return model.training or _effective(model, arguments, "use_cache") is False
+
+
+def _refuse_on_embeds_route(model: Any, arguments: Mapping[str, Any], cache: Any) -> None:
+    if cached_length(cache) and transformers_older_than("5.3"):
+        raise ValueError("an image behind a non-empty cache needs transformers >= 5.3 to be pruned")
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+        value = arguments.get(name) if name == "assistant_model" else _effective(model, arguments, name)
+        if value is not None:
+            raise ValueError(
+                f"{name} with token pruning needs transformers >= 5.18; older ones lose image tokens"
+            )
+
+
+def _wrap_callbacks(arguments: dict[str, Any], view: LongView) -> None:
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    if arguments.get("stopping_criteria") is not None:
+        criteria = [view.criterion(item) for item in arguments["stopping_criteria"]]
+        arguments["stopping_criteria"] = StoppingCriteriaList(criteria)
+    if arguments.get("logits_processor") is not None:
+        processors = [view.processor(item) for item in arguments["logits_processor"]]
+        arguments["logits_processor"] = LogitsProcessorList(processors)
+    if arguments.get("prefix_allowed_tokens_fn") is not None:
+        arguments["prefix_allowed_tokens_fn"] = view.prefix_function(arguments["prefix_allowed_tokens_fn"])
+    if arguments.get("streamer") is not None:
+        arguments["streamer"] = view.streamer(arguments["streamer"])
+
+
+def _shift_lengths(model: Any, arguments: dict[str, Any], dropped: int) -> None:
+    """Let ``max_length`` and ``min_length`` go on counting the long prompt; never in the user's config."""
+    for name, overruled_by in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if _effective(model, arguments, overruled_by) is not None:
+            continue
+        if arguments.get(name) is not None:
+            arguments[name] = max(0, arguments[name] - dropped)
+            continue
+        config = arguments.get("generation_config")
+        value = getattr(config, name, None)
+        if value is None:
+            value = _default_length(model, name)
+        if value is None:
+            continue
+        if config is None:
+            arguments[name] = max(0, value - dropped)
+        else:
+            arguments["generation_config"] = config = copy.deepcopy(config)
+            setattr(config, name, max(0, value - dropped))
+
+
+def _default_length(model: Any, name: str) -> int | None:
+    """A length in the model's own generation config, where it counts the prompt."""
+    if name == "max_length" and transformers_older_than("5.3"):  # there, it counts new tokens
+        return None
+    return getattr(model.generation_config, name, None)

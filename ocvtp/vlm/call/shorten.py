@@ -1,0 +1,264 @@
+"""From the arguments of one call to those of the same call on the pruned prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ocvtp.vlm.call.frame import Frame, frame_of
+from ocvtp.vlm.call.handover import hand_over
+from ocvtp.vlm.call.memory import CacheNote
+from ocvtp.vlm.call.mrope import mrope_positions
+from ocvtp.vlm.call.prompt import (
+    Placeholders,
+    Side,
+    check_placeholders,
+    identity,
+    remap_kept_logits,
+    running_positions,
+    squeeze,
+    take,
+)
+from ocvtp.vlm.contracts.adapter import Adapter
+from ocvtp.vlm.contracts.rows import KeptRows
+from ocvtp.vlm.contracts.settings import Settings
+from ocvtp.vlm.encode.encode import encode
+from ocvtp.vlm.encode.timing import Clock
+
+# Tensors along the sequence, and what to put on new padding.
+_SEQUENCES = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+
+# They describe the long sequence in ways that can't be shortened by taking columns.
+_UNSUPPORTED = (
+    "cache_position",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "max_length_k",
+    "max_length_q",
+    "seq_idx",
+    "shift_labels",
+)
+
+
+@dataclass(frozen=True)
+class ShortCall:
+    """The call to make.
+
+    Attributes:
+        ids: ``[B, short]``: the whole prompt in ``generate``, the new tokens in ``forward``.
+        arguments: everything else.
+        note: what the cache will hold once the prompt is in it; ``None`` if no column changed.
+    """
+
+    ids: torch.Tensor
+    arguments: dict[str, Any]
+    note: CacheNote | None
+
+
+def shorten(
+    adapter: Adapter,
+    settings: Settings,
+    ids: torch.Tensor,
+    arguments: Mapping[str, Any],
+    prefix: CacheNote | None,
+    clock: Clock | None,
+    *,
+    generating: bool,
+    pad_token_id: int,
+    guard: bool = False,
+) -> ShortCall:
+    """Encode the images, drop the columns of pruned tokens, hand the kept rows over.
+
+    Args:
+        adapter: of the model.
+        settings: of the call.
+        ids: ``[B, S]``: the whole conversation in ``generate``, the tokens after the cache in ``forward``.
+        arguments: all the others.
+        prefix: what the cache holds.
+        clock: times the stages, if one runs.
+        generating: ``generate`` rather than ``forward``.
+        pad_token_id: for new padding.
+        guard: put one column of padding in front of every row where positions have gaps. ``generate`` drops
+            an attention mask of ones, and without mask and cache transformers takes gaps for packed
+            sequences.
+
+    Raises:
+        ValueError: arguments that don't fit together, or that have no meaning on a pruned prompt.
+    """
+    for name in _UNSUPPORTED:
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} can't be combined with token pruning")
+    frame = frame_of(ids, arguments.get("attention_mask"), prefix, generating=generating)
+    if any(arguments.get(key) is not None for key in adapter.pixel_keys.values()):
+        adapter.check_call(arguments, generating=generating)
+    kept = encode(adapter, arguments, settings, clock)
+    consumed = {*adapter.pixel_keys.values(), *adapter.vision_keys} if kept else set()
+    short = {name: value for name, value in arguments.items() if name not in consumed}
+
+    index, padded = _new_index(adapter, frame, kept, generating=generating)
+    same = all(rows.complete for rows in kept.values()) and (prefix is None or not prefix.pruned)
+    if same and not adapter.mrope:
+        if kept:
+            hand_over(short, adapter, settings, ids, kept, frame.long_start if generating else 0)
+        return ShortCall(ids, short, None)
+
+    shift = 0 if generating else adapter.first_position
+    given = short.get("position_ids")
+    if shift and given is not None:
+        given = given - shift
+    positions, following = None, None
+    if adapter.mrope:
+        positions, following = mrope_positions(adapter, frame, index, given, arguments)
+    else:
+        positions = _positions(settings, frame, index, given, ids, generating=generating)
+    long = frame.long_start + frame.ids.shape[1]
+    whole = index if prefix is None else torch.cat([prefix.index, _shift(index, prefix.long)], dim=1)
+    mask = _short_mask(frame, index)
+    if guard and positions is not None and prefix is None and not adapter.mrope:
+        whole, mask, positions = (
+            torch.nn.functional.pad(tensor, (1, 0), value=value)
+            for tensor, value in ((whole, -1), (mask, 0), (positions, 0))
+        )
+        padded = True
+
+    columns = whole if generating else index
+    short_ids = take(ids, columns, pad_token_id)
+    for name, fill in _SEQUENCES.items():
+        if short.get(name) is not None:
+            short[name] = take(_like_ids(name, short[name], ids), columns, fill)
+    wanted = short.get("logits_to_keep")
+    if isinstance(wanted, torch.Tensor):
+        if generating:
+            raise ValueError("a tensor logits_to_keep has no meaning in generate; pass an int")
+        short["logits_to_keep"] = remap_kept_logits(wanted, index, ids.shape[1])
+    if following is None:
+        following = _following(positions, whole, given, prefix, generating=generating)
+    else:
+        assert positions is not None
+        adapter.remember(following, mask)
+        if generating:  # the first row counts the short prompt: transformers reads packed sequences from it
+            text = running_positions(mask)[None, :, -index.shape[1] :]
+            positions = torch.cat([text, positions])
+    if positions is not None:
+        if generating and prefix is not None:  # sliced off by generate; only the new ones count
+            positions = torch.nn.functional.pad(positions, (prefix.index.shape[1], 0))
+        short["position_ids"] = positions + shift if shift else positions
+    has_mask = arguments.get("attention_mask") is not None
+    # A mask also says that gaps in the positions are no boundaries of packed sequences.
+    gaps = positions is not None and not (adapter.mrope and same)
+    short["attention_mask"] = mask if has_mask or padded or gaps or prefix is not None else None
+    if kept:
+        start = prefix.index.shape[1] if generating and prefix is not None else 0
+        hand_over(short, adapter, settings, short_ids, kept, start)
+    live = mask.sum(1, keepdim=True) if adapter.mrope else None
+    return ShortCall(short_ids, short, CacheNote(whole, long, following, pruned=not same, live=live))
+
+
+def _following(
+    positions: torch.Tensor | None,
+    whole: torch.Tensor,
+    given: Any,
+    prefix: CacheNote | None,
+    *,
+    generating: bool,
+) -> torch.Tensor | None:
+    """Position ``[B, 1]`` of the token that will follow; ``None`` where ``generate`` counts the mask."""
+    if generating and given is None and (prefix is None or prefix.next_position is None):
+        return None
+    if positions is None:
+        return torch.full((whole.shape[0], 1), whole.shape[1], device=whole.device)
+    return positions.amax(1, keepdim=True) + 1
+
+
+def _new_index(
+    adapter: Adapter, frame: Frame, kept: Mapping[str, KeptRows], *, generating: bool
+) -> tuple[torch.Tensor, bool]:
+    """Columns of the new tokens that stay, and whether padding was added."""
+    ids = frame.ids
+    unchanged = identity(ids.shape[0], 0, ids.shape[1], ids.device)
+    if not kept:
+        return unchanged, False
+    if all(rows.complete for rows in kept.values()):
+        for modality, rows in kept.items():
+            check_placeholders((ids == adapter.token_id(modality)).sum(1).tolist(), rows.totals)
+        return unchanged, False
+    side: Side = "left"
+    if not generating and frame.prefix is None and not _left_padded(frame.mask):
+        side = "right"
+    dropping = [
+        Placeholders(adapter.token_id(modality), rows.totals, rows.places(ids.device))
+        for modality, rows in kept.items()
+    ]
+    squeezed = squeeze(ids, dropping, frame.mask, side)
+    return squeezed.columns, squeezed.padded
+
+
+def _left_padded(mask: torch.Tensor | None) -> bool:
+    """Whether rows end with a token: whoever passes no mask reads the last column of each."""
+    return mask is None or (mask.shape[0] > 1 and bool((mask[:, -1] != 0).all()))
+
+
+def _positions(
+    settings: Settings,
+    frame: Frame,
+    index: torch.Tensor,
+    given: Any,
+    ids: torch.Tensor,
+    *,
+    generating: bool,
+) -> torch.Tensor | None:
+    """Positions of the new short columns ``[B, new]``; ``None`` if the model numbers them rightly itself."""
+    prefix, original = frame.prefix, settings.positions == "original"
+    ones = torch.ones_like(frame.ids) if frame.mask is None else frame.mask
+    if given is not None:
+        numbers = _like_ids("position_ids", given, ids)[:, -frame.ids.shape[1] :]
+    elif prefix is None and not original:
+        return None
+    elif prefix is not None and not original:
+        if generating and prefix.next_position is None:  # generate counts the mask, as it did before
+            return None
+        short_mask = take(ones, index, 0)
+        return running_positions(short_mask, frame.next_position(original=False))
+    elif generating or prefix is not None:
+        numbers = running_positions(ones, frame.next_position(original=True))
+    else:  # forward counts columns, padding or not
+        numbers = identity(ids.shape[0], 0, ids.shape[1], ids.device)
+    _refuse_flash_with_cache(settings, prefix)
+    return take(numbers, index, 0)
+
+
+def _refuse_flash_with_cache(settings: Settings, prefix: CacheNote | None) -> None:
+    if prefix is not None and "flash" in settings.attention:
+        raise ValueError(
+            "flash attention reads gaps in position_ids as packed sequences, which is wrong behind a "
+            'non-empty cache; use positions="compact", or another attention implementation'
+        )
+
+
+def _short_mask(frame: Frame, index: torch.Tensor) -> torch.Tensor:
+    """``[B, cached + new]`` over the short columns."""
+    new = (index >= 0).long() if frame.mask is None else take(frame.mask, index, 0)
+    if frame.prefix is None:
+        return new
+    cached = frame.cached_mask
+    if cached is None:
+        cached = frame.prefix.index >= 0
+    return torch.cat([cached.to(new.dtype), new], dim=1)
+
+
+def _shift(index: torch.Tensor, by: int) -> torch.Tensor:
+    return torch.where(index < 0, index, index + by)
+
+
+def _like_ids(name: str, tensor: Any, ids: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as ``[B, S]``, or ``ValueError``."""
+    fits = isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.shape[1] == ids.shape[1]
+    if not fits or tensor.shape[0] not in (1, ids.shape[0]):
+        shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ValueError(
+            f"{name} must have the shape of input_ids {list(ids.shape)} to be pruned; got {shape}"
+        )
+    return tensor.expand(ids.shape[0], -1)

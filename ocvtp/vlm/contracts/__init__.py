@@ -1,0 +1,1 @@
+"""What the wings of this package say to each other."""

@@ -1,0 +1,239 @@
+"""What a model family has to tell the patch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ocvtp.vlm.contracts.rows import KeptRows, Piece, Segment
+from ocvtp.vlm.contracts.settings import Settings
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """Static facts about a model's vision side, for checks and the report.
+
+    Attributes:
+        tower: ``model_type`` of the vision tower.
+        width: of the features a pruner reads.
+        unit: patches along each side of a token that is chosen or dropped: 1, or 2 where 2 x 2 are merged.
+        num_layers: of the tower.
+        consumed_layers: encoder layers whose outputs the language model consumes.
+        tokens: candidates of every image; ``None`` where images differ.
+        extra_rows: rows per image that are kept on top of the budget.
+        attention: attention implementation of the tower.
+        device: where it computes.
+    """
+
+    tower: str
+    width: int
+    num_layers: int
+    consumed_layers: tuple[int, ...]
+    tokens: int | None
+    extra_rows: int
+    attention: str
+    device: torch.device
+    unit: int = 1
+
+
+class Vision(Protocol):
+    """The images (or the videos) of one call on their way through the vision side.
+
+    Made by an adapter from the arguments of a call, without running anything. ``which`` are numbers of
+    segments of one size.
+    """
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """What is chosen among."""
+
+    @property
+    def totals(self) -> Sequence[int]:
+        """Placeholders per image or video in the unpruned prompt."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tower computes."""
+
+    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
+        """Run the tower; call ``after`` as soon as the output of ``read_layer`` is there."""
+
+    def features(self, which: Sequence[int]) -> torch.Tensor:
+        """``[segments, N, C]``: candidates as ``read_layer`` made them."""
+
+    def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
+        """``[segments, N]``, at least float32: attention the candidates receive in the consumed layer."""
+
+    def source(self, which: Sequence[int]) -> torch.Tensor | None:
+        """``[segments, N, C]`` that :meth:`rows` wants the kept rows of, if there is such a tensor."""
+
+    def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
+        """Rows for the language model of the kept candidates.
+
+        Args:
+            which: segments.
+            indices: ``[segments, k]``, ascending.
+            taken: rows of :meth:`source` at ``indices``, if there was one.
+        """
+
+
+class Adapter(Protocol):
+    """One model family. Holds the model; everything else is passed in."""
+
+    @property
+    def pixel_keys(self) -> Mapping[str, str]:
+        """Modality (``"image"``, ``"video"``) -> the argument that brings its pixels."""
+
+    @property
+    def vision_keys(self) -> tuple[str, ...]:
+        """Arguments that say how to encode them; consumed by :meth:`vision` along with the pixels."""
+
+    @property
+    def mrope(self) -> bool:
+        """Whether positions have three dimensions, which :meth:`positions` tells."""
+
+    @property
+    def first_position(self) -> int:
+        """Position that ``forward`` gives the first token; ``generate`` counts from 0 in any case."""
+
+    @property
+    def needs_mm_route(self) -> bool:
+        """Whether features can't be handed over as embeddings."""
+
+    @property
+    def model(self) -> Any:
+        """The patched ``...ForConditionalGeneration``."""
+
+    def token_id(self, modality: str) -> int:
+        """The placeholder."""
+
+    def facts(self, arguments: Mapping[str, Any]) -> TowerFacts:
+        """The vision side under the model's configuration and per-call ``arguments``."""
+
+    def check(self, settings: Settings) -> None:
+        """Raise ``ValueError`` for settings that this family can't serve."""
+
+    def check_call(self, arguments: Mapping[str, Any], *, generating: bool) -> None:
+        """Raise ``ValueError`` for a call with pixels that this family can't serve."""
+
+    def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
+        """``(path, module, method)`` of upstream methods that the patch goes around."""
+
+    def vision(self, modality: str, arguments: Mapping[str, Any], settings: Settings) -> Vision:
+        """The pixels of a modality in ``arguments``, to be encoded.
+
+        Raises:
+            ValueError: arguments that don't describe images of this model.
+        """
+
+    @property
+    def tower(self) -> Any:
+        """The vision tower."""
+
+    @property
+    def picture_side(self) -> int | None:
+        """Pixels along the side of a picture; ``None`` where any size will do."""
+
+    def picture_features(self, pictures: torch.Tensor, layer: int) -> torch.Tensor:
+        """``[b, 3, side, side] -> [b, N, C]``: what a pruner reads of square pictures, to train one."""
+
+    def output(self, kept: KeptRows, modality: str) -> Any:
+        """The kept rows as the model's own encoder would return them."""
+
+    def positions(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, arguments: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """``[3, B, S]`` positions of a prompt that starts at 0, where :attr:`mrope`."""
+
+    def remember(self, next_position: torch.Tensor, mask: torch.Tensor) -> None:
+        """Leave on the model what it keeps of a prompt's positions, where :attr:`mrope`.
+
+        Args:
+            next_position: ``[B, 1]``.
+            mask: ``[B, short]``.
+        """
+
+    def recall(self, batch: int) -> torch.Tensor | int:
+        """What the model keeps: ``[batch, 1]`` next position less the number of tokens, where :attr:`mrope`.
+
+        Raises:
+            ValueError: it keeps that of another batch.
+        """
+
+
+class Family:
+    """What most families have in common. An :class:`Adapter` overrides what is different."""
+
+    pixel_keys: Mapping[str, str] = {"image": "pixel_values"}
+    vision_keys: tuple[str, ...] = ()
+    mrope = False
+    first_position = 0
+    needs_mm_route = False
+    #: Options of :func:`ocvtp.apply` that not every family has, which this one has.
+    options: frozenset[str] = frozenset()
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def token_id(self, modality: str) -> int:
+        """See :class:`Adapter`."""
+        found: int = getattr(self.model.config, f"{modality}_token_id")
+        return found
+
+    def check(self, settings: Settings) -> None:
+        """Raise ``ValueError`` for an option that was chosen and means nothing here."""
+        for name in ("layout", "newlines", "frames", "tower"):
+            if name not in self.options and getattr(settings, name) != Settings.default(name):
+                raise ValueError(
+                    f"{name}={getattr(settings, name)!r} is not available for {self.model.config.model_type}"
+                )
+
+    def check_call(self, arguments: Mapping[str, Any], *, generating: bool) -> None:
+        """See :class:`Adapter`."""
+
+    def output(self, kept: KeptRows, modality: str) -> Any:
+        """See :class:`Adapter`."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(pooler_output=list(kept.rows))
+
+    def positions(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, arguments: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """See :class:`Adapter`."""
+        raise NotImplementedError("positions of this family have one dimension")
+
+    def remember(self, next_position: torch.Tensor, mask: torch.Tensor) -> None:
+        """See :class:`Adapter`."""
+
+    def recall(self, batch: int) -> torch.Tensor | int:
+        """See :class:`Adapter`."""
+        return 0
+
+
+def device_of(tower: torch.nn.Module) -> torch.device:
+    """Where a tower computes, as far as it can be told: weights that are offloaded lie nowhere."""
+    device = next(tower.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def read_parameter(module: Any, name: str) -> torch.Tensor:
+    """A parameter of the module itself, also where accelerate keeps it elsewhere until ``forward`` runs.
+
+    Raises:
+        ValueError: it has no values, and no accelerate hook says where they are.
+    """
+    parameter: torch.Tensor = getattr(module, name)
+    if not parameter.is_meta:
+        return parameter
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        weights = getattr(one, "weights_map", None)
+        if weights is not None:
+            return torch.as_tensor(weights[name])
+    raise ValueError(
+        f"{type(module).__name__}.{name} has no values (it is on the meta device): load the weights"
+    )

@@ -1,0 +1,50 @@
+"""What a user chose in :func:`ocvtp.apply`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from ocvtp.vlm.contracts.budgets import Budget
+from ocvtp.vlm.contracts.selector import Selector
+
+Positions = Literal["compact", "original"]
+Route = Literal["mm_encoder_outputs", "inputs_embeds"]
+Layout = Literal["layout", "official"]
+Newlines = Literal["last", "rows", "all"]
+Frames = Literal["each", "all"]
+Tower = Literal["exact", "kept_rows"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Immutable: a call works on the one it started with.
+
+    Attributes:
+        selector: who chooses.
+        budget: how many tokens of an image.
+        positions: numbering of the kept tokens.
+        backend: of fused operations.
+        route: how the kept rows reach the model.
+        attention: attention implementation of the language model.
+        layout: of tiled images: candidates as the model packs them, or all tokens as the official code.
+        newlines: which of a packed image's newlines stay.
+        frames: whether each frame of a video has a budget of its own, or all together one.
+        tower: ``"kept_rows"`` computes the consumed layer for kept rows only, which rounds differently.
+    """
+
+    selector: Selector
+    budget: Budget
+    positions: Positions
+    backend: str
+    route: Route
+    attention: str
+    layout: Layout = "layout"
+    newlines: Newlines = "last"
+    frames: Frames = "each"
+    tower: Tower = "exact"
+
+    @classmethod
+    def default(cls, name: str) -> object:
+        """The default of a field that has one."""
+        return next(field.default for field in fields(cls) if field.name == name)

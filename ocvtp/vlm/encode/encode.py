@@ -1,0 +1,126 @@
+"""From pixels to the rows that are kept: tower, choice and projector, in the order that lets them overlap."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ocvtp.selection import Selection
+from ocvtp.vlm.contracts.adapter import Adapter, Vision
+from ocvtp.vlm.contracts.budgets import Budget
+from ocvtp.vlm.contracts.rows import KeptRows, Segment, assemble
+from ocvtp.vlm.contracts.selector import Begun, Group
+from ocvtp.vlm.contracts.settings import Settings
+from ocvtp.vlm.encode.timing import Clock, stage
+
+
+def encode(
+    adapter: Adapter, arguments: Mapping[str, Any], settings: Settings, clock: Clock | None
+) -> dict[str, KeptRows]:
+    """Encode and prune what ``arguments`` bring along, by modality.
+
+    Raises:
+        ValueError: arguments that don't describe images of this model.
+    """
+    visions = {
+        modality: adapter.vision(modality, arguments, settings)
+        for modality, key in adapter.pixel_keys.items()
+        if arguments.get(key) is not None
+    }
+    return {modality: _encode(vision, settings, clock) for modality, vision in visions.items()}
+
+
+def choose(vision: Vision, settings: Settings, *, return_attention: bool = False) -> list[Selection]:
+    """Run tower and choice only: what is kept of each group of segments."""
+    run = _Run(vision, settings, None, return_attention=return_attention)
+    return [run.choice(i).select(run.scores(i)) for i in range(len(run.groups))]
+
+
+def _encode(vision: Vision, settings: Settings, clock: Clock | None) -> KeptRows:
+    run = _Run(vision, settings, clock)
+    chosen = []
+    with stage(clock, "pruner", vision.device):
+        for i, group in enumerate(run.groups):
+            choice, scores = run.choice(i), run.scores(i)
+            source = vision.source(group.which)
+            if source is None:
+                selection, taken = choice.select(scores), None
+            else:
+                selection, taken = choice.select_rows(scores, source)
+            chosen.append((group, selection, taken))
+    with stage(clock, "projector", vision.device):
+        made = [
+            (which, piece)
+            for group, selection, taken in chosen
+            for part, indices, rows in _split(group, selection, taken)
+            for which, piece in _matched(part, vision.rows(part, indices, rows))
+        ]
+    return assemble(vision.segments, vision.totals, made)
+
+
+class _Run:
+    """The tower's run, with the choices it has started."""
+
+    def __init__(
+        self, vision: Vision, settings: Settings, clock: Clock | None, *, return_attention: bool = False
+    ) -> None:
+        self.groups = groups_of(vision.segments, settings.budget)
+        self._vision, self._settings = vision, settings
+        self._begun: list[Begun] = []
+
+        def start() -> None:
+            self._begun = [self._begin(group, return_attention) for group in self.groups]
+
+        with stage(clock, "vision tower", vision.device):
+            # While somebody measures, the stages follow one another.
+            vision.run(settings.selector.read_layer, start if clock is None else None)
+        if not self._begun:
+            with stage(clock, "pruner", vision.device):
+                start()
+
+    def _begin(self, group: Group, return_attention: bool) -> Begun:
+        selector, vision = self._settings.selector, self._vision
+        features = None if selector.read_layer is None else vision.features(group.which)
+        return selector.begin(group, features, vision.device, return_attention=return_attention)
+
+    def choice(self, group: int) -> Any:
+        """The choice of a group, for use now."""
+        return self._begun[group].get()
+
+    def scores(self, group: int) -> torch.Tensor | None:
+        """Fill scores of a group."""
+        if not self._settings.selector.reads_scores:
+            return None
+        return self._vision.scores(self.groups[group].which, self._settings.backend)
+
+
+def groups_of(segments: Sequence[Segment], budget: Budget) -> list[Group]:
+    """Segments of equal size together, in the order of the first of each."""
+    found: dict[tuple[int, tuple[int, int] | None], list[int]] = defaultdict(list)
+    for number, segment in enumerate(segments):
+        found[segment.tokens, segment.shape].append(number)
+    return [Group(tuple(which), tokens, shape, budget.of(tokens)) for (tokens, shape), which in found.items()]
+
+
+def _split(
+    group: Group, selection: Selection, taken: torch.Tensor | None
+) -> Iterator[tuple[tuple[int, ...], torch.Tensor, torch.Tensor | None]]:
+    """A selection by the numbers that its images keep."""
+    if selection.count is None:
+        yield group.which, selection.indices, taken
+        return
+    for i, count in enumerate(selection.count.tolist()):  # what each keeps is known to the device alone
+        rows = None if taken is None else taken[i : i + 1, :count]
+        yield group.which[i : i + 1], selection.indices[i : i + 1, :count], rows
+
+
+def _matched(which: Sequence[int], pieces: Sequence[Any]) -> Iterator[tuple[Sequence[int], Any]]:
+    """Pieces, which together are of ``which``, with the segments each of them is of."""
+    start = 0
+    for piece in pieces:
+        stop = start + len(piece.slots)
+        yield which[start:stop], piece
+        start = stop

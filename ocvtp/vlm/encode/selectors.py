@@ -1,0 +1,188 @@
+"""Those who choose: an object-centric pruner, or a rule that needs no training."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ocvtp.methods import attention_top_k, grid, k_medoids, random_tokens
+from ocvtp.pruner import OCPruner
+from ocvtp.pruner.capture import SlotRunner
+from ocvtp.selection import Selection
+from ocvtp.vlm.contracts.selector import Begun, Group, Rule, reads_features
+from ocvtp_kernels.selection import gather_tokens
+
+_moving = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Later:
+    """A choice that can't start before there are fill scores."""
+
+    run: Callable[..., Selection]
+
+    def get(self) -> Later:
+        """See :class:`Begun`."""
+        return self
+
+    @torch.no_grad()
+    def select(self, fill_scores: torch.Tensor | None) -> Selection:
+        """See :class:`Choice`."""
+        return self.run(fill_scores=fill_scores)
+
+    def select_rows(
+        self, fill_scores: torch.Tensor | None, x: torch.Tensor
+    ) -> tuple[Selection, torch.Tensor]:
+        """See :class:`Choice`."""
+        selection = self.select(fill_scores)
+        return selection, gather_tokens(x, selection.indices.to(x.device))
+
+
+@dataclass(frozen=True)
+class PrunerSelector:
+    """An :class:`~ocvtp.OCPruner`, or a module that is called like one.
+
+    Attributes:
+        pruner: with a ``config`` that tells ``in_dim`` and ``layer``.
+        options: of its forward: seed, backend, precision, refine.
+        runner: runs an OCPruner's slot loop beside the tower.
+        max_error: for budgets to choose from.
+    """
+
+    pruner: torch.nn.Module
+    options: Mapping[str, Any]
+    runner: SlotRunner = field(default_factory=SlotRunner)
+    max_error: float | None = None
+    reads_scores: bool = True
+
+    @property
+    def name(self) -> str:
+        """See :class:`Selector`."""
+        return type(self.pruner).__name__
+
+    @property
+    def read_layer(self) -> int:
+        """See :class:`Selector`."""
+        config: Any = self.pruner.config
+        return config.layer
+
+    def begin(
+        self,
+        group: Group,
+        features: torch.Tensor | None,
+        device: torch.device,
+        *,
+        return_attention: bool = False,
+    ) -> Begun:
+        """See :class:`Selector`; on a GPU, beside the caller."""
+        assert features is not None
+        move_to(self.pruner, features.device)
+        options = dict(self.options)
+        if return_attention:
+            options["return_attention"] = True
+        if not isinstance(group.keep, int):
+            options |= {"keep": "auto", "budgets": group.keep, "max_error": self.max_error}
+        elif isinstance(self.pruner, OCPruner) and _is_its_own(self.pruner):
+            return self.runner.begin(self.pruner, features, group.keep, **options)
+        else:
+            options["keep"] = group.keep
+        return Later(functools.partial(self.pruner, features.detach(), **options))
+
+    def close(self) -> None:
+        """See :class:`Selector`."""
+        self.runner.close()
+
+
+@dataclass(frozen=True)
+class RuleSelector:
+    """A rule without training, to compare with and to try the speed at once.
+
+    The choice for an image depends on nothing but its own scores, features or size, whatever the batch.
+
+    Attributes:
+        name: ``"attention"``: the tokens that receive most in the layer the language model reads;
+            ``"random"``: by ``seed`` alone; ``"grid"``: evenly spread; ``"farthest_point"``: the features of
+            ``read_layer`` least alike (:func:`ocvtp.methods.farthest_point`).
+        seed: for ``"random"``.
+        read_layer: for ``"farthest_point"``, as a pruner's.
+        rounds: of refinement, after ``"farthest_point"``.
+        backend: of the refinement.
+    """
+
+    name: Rule
+    seed: int = 0
+    read_layer: int | None = None
+    rounds: int = 0
+    backend: str = "auto"
+
+    @property
+    def reads_scores(self) -> bool:
+        """See :class:`Selector`."""
+        return self.name == "attention"
+
+    def begin(
+        self,
+        group: Group,
+        features: torch.Tensor | None,
+        device: torch.device,
+        *,
+        return_attention: bool = False,
+    ) -> Begun:
+        """See :class:`Selector`."""
+        if return_attention:
+            raise ValueError(f"{self.name!r} has no slots, so there is no slot attention to return")
+        if reads_features(self.name):
+            assert features is not None
+            return Later(functools.partial(self._farthest, group, features.detach()))
+        return Later(functools.partial(self._select, group, device))
+
+    def _farthest(self, group: Group, features: torch.Tensor, fill_scores: torch.Tensor | None) -> Selection:
+        """Segment by segment: sums over a batch may round otherwise than alone."""
+        keep = group.keep
+        assert isinstance(keep, int)
+        found = [
+            k_medoids(features[i : i + 1], keep, rounds=self.rounds, backend=self.backend)
+            for i in range(len(features))
+        ]
+        indices = torch.cat([one.indices for one in found])
+        return Selection(indices, torch.cat([one.from_slots for one in found]), tokens=group.tokens)
+
+    def _select(self, group: Group, device: torch.device, fill_scores: torch.Tensor | None) -> Selection:
+        keep = group.keep
+        assert isinstance(keep, int)
+        if self.name == "attention":
+            assert fill_scores is not None
+            return attention_top_k(fill_scores, keep)
+        blank = torch.empty(1, group.tokens, 1, device=device)
+        if self.name == "random":
+            one = random_tokens(blank, keep, seed=self.seed)
+        else:
+            one = grid(blank, keep, shape=group.shape or (1, group.tokens))
+        copies = len(group.which)
+        return Selection(one.indices.expand(copies, -1), one.from_slots.expand(copies), tokens=one.tokens)
+
+    def close(self) -> None:
+        """See :class:`Selector`."""
+
+
+def _is_its_own(pruner: torch.nn.Module) -> bool:
+    """Whether calling the pruner does nothing else than :meth:`OCPruner.forward`."""
+    hooks = (*pruner._forward_hooks, *pruner._forward_pre_hooks)
+    return type(pruner).forward is OCPruner.forward and "forward" not in pruner.__dict__ and not hooks
+
+
+def move_to(module: torch.nn.Module, device: torch.device) -> None:
+    """Move a module unless it is there: the vision tower may have moved since the last call."""
+    if _is_elsewhere(module, device):
+        with _moving:  # another thread may be half-way
+            if _is_elsewhere(module, device):
+                module.to(device)
+
+
+def _is_elsewhere(module: torch.nn.Module, device: torch.device) -> bool:
+    return any(parameter.device != device for parameter in module.parameters())

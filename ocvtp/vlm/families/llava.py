@@ -1,0 +1,299 @@
+"""LLaVA-1.5 and its relatives: ``LlavaForConditionalGeneration`` with a CLIP or SigLIP tower."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision, device_of
+from ocvtp.vlm.contracts.errors import UnsupportedModelError
+from ocvtp.vlm.contracts.rows import Piece, Segment
+from ocvtp.vlm.contracts.settings import Settings
+from ocvtp.vlm.families.fit import check_layers
+from ocvtp.vlm.towers.clip import TOWERS, TowerRun, root, run_tower
+from ocvtp_kernels.selection import gather_tokens
+
+
+class LlavaAdapter(Family):
+    """Tower -> pruner -> projector on the kept rows (``LlavaModel.get_image_features``, pruned).
+
+    Candidates are the patch tokens. With ``vision_feature_select_strategy="default"`` the first token of a
+    tower is dropped, as upstream does: CLIP's class token, or SigLIP's first patch. With ``"full"`` CLIP's
+    class token is always kept and does not count against the budget.
+    """
+
+    vision_keys: tuple[str, ...] = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    options = frozenset({"tower"})
+
+    def __init__(self, model: Any) -> None:
+        inner: Any = getattr(model, "model", None)
+        if not hasattr(model, "generate") or not hasattr(inner, "vision_tower"):
+            raise UnsupportedModelError(
+                f"can't prune a {type(model).__name__}: pass the ...ForConditionalGeneration itself"
+            )
+        kind = inner.vision_tower.config.model_type
+        if kind not in TOWERS:
+            raise UnsupportedModelError(
+                f"can't prune a {model.config.model_type} model with a {kind!r} vision tower; "
+                f"supported: {', '.join(sorted(TOWERS))}"
+            )
+        super().__init__(model)
+
+    def facts(self, arguments: Mapping[str, Any]) -> TowerFacts:
+        """The vision side under the model's configuration and per-call ``arguments``.
+
+        Raises:
+            ValueError: a feature layer or select strategy that the tower does not have.
+        """
+        tower = self.model.model.vision_tower
+        config = tower.config
+        prefix, class_rows = self.prefix(arguments)
+        return TowerFacts(
+            tower=config.model_type,
+            width=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            consumed_layers=self.consumed(arguments),
+            tokens=tower_tokens(tower) - prefix,
+            extra_rows=class_rows,
+            attention=str(config._attn_implementation),
+            device=device_of(tower),
+        )
+
+    def check(self, settings: Settings) -> None:
+        """Raise ``ValueError`` if the budget does not suit images of one size."""
+        super().check(settings)
+        tokens = self.facts({}).tokens
+        assert tokens is not None
+        settings.budget.check(tokens)
+
+    def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
+        """Upstream methods on the way from pixels to rows, which the patch replaces."""
+        inner = self.model.model
+        tower = inner.vision_tower
+        found = [
+            ("get_image_features", self.model, "get_image_features"),
+            ("model.get_image_features", inner, "get_image_features"),
+            ("model.vision_tower.forward", tower, "forward"),
+            ("model.vision_tower.encoder.forward", root(tower).encoder, "forward"),
+        ]
+        if root(tower) is not tower:
+            found.append(("model.vision_tower.vision_model.forward", root(tower), "forward"))
+        return found
+
+    def vision(self, modality: str, arguments: Mapping[str, Any], settings: Settings) -> Vision:
+        """``arguments["pixel_values"]`` ``[images, 3, H, W]``, to be encoded.
+
+        Raises:
+            ValueError: arguments that don't describe images of this tower, or a per-call feature layer that
+                the pruner's layer is not below.
+        """
+        if arguments.get("image_sizes") is not None:
+            raise ValueError("image_sizes belongs to Pixtral towers; this model's images have one size")
+        return _Images(self, arguments["pixel_values"], arguments, settings)
+
+    @property
+    def tower(self) -> Any:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
+        return self.model.model.vision_tower
+
+    @property
+    def picture_side(self) -> int:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
+        return int(self.model.config.vision_config.image_size)
+
+    def picture_features(self, pictures: torch.Tensor, layer: int) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
+        prefix, _ = self.prefix({})
+        return run_tower(self.tower, pictures, {layer}).outputs[layer][:, prefix:]
+
+    def consumed(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        """Layers the projector reads, in its order; ``hidden_states[i + 1]`` is the output of layer ``i``."""
+        wanted = arguments.get("vision_feature_layer")
+        if wanted is None:
+            wanted = self.model.config.vision_feature_layer
+        layers = self.model.model.vision_tower.config.num_hidden_layers
+        consumed = []
+        for index in [wanted] if isinstance(wanted, int) else list(wanted):
+            if not -layers <= index <= layers or index == 0:
+                raise ValueError(
+                    f"vision_feature_layer={wanted!r} needs outputs of encoder layers; this tower has "
+                    f"{layers} layers, so indices are 1..{layers} or -{layers}..-1"
+                )
+            consumed.append(index % (layers + 1) - 1)
+        return tuple(consumed)
+
+    def prefix(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens before the first candidate, and how many of them are handed over nevertheless."""
+        strategy = arguments.get("vision_feature_select_strategy")
+        if strategy is None:
+            strategy = self.model.config.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(f'vision_feature_select_strategy must be "default" or "full"; got {strategy!r}')
+        has_class_token = TOWERS[self.model.model.vision_tower.config.model_type]
+        if strategy == "default":
+            return 1, 0
+        return int(has_class_token), int(has_class_token)
+
+
+def tower_tokens(tower: Any) -> int:
+    """Tokens that a CLIP or SigLIP tower makes of a picture, a class token among them."""
+    return int(root(tower).embeddings.num_patches) + TOWERS[tower.config.model_type]
+
+
+class Pictures:
+    """Pictures of one size on their way through a CLIP or SigLIP tower.
+
+    Args:
+        adapter: of the model.
+        pixel_values: ``[pictures, 3, H, W]``.
+        arguments: of the call.
+        settings: of the call.
+
+    Attributes:
+        prefix: tokens before the first candidate.
+        class_rows: how many of them are handed over nevertheless.
+        patches: candidates of a picture.
+        shape: rows and columns of the candidates, if all patches are.
+        hold: whether the end of the deepest consumed layer is computed for kept rows only.
+    """
+
+    def __init__(
+        self,
+        adapter: LlavaAdapter,
+        pixel_values: torch.Tensor,
+        arguments: Mapping[str, Any],
+        settings: Settings,
+    ) -> None:
+        self._tower = adapter.model.model.vision_tower
+        self._projector = adapter.model.model.multi_modal_projector
+        self._pixels = pixel_values
+        self._consumed = adapter.consumed(arguments)
+        self.hold = settings.tower == "kept_rows"
+        self._read: torch.Tensor | None = None
+        self._received: torch.Tensor | None = None
+        self._run: TowerRun | None = None
+        self._projected: torch.Tensor | None = None
+        self.device = pixel_values.device
+        self.prefix, self.class_rows = adapter.prefix(arguments)
+        self.patches = tower_tokens(self._tower) - self.prefix
+        side = math.isqrt(self.patches)
+        self.shape = (side, side) if side * side == self.patches else None
+        check_layers(settings.selector.read_layer, self._consumed)
+
+    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+
+        def tapped(layer: int, output: torch.Tensor) -> None:
+            if layer == read_layer:
+                self._read = output[:, self.prefix :]
+                if after is not None:
+                    after()
+
+        taps = {*self._consumed} if read_layer is None else {*self._consumed, read_layer}
+        self._run = run_tower(self._tower, self._pixels, taps, tapped, hold=self.hold)
+
+    @property
+    def read(self) -> torch.Tensor:
+        """``[pictures, N, C]``: candidates as the pruner's layer made them."""
+        assert self._read is not None
+        return self._read
+
+    @property
+    def done(self) -> TowerRun:
+        """The tower's run."""
+        assert self._run is not None
+        return self._run
+
+    def received(self, backend: str) -> torch.Tensor:
+        """``[pictures, N]``: attention that candidates receive in the deepest consumed layer."""
+        if self._received is None:
+            scores = self.done.received_attention(backend)[:, self.prefix :]
+            self._received = scores if self._read is None else scores.to(self._read.device)
+        return self._received
+
+    def outputs(self) -> torch.Tensor | None:
+        """``[pictures, N, C]``: candidates as the projector reads them, if it reads one whole layer."""
+        return None if self.hold or len(self._consumed) > 1 else self.all_outputs()
+
+    def all_outputs(self) -> torch.Tensor:
+        """``[pictures, N, C of all consumed layers]``: candidates as the projector reads them."""
+        layers = [self.done.outputs[layer][:, self.prefix :] for layer in self._consumed]
+        return layers[0] if len(layers) == 1 else torch.cat(layers, dim=-1)
+
+    def all_projected(self) -> torch.Tensor:
+        """``[pictures, N, D]``: all candidates through the projector, which runs once a call."""
+        if self._projected is None:
+            self._projected = self.project(self.all_outputs())
+        return self._projected
+
+    def taken(self, which: Sequence[int], indices: torch.Tensor) -> torch.Tensor:
+        """``[pictures, k, C of all consumed layers]``: rows of ``which`` at ``indices`` of all tokens."""
+        deepest = max(self._consumed)
+        rows = [
+            self.done.finish(indices, which)
+            if layer == deepest
+            else gather_tokens(_of(output := self.done.outputs[layer], which), indices.to(output.device))
+            for layer in self._consumed
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+
+    def taken_flat(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[n, C of all consumed layers]``: rows at ``tokens`` ``[n]``, counted through all pictures."""
+        deepest = max(self._consumed)
+        rows = [
+            self.done.finish_flat(tokens)
+            if layer == deepest
+            else (output := self.done.outputs[layer]).flatten(0, 1)[tokens.to(output.device)]
+            for layer in self._consumed
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """``[..., C of all consumed layers] -> [..., D]``."""
+        rows: torch.Tensor = self._projector(features)
+        return rows
+
+
+class _Images(Pictures):
+    """Every picture is an image of its own (:class:`~ocvtp.vlm.contracts.adapter.Vision`)."""
+
+    def __init__(
+        self,
+        adapter: LlavaAdapter,
+        pixel_values: torch.Tensor,
+        arguments: Mapping[str, Any],
+        settings: Settings,
+    ) -> None:
+        super().__init__(adapter, pixel_values, arguments, settings)
+        count = pixel_values.shape[0]
+        self.segments = [Segment(i, self.patches, self.shape) for i in range(count)]
+        self.totals = [self.patches + self.class_rows] * count
+
+    def features(self, which: Sequence[int]) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        return _of(self.read, which)
+
+    def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        return _of(self.received(backend), which)
+
+    def source(self, which: Sequence[int]) -> torch.Tensor | None:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        outputs = None if self.class_rows else self.outputs()
+        return None if outputs is None else _of(outputs, which)
+
+    def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        slots = indices
+        if self.class_rows:
+            slots = torch.cat([indices.new_zeros(indices.shape[0], 1), indices + 1], dim=1)
+        if taken is None:
+            taken = self.taken(which, slots + (self.prefix - self.class_rows))
+        return [Piece(self.project(taken), slots)]
+
+
+def _of(tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+    return tensor if len(which) == tensor.shape[0] else tensor[list(which)]

@@ -1,0 +1,285 @@
+"""Towers that see pictures of one size, and models that merge square units of patches into tokens.
+
+What InternVL, Idefics3, SmolVLM, Gemma 3 and PaliGemma have in common: every picture (an image, or a tile or
+crop of one, which the prompt alone relates) is chosen from by itself; its tokens are units of ``unit x unit``
+patches in raster order; the language model consumes the end of the tower.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision, device_of
+from ocvtp.vlm.contracts.errors import UnsupportedModelError
+from ocvtp.vlm.contracts.rows import KeptRows, Piece, Segment
+from ocvtp.vlm.contracts.settings import Settings
+from ocvtp.vlm.families.fit import check_layers
+from ocvtp_kernels.received_attention import received_attention
+
+
+class MergedFamily(Family):
+    """A family of pictures of one size. A subclass says how its tower and projector are called.
+
+    Attributes:
+        tower_name: of the vision tower in ``model.model``.
+        projects_units: whether kept units can be projected without the rest of their picture.
+    """
+
+    tower_name = "vision_tower"
+    projects_units = True
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the model's encoder returns one tensor, so that all pictures keep equally many tokens."""
+        return True
+
+    def __init__(self, model: Any) -> None:
+        if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), self.tower_name):
+            raise UnsupportedModelError(
+                f"can't prune a {type(model).__name__}: pass the ...ForConditionalGeneration itself"
+            )
+        super().__init__(model)
+
+    @property
+    def tower(self) -> Any:
+        """The vision tower."""
+        return getattr(self.model.model, self.tower_name)
+
+    @property
+    def side(self) -> int:
+        """Patches along the side of a picture."""
+        config = self.model.config.vision_config
+        size, patch = config.image_size, config.patch_size
+        return int(_first(size)) // int(_first(patch))
+
+    @property
+    def unit(self) -> int:
+        """Patches along the side of a token."""
+        return 1
+
+    def facts(self, arguments: Mapping[str, Any]) -> TowerFacts:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
+        config = self.tower.config
+        return TowerFacts(
+            tower=config.model_type,
+            width=config.hidden_size,
+            unit=self.unit,
+            num_layers=config.num_hidden_layers,
+            consumed_layers=(self.consumed(arguments),),
+            tokens=(self.side // self.unit) ** 2,
+            extra_rows=0,
+            attention=str(config._attn_implementation),
+            device=device_of(self.tower),
+        )
+
+    def check(self, settings: Settings) -> None:
+        """Raise ``ValueError`` for settings that don't suit pictures of one size."""
+        super().check(settings)
+        tokens = self.facts({}).tokens
+        assert tokens is not None
+        settings.budget.check(tokens)
+        stacked = self.stacked and settings.route == "mm_encoder_outputs"
+        if stacked and settings.budget.keep == "auto":
+            raise ValueError(
+                f'keep="auto" gives images different numbers of tokens, which {self.model.config.model_type} '
+                "can't take: it stacks them"
+            )
+
+    def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
+        return [
+            ("get_image_features", self.model, "get_image_features"),
+            ("model.get_image_features", self.model.model, "get_image_features"),
+            (f"model.{self.tower_name}.forward", self.tower, "forward"),
+            (f"model.{self.tower_name}.encoder.forward", tower_root(self.tower).encoder, "forward"),
+        ]
+
+    def vision(self, modality: str, arguments: Mapping[str, Any], settings: Settings) -> Vision:
+        """``arguments["pixel_values"]``, to be encoded.
+
+        Raises:
+            ValueError: arguments that don't describe pictures of this model.
+        """
+        pixels = self.pictures(arguments)
+        side = int(pixels.shape[-1]) // int(_first(self.model.config.vision_config.patch_size))
+        if pixels.ndim != 4 or (side, side) != (self.side, self.side) or pixels.shape[-2] != pixels.shape[-1]:
+            raise ValueError(
+                f"pixel_values {list(pixels.shape)} are not pictures of {self.side} x {self.side} patches; "
+                "use the model's processor"
+            )
+        return Units(self, pixels, arguments, settings)
+
+    @property
+    def picture_side(self) -> int:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
+        return int(_first(self.model.config.vision_config.image_size))
+
+    def picture_features(self, pictures: torch.Tensor, layer: int) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
+        hidden = self.embed(pictures)
+        for one in itertools.islice(self.layers(), layer + 1):
+            hidden = self.run_layer(one, hidden)
+        return grouped(hidden[:, self.prefix({}) :], self.side, self.unit).mean(2)
+
+    def output(self, kept: KeptRows, modality: str) -> Any:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
+        made = super().output(kept, modality)
+        if self.stacked:
+            made.pooler_output = torch.stack(made.pooler_output)
+        return made
+
+    # What a subclass may say otherwise.
+
+    def consumed(self, arguments: Mapping[str, Any]) -> int:
+        """The layer whose output the model consumes."""
+        return int(self.tower.config.num_hidden_layers) - 1
+
+    def pictures(self, arguments: Mapping[str, Any]) -> torch.Tensor:
+        """``[pictures, 3, H, W]`` from the arguments of a call."""
+        pixels: torch.Tensor = arguments["pixel_values"]
+        return pixels
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``[pictures, 3, H, W] -> [pictures, tokens, C]``: what the first layer gets."""
+        hidden: torch.Tensor = tower_root(self.tower).embeddings(pixels)
+        return hidden
+
+    def layers(self) -> Sequence[Any]:
+        """The tower's layers."""
+        layers: Sequence[Any] = tower_root(self.tower).encoder.layers
+        return layers
+
+    def run_layer(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """One of them."""
+        out = layer(hidden, None)
+        return out[0] if isinstance(out, tuple) else out  # some releases return (hidden, weights)
+
+    def query_key(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Queries and keys ``[pictures, tokens, C]`` of a layer's input, and the scale of their product."""
+        attention, x = layer.self_attn, layer.layer_norm1(hidden)
+        return attention.q_proj(x), attention.k_proj(x), attention.scale
+
+    def prefix(self, arguments: Mapping[str, Any]) -> int:
+        """Tokens before the first patch."""
+        return 0
+
+    def norm(self, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
+        """What the tower does after its last layer, token by token."""
+        out: torch.Tensor = tower_root(self.tower).post_layernorm(hidden)
+        return out
+
+    def project_all(self, patches: torch.Tensor) -> torch.Tensor:
+        """``[pictures, patches, C] -> [pictures, units, D]``, computed as upstream does."""
+        raise NotImplementedError
+
+    def project(self, units: torch.Tensor) -> torch.Tensor:
+        """``[pictures, k, unit * unit, C] -> [pictures, k, D]``, if :attr:`projects_units`."""
+        raise NotImplementedError
+
+
+def tower_root(tower: Any) -> Any:
+    """The module that holds embeddings and encoder (older releases nest it in ``vision_model``)."""
+    return getattr(tower, "vision_model", tower)
+
+
+class Units:
+    """Pictures on their way through a tower (:class:`~ocvtp.vlm.contracts.adapter.Vision`)."""
+
+    def __init__(
+        self, family: MergedFamily, pixels: torch.Tensor, arguments: Mapping[str, Any], settings: Settings
+    ) -> None:
+        self._family = family
+        self._pixels = pixels
+        self._arguments = arguments
+        self._consumed = family.consumed(arguments)
+        self._prefix = family.prefix(arguments)
+        self._members = members(family.side, family.unit)
+        self._read: torch.Tensor | None = None
+        self._last: torch.Tensor | None = None
+        self._last_input: torch.Tensor | None = None
+        self._scores: torch.Tensor | None = None
+        self.device = pixels.device
+        count, tokens = len(pixels), len(self._members)
+        across = family.side // family.unit
+        self.segments = [Segment(i, tokens, (across, across)) for i in range(count)]
+        self.totals = [tokens] * count
+        check_layers(settings.selector.read_layer, (self._consumed,))
+
+    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        family = self._family
+        hidden = family.embed(self._pixels)
+        for index, layer in enumerate(itertools.islice(family.layers(), self._consumed + 1)):
+            self._last_input = hidden
+            hidden = family.run_layer(layer, hidden)
+            if index == read_layer:
+                self._read = self._grouped(hidden).mean(2)
+                if after is not None:
+                    after()
+        self._last = hidden
+
+    def features(self, which: Sequence[int]) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        assert self._read is not None
+        return self._of(self._read, which)
+
+    def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; a unit receives what its patches do."""
+        if self._scores is None:
+            assert self._last_input is not None
+            layer = self._family.layers()[self._consumed]
+            with torch.no_grad():
+                query, key, scale = self._family.query_key(layer, self._last_input)
+                heads = self._family.tower.config.num_attention_heads
+                query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+                received = received_attention(query, key, scale, backend=backend)
+                scores = self._grouped(received[:, :, None]).sum(2)[:, :, 0]
+            self._scores = scores if self._read is None else scores.to(self._read.device)
+        return self._of(self._scores, which)
+
+    def source(self, which: Sequence[int]) -> None:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; tokens are merged from several rows."""
+
+    def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        assert self._last is not None
+        patches = self._of(self._last, which)[:, self._prefix :]
+        index = indices.to(patches.device)
+        if self._family.projects_units and indices.shape[1] < len(self._members):
+            members = self._members.to(patches.device, non_blocking=True)[index].flatten(1)
+            kept = patches.gather(1, members[:, :, None].expand(-1, -1, patches.shape[2]))
+            units = self._family.norm(kept, self._arguments).unflatten(1, (index.shape[1], -1))
+            return [Piece(self._family.project(units), indices)]
+        # As upstream does, to the bit.
+        rows = self._family.project_all(self._family.norm(patches, self._arguments))
+        return [Piece(rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2])), indices)]
+
+    def _grouped(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[pictures, tokens, C] -> [pictures, units, unit * unit, C]``."""
+        return grouped(hidden[:, self._prefix :], self._family.side, self._family.unit)
+
+    def _of(self, tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+        return tensor if len(which) == len(self.segments) else tensor[list(which)]
+
+
+def grouped(patches: torch.Tensor, side: int, unit: int) -> torch.Tensor:
+    """``[pictures, side * side, C] -> [pictures, units, unit * unit, C]``."""
+    blocks = patches.unflatten(1, (side // unit, unit, side // unit, unit))
+    return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+@lru_cache(maxsize=32)
+def members(side: int, unit: int) -> torch.Tensor:
+    """``[units, unit * unit]``: the patches of each unit, both in raster order."""
+    with torch.inference_mode(False):  # what is made in it could never be used for training
+        patches = torch.arange(side * side).view(side // unit, unit, side // unit, unit)
+        return patches.transpose(1, 2).reshape((side // unit) ** 2, unit * unit)
+
+
+def _first(size: Any) -> Any:
+    return size if isinstance(size, int) else size[0]
