@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,9 +20,15 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     Whenever the process dies, ``path`` holds either what it held before or all of the new content. What was
     begun stays in a folder ``<name>.partial``, which the next call for the same path clears: writers that
     work on temporary files of their own, as safetensors does, leave those there, too.
+
+    Raises:
+        IsADirectoryError: ``path`` is a folder; nothing has been written.
+        OSError: as when the disk is full.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder stands where a file is to be written, move it away", str(path))
     staging = path.with_name(path.name + PARTIAL)
-    _remove(staging)
+    remove(staging)
     staging.mkdir()
     partial = staging / path.name
     write(partial)
@@ -31,7 +38,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_folder(path.parent)
-    _remove(staging)
+    remove(staging)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -50,8 +57,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(staging: Path) -> None:
-    if staging.is_dir() and not staging.is_symlink():
-        shutil.rmtree(staging)
+def remove(path: Path) -> None:
+    """Take away a file, a folder with all that is in it, or a link, never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        staging.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.loading import encoder_source, resolve_device, resolve_dtype
-from ocvtp.commands.progress import busy, steps
+from ocvtp.commands.progress import busy, share, steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,12 +39,15 @@ def run(
     from ocvtp.images import BadImageError, NoImagesError, find_images
     from ocvtp.training.encoder import EncoderError
     from ocvtp.training.features import extract
-    from ocvtp.training.store import Index, StoreError
+    from ocvtp.training.store import Index, StoreError, check_shards
 
     mistakes = (BadImageError, NoImagesError, EncoderError, StoreError, OSError)
     with blamed_on_input(*mistakes):
         files = find_images(folder)[:limit]
-        Index.begun(out)
+        begun = Index.begun(out)
+        if begun is not None and begun.shards:
+            with share(console, "checking what is stored") as show:
+                check_shards(out, begun.shards, show)
     made = load_encoder(encoder, layer, device, dtype, console, side)
     start = time.perf_counter()
 
@@ -60,6 +63,7 @@ def run(
             batch=batch,
             shard_bytes=shard_mb * 10**6,
             limit=limit,
+            verify=False,
             progress=lambda done, total, new: step(f"{total} images, {rate(new)}"),
         )
     if result.new:

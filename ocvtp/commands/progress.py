@@ -44,6 +44,18 @@ def steps(console: Console, description: str, total: int) -> Iterator[Callable[[
         yield step
 
 
+@contextlib.contextmanager
+def share(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of how much is done; call what it yields with done and all."""
+    with _bar(console, TimeElapsedColumn()) as progress:
+        task = progress.add_task(description, total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield show
+
+
 def _bar(console: Console, *columns: ProgressColumn) -> Progress:
     return Progress(
         TextColumn("{task.description}"),

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.features import load_encoder
 from ocvtp.commands.loading import resolve_device
-from ocvtp.commands.progress import busy, steps
+from ocvtp.commands.progress import busy, share, steps
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ocvtp.training.source import FeatureSource
+    from ocvtp.training.team import Team
     from ocvtp.training.trainer import Trained
 
-_PARTS = ("recipe", "pruner")
+
+@dataclass(frozen=True)
+class Settings:
+    """What a ``--config`` file sets.
+
+    Attributes:
+        recipe: fields of :class:`~ocvtp.training.recipe.Recipe`.
+        pruner: fields of :class:`~ocvtp.PrunerConfig`.
+    """
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    pruner: dict[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -43,13 +55,11 @@ def run(
 ) -> Trained:
     """Check, train, say what came of it. Flags win over the config file."""
     _check_source(features, images, encoder)
-    settings = read_config(config)
-    from ocvtp.pruner.config import PrunerConfig
+    settings = read_config(config)  # before anything is loaded
     from ocvtp.training.recipe import Recipe
 
     with blamed_on_input(ValueError):
-        recipe = Recipe.from_dict({**settings["recipe"], **recipe_flags})
-        PrunerConfig.from_dict(settings["pruner"])  # before anything is loaded
+        recipe = Recipe.from_dict({**settings.recipe, **recipe_flags})
     on = None if device == "auto" else resolve_device(device)
     with blamed_on_input(ValueError):
         from ocvtp.training.team import Team
@@ -57,21 +67,20 @@ def run(
         team = Team(on)
     console.quiet = console.quiet or not team.main
 
-    from ocvtp.training.store import FeatureStore
     from ocvtp.training.trainer import TrainingError, default_config, train
 
     source: FeatureSource
     with blamed_on_input(ValueError):
         if features is not None:
-            source = FeatureStore(features)
+            source = _stored(features, team, console)
         else:
             assert images is not None
             assert encoder is not None
             source = _fresh(images, encoder, layer, crops, str(team.device), dtype, console)
             workers = 0  # the encoder lives in this process
-        validation = None if validation_features is None else FeatureStore(validation_features)
-        sizes = default_config(source, **settings["pruner"])
-    with blamed_on_input(ValueError, TrainingError), contextlib.ExitStack() as stack:
+        validation = None if validation_features is None else _stored(validation_features, team, console)
+        sizes = default_config(source, **settings.pruner)
+    with blamed_on_input(ValueError, TrainingError, OSError), contextlib.ExitStack() as stack:
         step: Callable[[str], None] | None = None
 
         def progress(done: int, total: int, said: str) -> None:
@@ -98,23 +107,26 @@ def run(
     return trained
 
 
-def read_config(path: Path | None) -> dict[str, dict[str, Any]]:
-    """The ``recipe`` and ``pruner`` parts of a JSON file; empty without one.
+def read_config(path: Path | None) -> Settings:
+    """What the JSON file sets, checked; nothing without one.
 
     Raises:
-        UserError: not a JSON file of these two parts.
+        UserError: not such a file, or a field that is unknown, of another type or out of bounds.
     """
     if path is None:
-        return {part: {} for part in _PARTS}
+        return Settings()
+    from ocvtp.pruner.config import PrunerConfig
+    from ocvtp.stored.fields import from_object
+    from ocvtp.stored.strict_json import read_object
+    from ocvtp.training.recipe import Recipe
+
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--config {path} can't be read as JSON: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(part, dict) for part in values.values()):
-        raise UserError(f'--config {path} must be an object with "recipe" and "pruner", both objects')
-    if unknown := sorted(set(values) - set(_PARTS)):
-        raise UserError(f"--config {path} has unknown part(s) {unknown}; there are: {', '.join(_PARTS)}")
-    return {part: values.get(part, {}) for part in _PARTS}
+        settings = from_object(Settings, read_object(path))
+        Recipe.from_dict(settings.recipe)
+        PrunerConfig.from_dict(settings.pruner)
+    except ValueError as error:
+        raise UserError(f"--config {path}: {error}; see docs/training.md for what it holds") from error
+    return settings
 
 
 def read_slots(given: str | None) -> list[int] | None:
@@ -140,6 +152,20 @@ def _check_source(features: Path | None, images: Path | None, encoder: str | Non
         raise UserError("--images needs --encoder: what makes features of them")
     if features is not None and encoder is not None:
         raise UserError("--features are made already: leave --encoder out")
+
+
+def _stored(folder: Path, team: Team, console: Console) -> FeatureSource:
+    """The store in ``folder``, after one process has compared all checksums."""
+    from ocvtp.training.store import FeatureStore
+
+    def opened() -> FeatureStore:
+        store = FeatureStore(folder, verify=False)
+        if team.main:
+            with share(console, f"checking {folder}") as show:
+                store.verify(show)
+        return store
+
+    return team.together(opened)
 
 
 def _fresh(

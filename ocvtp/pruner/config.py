@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-_POSITIVE = ("in_dim", "hidden_dim", "slot_dim", "ffn_dim", "num_iters", "decoder_heads", "unit")
-_NOT_NEGATIVE = ("layer", "decoder_layers", "decoder_ffn_dim", "decoder_tokens")
+from ocvtp.stored.fields import Within, check_fields, from_object
+from ocvtp.stored.refused import Refused
+from ocvtp.stored.strict_json import read_object
+
+# Several times what any published encoder has; more is a slip of the pen, or another program's file.
+_Width = Annotated[int, Within(1, 2**15)]
+_Positive = Annotated[float, Within(0, 1e6, above=True)]
 
 
 @dataclass(frozen=True)
@@ -39,35 +42,23 @@ class PrunerConfig:
         ValueError: a size that no network can have.
     """
 
-    in_dim: int = 1024
-    hidden_dim: int = 2048
-    slot_dim: int = 512
-    ffn_dim: int = 2048
-    num_iters: int = 3
-    eps: float = 1e-5
-    layer: int = 8
-    dropout: float = 0.01
-    decoder_layers: int = 0
-    decoder_heads: int = 4
-    decoder_ffn_dim: int = 4096
-    decoder_tokens: int = 576
-    feature_scale: float = 1.0
-    unit: int = 1
+    in_dim: _Width = 1024
+    hidden_dim: _Width = 2048
+    slot_dim: _Width = 512
+    ffn_dim: _Width = 2048
+    num_iters: Annotated[int, Within(1, 100)] = 3
+    eps: _Positive = 1e-5
+    layer: Annotated[int, Within(0, 1000)] = 8
+    dropout: Annotated[float, Within(0, 1, below=True)] = 0.01
+    decoder_layers: Annotated[int, Within(0, 100)] = 0
+    decoder_heads: Annotated[int, Within(1, 2**15)] = 4
+    decoder_ffn_dim: Annotated[int, Within(0, 2**17)] = 4096
+    decoder_tokens: Annotated[int, Within(0, 2**17)] = 576
+    feature_scale: _Positive = 1.0
+    unit: Annotated[int, Within(1, 64)] = 1
 
     def __post_init__(self) -> None:
-        for name, least in [*((n, 1) for n in _POSITIVE), *((n, 0) for n in _NOT_NEGATIVE)]:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"PrunerConfig.{name} must be an int >= {least}; got {value!r}")
-        for name in ("eps", "dropout", "feature_scale"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"PrunerConfig.{name} must be a finite number; got {value!r}")
-        for name in ("eps", "feature_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"PrunerConfig.{name} must be positive; got {getattr(self, name)!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"PrunerConfig.dropout must be in [0, 1); got {self.dropout!r}")
+        check_fields(self)
         if self.decoder_layers and self.in_dim % self.decoder_heads:
             raise ValueError(
                 f"PrunerConfig.decoder_heads={self.decoder_heads} must divide in_dim={self.in_dim}"
@@ -75,11 +66,8 @@ class PrunerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrunerConfig:
-        """A config from ``config.json``'s content; an unknown field raises ``ValueError``."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown PrunerConfig field(s) {unknown}: written by a newer version of ocvtp?")
-        return cls(**values)
+        """A config from ``config.json``'s content; an unknown field raises ``ValueError``, as a wrong one."""
+        return from_object(cls, values, "PrunerConfig.")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready."""
@@ -89,7 +77,6 @@ class PrunerConfig:
 def read_json_object(path: Path) -> dict[str, Any]:
     """What a ``config.json`` holds, to tell a pruner's from a model's; empty if it can't be read."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except Refused:
         return {}
-    return values if isinstance(values, dict) else {}

@@ -1,23 +1,29 @@
 """A training run's state in one file: parameters, optimizer moments, and where it stands.
 
 Safetensors with the numbers as JSON in its header: nothing in it is ever executed, and one file can be
-replaced atomically. Random state is not in it: every draw follows from the seed and the step.
+replaced atomically. It is sealed, and says what lies beside it: the rows of metrics and the best pruner that
+belong to it, by their digests. So replacing it is the one moment at which all of them are taken over.
+Random state is not in it: every draw follows from the seed and the step.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from ocvtp.atomic import write_atomic
+from ocvtp.stored.fields import Within, from_object
+from ocvtp.stored.refused import Refused, refused_as
+from ocvtp.stored.tensors import check_tensors, read_facts, save_sealed
+from ocvtp.training.log import Rows
 
 STATE = "state.safetensors"
-_META = "ocvtp.training"
+#: What to do about a run whose files are not what was written.
+ADVICE = "copy it back as it was, begin anew with --fresh (fresh=True), or give another folder"
 _PARAMETER, _MOMENT = "parameter.", "optimizer."
 
 
@@ -39,62 +45,57 @@ class Progress:
         skipped: steps in a row that float16 overflowed in.
         scaler: of the loss, under float16.
         versions: of what wrote it.
+        rows: of metrics, how many bytes of the file are this run's so far.
+        pruner: files of the best pruner and their SHA-256.
     """
 
-    identity: dict[str, Any]
-    step: int = 0
+    identity: dict[str, dict[str, Any]]
+    step: Annotated[int, Within(0, 2**62)] = 0
     best_loss: float | None = None
-    best_epoch: int = 0
-    stale: int = 0
+    best_epoch: Annotated[int, Within(0, 2**62)] = 0
+    stale: Annotated[int, Within(0, 2**62)] = 0
     finished: str = ""
-    skipped: int = 0
+    skipped: Annotated[int, Within(0, 2**62)] = 0
     scaler: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    rows: Rows = field(default_factory=Rows)
+    pruner: dict[str, str] = field(default_factory=dict)
 
 
 def save(folder: Path, progress: Progress, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Replace the state in ``folder``, atomically."""
-    from safetensors.torch import save_file
-
     names = [name for name, _ in model.named_parameters()]
     tensors = {_PARAMETER + name: value.detach() for name, value in model.named_parameters()}
     for index, moments in optimizer.state_dict()["state"].items():
         for kind, value in moments.items():
             tensors[f"{_MOMENT}{names[index]}/{kind}"] = torch.as_tensor(value)
     on_cpu = {name: value.to("cpu").contiguous() for name, value in tensors.items()}
-    header = {_META: json.dumps(asdict(progress))}
-    write_atomic(folder / STATE, lambda partial: save_file(on_cpu, partial, metadata=header))
+    write_atomic(folder / STATE, lambda partial: save_sealed(partial, on_cpu, asdict(progress)))
 
 
 def read_progress(folder: Path) -> Progress | None:
     """Where the run in ``folder`` stands, or ``None`` if none was begun.
 
     Raises:
-        ResumeError: a file that is no such state.
+        ResumeError: a file that is no such state, or not as it was written; names the field.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / STATE
-    if not path.exists():
+    if not (folder / STATE).exists():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            return Progress(**json.loads((file.metadata() or {})[_META]))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ResumeError(
-            f"{path} is not the state of a training run ({error}); give another folder"
-        ) from error
+    return _read(folder)[0]
 
 
 def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put parameters and moments of ``folder``'s state into ``model`` and ``optimizer``.
 
     Raises:
-        ResumeError: parameters of another model.
+        ResumeError: parameters of another model, or not those that were written; names them.
     """
     from safetensors.torch import load_file
 
+    _, digests = _read(folder)
     tensors = load_file(folder / STATE)
+    with refused_as(ResumeError, folder / STATE, ADVICE):
+        check_tensors(tensors, digests)
     parameters = dict(model.named_parameters())
     stored = {name[len(_PARAMETER) :]: t for name, t in tensors.items() if name.startswith(_PARAMETER)}
     if {n: t.shape for n, t in stored.items()} != {n: p.shape for n, p in parameters.items()}:
@@ -110,6 +111,17 @@ def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimiz
             moments.setdefault(index[name], {})[kind] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _read(folder: Path) -> tuple[Progress, dict[str, str]]:
+    """The state but its tensors, and what their digests are."""
+    path = folder / STATE
+    with refused_as(ResumeError, path, ADVICE):
+        found = read_facts(path)
+        if found is None:
+            raise Refused("it is not the state of a training run, or one of an older version of ocvtp")
+        facts, digests = found
+        return from_object(Progress, facts), digests
 
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ocvtp import images
 from ocvtp.training.source import Encoder
-from ocvtp.training.store import Bad, Index, Record, StoreError, sole_writer, write_shard
+from ocvtp.training.store import Bad, Index, Record, StoreError, check_shards, sole_writer, write_shard
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,6 +53,7 @@ def extract(
     batch: int = DEFAULT_BATCH,
     shard_bytes: int = DEFAULT_SHARD_MB * 10**6,
     limit: int | None = None,
+    verify: bool = True,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Extracted:
     """Store features of every image below ``folder``.
@@ -71,11 +72,12 @@ def extract(
         shard_bytes: of features in a file, at most, but for one record. A shard is in memory while it grows,
             and once more while it is written.
         limit: take the first so many images only.
+        verify: compare the checksums of what is stored already, before anything is added.
         progress: called with images done, images in all, and records made so far by this call.
 
     Raises:
-        StoreError: ``out`` holds something else, features of another encoder, layer or preprocessing, or
-            another run writes to it.
+        StoreError: ``out`` holds something else, features that are damaged or of another encoder, layer or
+            preprocessing, or another run writes to it.
         EncoderError: an image of which the encoder can't make as many tokens as of others.
         NoImagesError: no images, or none that can be used.
         ValueError: a number that makes no sense.
@@ -89,6 +91,8 @@ def extract(
     out.mkdir(parents=True, exist_ok=True)
     with sole_writer(out):
         index = _index(out, encoder)
+        if verify:
+            check_shards(out, index.shards)
         before = sum(len(shard.records) for shard in index.shards)
         writer = _Writer(out, encoder, index, batch, shard_bytes, len(files) * crops)
         duplicates = _add_all(files, folder, index, writer, crops, progress)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+from ocvtp.stored.fields import Within, check_fields, from_object
 
 Autocast = Literal["none", "bf16", "fp16"]
 
-_COUNTS = ("epochs", "batch_size", "patience")
-_POSITIVE = ("learning_rate", "clip", "cap")
-_NOT_NEGATIVE = ("final_learning_rate", "weight_decay", "power", "warmup_epochs", "seed")
-_SHARES = ("validation_share", "visible", "any_visible")
+# No training has more; what does is a slip of the pen.
+_Count = Annotated[int, Within(1, 10**6)]
+_Share = Annotated[float, Within(0, 1)]
+_Positive = Annotated[float, Within(0, 1e30, above=True)]
+_NotNegative = Annotated[float, Within(0, 1e30)]
 
 
 @dataclass(frozen=True)
@@ -50,62 +52,34 @@ class Recipe:
         ValueError: a number that no training could use.
     """
 
-    epochs: int = 30
-    batch_size: int = 12
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-8
-    warmup_epochs: float = 4.0
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    slots: tuple[int, ...] = (16, 32, 64, 128)
-    validation_share: float = 0.05
-    patience: int = 5
-    any_visible: float = 0.5
-    visible: float = 0.1
+    epochs: _Count = 30
+    batch_size: _Count = 12
+    learning_rate: _Positive = 1e-3
+    final_learning_rate: _NotNegative = 1e-8
+    warmup_epochs: Annotated[float, Within(0, 10**6)] = 4.0
+    weight_decay: _NotNegative = 0.01
+    clip: _Positive = 1.0
+    slots: Annotated[tuple[_Count, ...], Within(1, 1000)] = (16, 32, 64, 128)
+    validation_share: _Share = 0.05
+    patience: _Count = 5
+    any_visible: _Share = 0.5
+    visible: _Share = 0.1
     official_visible: bool = False
     truncate: bool = True
-    power: float = 0.5
-    cap: float = 10.0
+    power: _NotNegative = 0.5
+    cap: _Positive = 10.0
     unit_variance: bool = True
     empty_slots: Literal["exclude", "official"] = "exclude"
     autocast: Autocast = "none"
-    seed: int = 0
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "slots", tuple(self.slots))  # JSON has lists
-        for name in _COUNTS:
-            self._require(name, int, lambda value: value >= 1, "an int >= 1")
-        self._require("seed", int, lambda value: 0 <= value < 2**63, "an int in [0, 2**63)")
-        for name in _POSITIVE:
-            self._require(name, (int, float), lambda value: value > 0, "a positive number")
-        for name in _NOT_NEGATIVE:
-            self._require(name, (int, float), lambda value: value >= 0, "a number >= 0")
-        for name in _SHARES:
-            self._require(name, (int, float), lambda value: 0 <= value <= 1, "a share between 0 and 1")
-        for name in ("official_visible", "truncate", "unit_variance"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"Recipe.{name} must be true or false; got {getattr(self, name)!r}")
-        if not self.slots or not all(type(count) is int and count >= 1 for count in self.slots):
-            raise ValueError(f"Recipe.slots must be one or more ints >= 1; got {self.slots!r}")
-        if self.empty_slots not in ("exclude", "official"):
-            raise ValueError(f'Recipe.empty_slots must be "exclude" or "official"; got {self.empty_slots!r}')
-        if self.autocast not in get_args(Autocast):
-            raise ValueError(f'Recipe.autocast must be "none", "bf16" or "fp16"; got {self.autocast!r}')
-
-    def _require(self, name: str, kind: Any, holds: Any, meaning: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
-            raise ValueError(f"Recipe.{name} must be {meaning}; got {value!r}")
-        if not holds(value):
-            raise ValueError(f"Recipe.{name} must be {meaning}; got {value!r}")
+        check_fields(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """A recipe from a file's content; an unknown field raises ``ValueError``."""
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"unknown recipe field(s) {unknown}; there are: {', '.join(known)}")
-        return cls(**values)
+        """A recipe from a file's content; an unknown field raises ``ValueError``, as a wrong one."""
+        return from_object(cls, values, "Recipe.")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready."""

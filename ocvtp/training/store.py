@@ -2,28 +2,35 @@
 
 ``index.json`` names encoder, layer and shape, and for every shard its file, checksum and records: from
 which photograph (digest of its content), which file that was, which crop. It is written after every shard,
-atomically, so that whenever a run dies the store holds whole shards and their index.
+atomically, so that whenever a run dies the store holds whole shards and their index. It is sealed: of every
+field it holds a digest, and one that was altered since is refused by its name.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from ocvtp.atomic import PARTIAL, write_atomic, write_json
+from ocvtp.stored.fields import Within, check_value, from_object
+from ocvtp.stored.refused import Refused, refused_as, shown
+from ocvtp.stored.seal import file_digest, sealed, unsealed
+from ocvtp.stored.strict_json import read_object
 
 INDEX = "index.json"
-_SCHEMA = 1
+_SCHEMA = 2
 _TENSOR = "features"
-_FIELDS = ("schema", "fingerprint", "encoder", "layer", "tokens", "width", "shards", "bad")
+_AGAIN = "copy it back as it was, or delete the folder and make the features again"
+_Unit = Annotated[int, Within(1, 64)]
+
+#: Called with bytes done and bytes in all.
+Watch = Callable[[int, int], None]
 
 
 class StoreError(ValueError):
@@ -36,7 +43,7 @@ class Record:
 
     image: str
     path: str
-    crop: int
+    crop: Annotated[int, Within(0, 2**31)]
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Bad:
 
     path: str
     image: str
-    crop: int | None
+    crop: Annotated[int | None, Within(0, 2**31)]
     reason: str
 
 
@@ -81,9 +88,9 @@ class Index:
 
     fingerprint: str
     encoder: dict[str, Any]
-    layer: int
-    tokens: int
-    width: int
+    layer: Annotated[int, Within(0, 1000)]
+    tokens: Annotated[int, Within(1, 2**20)]
+    width: Annotated[int, Within(1, 2**20)]
     shards: list[Shard] = field(default_factory=list)
     bad: list[Bad] = field(default_factory=list)
 
@@ -92,42 +99,39 @@ class Index:
         """File -> why it, or a crop of it, was skipped."""
         return {bad.path: bad.reason for bad in self.bad}
 
+    @property
+    def unit(self) -> int:
+        """Patches along the side of a token."""
+        unit: int = self.encoder.get("unit", 1)
+        return unit
+
     def write(self, folder: Path) -> None:
         """Atomically into ``folder``."""
-        write_json(folder / INDEX, {"schema": _SCHEMA, **asdict(self)})
+        write_json(folder / INDEX, sealed({"schema": _SCHEMA, **asdict(self)}))
 
     @classmethod
     def read(cls, folder: Path) -> Index:
         """What a folder says of itself.
 
         Raises:
-            StoreError: no index, one that can't be read, or of another schema.
+            StoreError: no index, or one that is not what was written; names the field.
         """
         path = folder / INDEX
-        if not path.is_file():
+        if not path.exists():
             raise StoreError(f"{folder} has no {INDEX}: it holds no features. Make some with: ocvtp features")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path} can't be read ({error}); make the features again") from error
-        if not isinstance(values, dict) or values.get("schema") != _SCHEMA:
-            raise StoreError(f"{path} was not written by this version of ocvtp; make the features again")
-        if missing := [name for name in _FIELDS if name not in values]:
-            raise StoreError(f"{path} lacks {', '.join(missing)}; make the features again")
-        del values["schema"]
-        try:
-            shards = [
-                Shard(shard["file"], shard["sha256"], tuple(Record(**record) for record in shard["records"]))
-                for shard in values.pop("shards")
-            ]
-            bad = [Bad(**entry) for entry in values.pop("bad")]
-            index = cls(shards=shards, bad=bad, **values)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise StoreError(f"{path} is not an index of features ({error}); make them again") from error
-        sizes = (index.layer, index.tokens, index.width)
-        named = all(shard.file == _shard_name(i) for i, shard in enumerate(shards))
-        if not named or not all(type(size) is int for size in sizes) or not isinstance(index.encoder, dict):
-            raise StoreError(f"{path} is not an index of features; make them again")
+        with refused_as(StoreError, path, _AGAIN):
+            values = read_object(path)
+            if (schema := values.get("schema")) != _SCHEMA or type(schema) is not int:
+                raise Refused(
+                    f"it was not written by this version of ocvtp (schema {shown(schema)}, not {_SCHEMA})"
+                )
+            values = unsealed(values)
+            del values["schema"]
+            index = from_object(cls, values)
+            check_value(_Unit, index.unit, "encoder.unit")
+            for number, shard in enumerate(index.shards):
+                if shard.file != _shard_name(number):
+                    raise Refused(f"shards[{number}].file must be {_shard_name(number)!r}")
         return index
 
     @classmethod
@@ -139,6 +143,8 @@ class Index:
         """
         if folder.exists() and not folder.is_dir():
             raise StoreError(f"{folder} is a file; give a folder")
+        if folders := sorted(path for path in folder.glob("features-*.safetensors") if path.is_dir()):
+            raise StoreError(f"{folders[0]} is a folder; features are stored in a file there: move it away")
         if (folder / INDEX).exists():
             index = cls.read(folder)
             for shard in index.shards:
@@ -165,7 +171,7 @@ def write_shard(folder: Path, number: int, features: torch.Tensor, records: Sequ
         write_atomic(folder / name, lambda partial: save_file({_TENSOR: features.contiguous()}, partial))
     except SafetensorError as error:
         raise OSError(f"can't write {folder / name}: {error}") from error
-    return Shard(name, _sha256(folder / name), tuple(records))
+    return Shard(name, file_digest(folder / name), tuple(records))
 
 
 def open_shard(folder: Path, shard: Shard, tokens: int, width: int) -> Any:
@@ -178,21 +184,40 @@ def open_shard(folder: Path, shard: Shard, tokens: int, width: int) -> Any:
 
     path = folder / shard.file
     if not path.is_file():
-        raise StoreError(f"{path} is missing; copy it back, or delete the folder and make the features again")
+        raise StoreError(f"{path} is {'no file' if path.exists() else 'missing'}; {_AGAIN}")
     try:
         file = safe_open(path, "pt")
         found = file.get_slice(_TENSOR)
         shape, dtype = list(found.get_shape()), found.get_dtype()
     except (SafetensorError, OSError) as error:
-        raise StoreError(
-            f"{path} is damaged ({error}); delete the folder and make the features again"
-        ) from error
+        raise StoreError(f"{path} is damaged ({error}); {_AGAIN}") from error
     if (shape, dtype) != ([len(shard.records), tokens, width], "F16"):
         raise StoreError(
-            f"{path} holds {dtype} {shape}, the index says F16 {[len(shard.records), tokens, width]}; "
-            "delete the folder and make the features again"
+            f"{path} holds {dtype} {shape}, the index says F16 {[len(shard.records), tokens, width]}; {_AGAIN}"
         )
     return file
+
+
+def check_shards(folder: Path, shards: Sequence[Shard], watch: Watch | None = None) -> None:
+    """Read everything that is stored and compare checksums.
+
+    Raises:
+        StoreError: names the first file that is not what was written.
+    """
+    paths = [folder / shard.file for shard in shards]
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
+    for number, shard in enumerate(shards):
+        if watch is not None:
+            watch(sum(sizes[:number]), sum(sizes))
+        path = folder / shard.file
+        try:
+            found = file_digest(path)
+        except OSError as error:
+            raise StoreError(f"{path} can't be read ({error.strerror}); {_AGAIN}") from error
+        if found != shard.sha256:
+            raise StoreError(f"{path} is damaged: its checksum is not the index's; {_AGAIN}")
+    if watch is not None:
+        watch(sum(sizes), sum(sizes))
 
 
 @contextlib.contextmanager
@@ -227,17 +252,17 @@ class FeatureStore:
 
     Args:
         folder: what ``ocvtp features`` wrote.
-        verify: check every shard's checksum first, which reads all of them.
+        verify: compare every shard's checksum first, which reads all of them: about a second for a gigabyte.
 
     Raises:
         StoreError: not such a folder, no features in it, or a shard that is missing or damaged.
     """
 
-    def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
         self.folder = Path(folder)
         index = Index.read(self.folder)
         self.tokens, self.width, self.layer = index.tokens, index.width, index.layer
-        self.unit = int(index.encoder.get("unit", 1))
+        self.unit = index.unit
         self.fingerprint = index.fingerprint
         self.encoder: Mapping[str, Any] = index.encoder
         self.bad: Mapping[str, str] = index.skipped
@@ -269,18 +294,13 @@ class FeatureStore:
             rows.append(self._slice(shard)[row : row + 1])
         return torch.cat(rows) if rows else torch.empty(0, self.tokens, self.width, dtype=torch.float16)
 
-    def verify(self) -> None:
+    def verify(self, watch: Watch | None = None) -> None:
         """Read everything and compare checksums.
 
         Raises:
             StoreError: names the first file that is not what was written.
         """
-        for shard in self._shards:
-            if _sha256(self.folder / shard.file) != shard.sha256:
-                raise StoreError(
-                    f"{self.folder / shard.file} is damaged: its checksum is not the index's. "
-                    "Delete the folder and make the features again"
-                )
+        check_shards(self.folder, self._shards, watch)
 
     def _slice(self, number: int) -> Any:
         if number not in self._open:
@@ -293,11 +313,3 @@ class FeatureStore:
 
 def _shard_name(number: int) -> str:
     return f"features-{number:05d}.safetensors"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        total = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            total.update(chunk)
-    return total.hexdigest()

@@ -5,9 +5,11 @@ ends, or a state is about to be saved. Then, and only then, the host waits for t
 whether all is well, and rows are written; so a step costs no synchronisation, and a state that holds a NaN
 is never saved.
 
-What is written when: rows of metrics, the best pruner, then the state, each flushed before the next. A run
-that dies in between finds rows beyond its state, which it drops, or a pruner that it will write again with
-the same content.
+What is written when: rows of metrics, the best pruner into a folder beside its own, then the state, each
+flushed before the next, and then the pruner's files are put in place. The state knows rows and pruner by
+their digests. A run that dies in between finds rows beyond its state, which it drops, a pruner that no state
+knows, which it drops, too, or one that its state knows and that is not in its place yet, which it puts there.
+What is there but is not what the state knows was altered, and is refused.
 
 Who stops whom: a process that can't read its features, or can't write, tells the others at the next look,
 and all raise. Whatever else ends one process (memory, say) the launcher notices, and ends the others.
@@ -18,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,15 @@ from typing import Any
 
 import torch
 
-from ocvtp.atomic import sync_folder, write_json
+from ocvtp.atomic import PARTIAL, remove, sync_folder, write_json
 from ocvtp.pruner import OCPruner
 from ocvtp.pruner.config import PrunerConfig
+from ocvtp.stored.refused import refused_as
+from ocvtp.stored.seal import file_digest
 from ocvtp.training import checkpoint
 from ocvtp.training.batches import Batch, HeldOutBatches, TrainingBatches, load
 from ocvtp.training.checkpoint import Progress, ResumeError
-from ocvtp.training.log import METRICS, TENSORBOARD, MetricsLog
+from ocvtp.training.log import METRICS, TENSORBOARD, MetricsLog, read_rows
 from ocvtp.training.metrics import Recent, StepFacts
 from ocvtp.training.plan import Plan, default_config, make_plan
 from ocvtp.training.plot import PLOT, plot_loss
@@ -47,7 +50,8 @@ __all__ = ["DivergedError", "ResumeError", "Trained", "TrainingError", "default_
 #: Folder of the best pruner so far, inside a run's.
 PRUNER = "pruner"
 _TRAINING = "training.json"
-_PARTIAL = ".partial"
+# Of the model card that lies beside the pruner: for people, who may write into it.
+_FOR_PEOPLE = ".md"
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Steps in a row that float16 may overflow in: the scale of the loss halves every time, 65536 to below 1.
 _MOST_SKIPPED = 20
@@ -118,7 +122,8 @@ def train(
 
     Raises:
         ValueError: settings that don't fit the features, each other, or the number of processes.
-        ResumeError: ``out`` holds a run with other settings, or something else.
+        ResumeError: ``out`` holds a run with other settings, one whose files are not what was written, or
+            something else.
         DivergedError: the loss became NaN or infinite. The last state from before is kept.
         TrainingError: features that can't be read, or another process that failed.
     """
@@ -133,6 +138,8 @@ def train(
         raise ValueError(f"batch_size={recipe.batch_size} can't be split evenly over {team.size} processes")
     out = Path(out)
     state, plan = team.together(lambda: _take_up(plan, out, fresh))
+    if state.step:
+        team.together(lambda: _check_beside(out, state) if team.main else None)
     if state.finished:
         if team.main:  # it may have died just after it finished
             _clear_partial(out)
@@ -239,9 +246,11 @@ class _Run:
         if self._state.step == 0:
             self._out.mkdir(parents=True, exist_ok=True)
             self._write_state()  # before anything else: from now on the folder is this run's
-            _clear(self._out)
+            for name in (TENSORBOARD, PRUNER, METRICS, PLOT):  # of an earlier run
+                remove(self._out / name)
         _clear_partial(self._out)
-        self._log = MetricsLog(self._out, self._state.step)
+        with refused_as(ResumeError, self._out / METRICS, checkpoint.ADVICE):
+            self._log = MetricsLog(self._out, self._state.step, self._state.rows)
 
     def _load(self, batches: Any, numbers: range, workers: int) -> Iterator[Batch]:
         return load(batches, numbers, workers, pinned=self._team.device.type == "cuda")
@@ -357,6 +366,8 @@ class _Run:
                 self._write_pruner()
             self._save()
             if self._team.main:
+                if better:
+                    _put_in_place(self._out)
                 plot_loss(self._out)
 
         self._team.together(write)
@@ -405,6 +416,7 @@ class _Run:
             return
         assert self._log is not None
         self._log.sync()
+        self._state.rows = self._log.rows
         self._write_state()
 
     def _write_state(self) -> None:
@@ -414,10 +426,9 @@ class _Run:
         checkpoint.save(self._out, state, self._objective, self._optimizer)
 
     def _write_pruner(self) -> None:
-        """The pruner as it is now, every file put in place atomically; in a run, its config never changes."""
-        state, folder = self._state, self._out / PRUNER
-        made = folder.with_name(PRUNER + _PARTIAL)
-        shutil.rmtree(made, ignore_errors=True)
+        """The pruner as it is now, beside the folder that it will lie in once the state knows it."""
+        state, made = self._state, self._out / (PRUNER + PARTIAL)
+        remove(made)
         self._pruner.save_pretrained(made)
         training = {
             "recipe": self._plan.recipe.to_dict(),
@@ -430,13 +441,22 @@ class _Run:
             "versions": _versions(),
         }
         write_json(made / _TRAINING, training)
-        folder.mkdir(exist_ok=True)
-        for file in sorted(made.iterdir()):
+        files = sorted(made.iterdir())
+        for file in files:
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
-            os.replace(file, folder / file.name)
-        made.rmdir()
-        sync_folder(folder)
+        sync_folder(made)
+        state.pruner = {file.name: file_digest(file) for file in files if file.suffix != _FOR_PEOPLE}
+
+
+def _put_in_place(out: Path) -> None:
+    """The pruner that was written last, every file atomically; in a run, its config never changes."""
+    made, folder = out / (PRUNER + PARTIAL), out / PRUNER
+    folder.mkdir(exist_ok=True)
+    for file in sorted(made.iterdir()):
+        os.replace(file, folder / file.name)
+    made.rmdir()
+    sync_folder(folder)
 
 
 def _take_up(plan: Plan, out: Path, fresh: bool) -> tuple[Progress, Plan]:
@@ -447,7 +467,7 @@ def _take_up(plan: Plan, out: Path, fresh: bool) -> tuple[Progress, Plan]:
     """
     held = (out / checkpoint.STATE).exists()
     if not held and out.exists():
-        left = checkpoint.STATE + _PARTIAL  # of a run that died before its first state
+        left = checkpoint.STATE + PARTIAL  # of a run that died before its first state
         entries = out.iterdir() if out.is_dir() else ()
         if foreign := sorted(path.name for path in entries if path.name != left):
             raise ResumeError(f"{out} is not empty and holds no run ({foreign[0]}, ...); give another folder")
@@ -456,6 +476,7 @@ def _take_up(plan: Plan, out: Path, fresh: bool) -> tuple[Progress, Plan]:
         raise ResumeError(f"{parent} is a file; give a folder")
     if not os.access(parent, os.W_OK):
         raise ResumeError(f"no permission to write to {parent}; give another folder")
+    _check_places(out)
     state = None if fresh else checkpoint.read_progress(out)
     if state is None:
         plan = plan.scaled(None)
@@ -465,18 +486,45 @@ def _take_up(plan: Plan, out: Path, fresh: bool) -> tuple[Progress, Plan]:
     return state, plan
 
 
-def _clear(out: Path) -> None:
-    """Take away what an earlier run left beside its state."""
-    for name in (TENSORBOARD, PRUNER):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in (METRICS, PLOT):
-        (out / name).unlink(missing_ok=True)
+def _check_places(out: Path) -> None:
+    """Raise :class:`ResumeError` where a file of a run could not be written, or a folder."""
+    for name in (checkpoint.STATE, METRICS, PLOT):
+        if (out / name).exists() and not (out / name).is_file():
+            raise ResumeError(f"{out / name} is no file, and a run keeps one there; move it away")
+    for name in (PRUNER, TENSORBOARD):
+        if os.path.lexists(out / name) and not (out / name).is_dir():
+            raise ResumeError(f"{out / name} is no folder, and a run keeps one there; move it away")
+
+
+def _check_beside(out: Path, state: Progress) -> None:
+    """Compare rows and pruner with what the state knows of them; put in place what a killed run did not.
+
+    Raises:
+        ResumeError: names the file that is not what was written.
+    """
+    with refused_as(ResumeError, out / METRICS, checkpoint.ADVICE):
+        read_rows(out, state.rows)
+    folder, made = out / PRUNER, out / (PRUNER + PARTIAL)
+
+    def waits(name: str) -> bool:
+        return not made.is_symlink() and _is(made / name, state.pruner[name])
+
+    missing = [name for name, digest in state.pruner.items() if not _is(folder / name, digest)]
+    if damaged := [folder / name for name in missing if not waits(name)]:
+        what = "not what was written: changed or damaged" if damaged[0].exists() else "missing"
+        raise ResumeError(f"{damaged[0]} is {what}; {checkpoint.ADVICE}")
+    if missing:
+        _put_in_place(out)
+
+
+def _is(file: Path, digest: str) -> bool:
+    return file.is_file() and file_digest(file) == digest
 
 
 def _clear_partial(out: Path) -> None:
     """Take away what was being written when an earlier run died."""
-    for path in out.glob("*" + _PARTIAL):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in (checkpoint.STATE, METRICS, PLOT, PRUNER):
+        remove(out / (name + PARTIAL))
 
 
 def _trained(out: Path, state: Progress, resumed: int) -> Trained:

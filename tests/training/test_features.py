@@ -411,6 +411,6 @@ def test_the_index_is_plain(folder: Path, tmp_path: Path) -> None:
     noise(50).save(folder / "\u00e9t\u00e9 \u96ea.png")
     run(folder, tmp_path / "out")
     values = json.loads((tmp_path / "out" / INDEX).read_bytes().decode("ascii"))
-    assert values["schema"] == 1
+    assert values["schema"] == 2
     assert values["encoder"] == FakeEncoder().identity
     assert any(r["path"] == "\u00e9t\u00e9 \u96ea.png" for s in values["shards"] for r in s["records"])

@@ -29,16 +29,20 @@ def test_a_recipe_survives_json() -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"epochs": 0}, "epochs must be an int >= 1; got 0"),
+        ({"epochs": 0}, "epochs must be an int of at least 1 and at most 1000000; got 0"),
         ({"batch_size": 2.0}, "batch_size must be an int"),
         ({"patience": True}, "patience"),
-        ({"learning_rate": 0.0}, "learning_rate must be a positive number"),
+        ({"learning_rate": 0.0}, "learning_rate must be a number above 0 and at most"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"clip": math.inf}, "clip"),
-        ({"validation_share": 1.5}, "share between 0 and 1"),
+        ({"learning_rate": 10**400}, "learning_rate .* got an int of 1329 bits"),
+        ({"validation_share": 1.5}, "validation_share must be a number of at least 0 and at most 1; got 1.5"),
         ({"visible": -0.1}, "visible"),
-        ({"slots": ()}, "slots must be one or more ints"),
-        ({"slots": (8, 0)}, "slots"),
+        ({"slots": ()}, "slots must be a list with a length of at least 1"),
+        ({"slots": (8, 0)}, r"slots\[1\] must be an int"),
+        ({"slots": 16}, "slots must be a list; got 16"),
+        ({"slots": None}, "slots must be a list; got None"),
+        ({"epochs": 10**12}, "epochs"),
         ({"slots": (True,)}, "slots"),
         ({"truncate": 1}, "truncate must be true or false"),
         ({"empty_slots": "none"}, "empty_slots"),
@@ -52,7 +56,7 @@ def test_numbers_no_training_could_use(changes: dict, match: str) -> None:
 
 
 def test_unknown_fields_are_named() -> None:
-    with pytest.raises(ValueError, match=r"unknown recipe field\(s\) \['lr'\]; there are: epochs"):
+    with pytest.raises(ValueError, match=r"Recipe: unknown field\(s\) 'lr'; there are: epochs"):
         Recipe.from_dict({"lr": 1e-3})
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ocvtp.stored.seal import sealed, unsealed
 from ocvtp.training.store import INDEX, FeatureStore, Index, Record, StoreError, write_shard
 
 ROWS = (3, 2, 4)
@@ -88,15 +89,15 @@ class TestRefused:
     def test_an_index_that_was_cut_off(self, folder: Path, size: int) -> None:
         path = folder / INDEX
         path.write_bytes(path.read_bytes()[:size])
-        with pytest.raises(StoreError, match=r"can't be read.*make the features again"):
+        with pytest.raises(StoreError, match=r"index.json: it can't be read.*make the features again"):
             FeatureStore(folder)
 
     def test_an_index_that_is_no_text(self, folder: Path) -> None:
         (folder / INDEX).write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(StoreError, match="can't be read"):
+        with pytest.raises(StoreError, match="it is no text in UTF-8"):
             FeatureStore(folder)
 
-    @pytest.mark.parametrize("text", ["[]", "1", "{}", '{"schema": 2}', '{"schema": "1"}'])
+    @pytest.mark.parametrize("text", ["{}", '{"schema": 1}', '{"schema": "2"}', '{"schema": true}'])
     def test_of_another_version(self, folder: Path, text: str) -> None:
         (folder / INDEX).write_text(text)
         with pytest.raises(StoreError, match="was not written by this version of ocvtp"):
@@ -105,22 +106,45 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"tokens": "gone"}, "lacks tokens"),
-            ({"shards": "gone", "bad": "gone"}, "lacks shards, bad"),
-            ({"width": "6"}, "not an index"),
-            ({"layer": None}, "not an index"),
-            ({"encoder": []}, "not an index"),
-            ({"colour": "red"}, "not an index"),
-            ({"shards": [1]}, "not an index"),
-            ({"shards": {"a": 1}}, "not an index"),
-            ({"shards": [{"file": "../x", "sha256": "", "records": []}]}, "not an index"),
-            ({"bad": [{"path": "x"}]}, "not an index"),
-            ({"shards": []}, "holds no features yet"),
-            ({"tokens": 4}, r"holds F16 \[3, 5, 6\], the index says F16 \[3, 4, 6\]"),
+            ({"tokens": "gone"}, "it lacks tokens, which was written"),
+            ({"shards": "gone", "bad": "gone"}, "it lacks bad, shards"),
+            ({"width": "6"}, "width is not what was written: changed or damaged"),
+            ({"layer": 9}, "layer is not what was written"),
+            ({"layer": 9, "tokens": 4}, "layer, tokens are not what was written"),
+            ({"encoder": {"weights": "w", "unit": 2}}, "encoder is not what was written"),
+            ({"colour": "red"}, "it has colour, which was never written"),
+            ({"seal": "gone"}, "seal is missing"),
+            ({"seal": []}, "seal is not what was written"),
         ],
     )
     def test_an_index_that_is_wrong(self, folder: Path, changes: dict, message: str) -> None:
         change(folder, **changes)
+        with pytest.raises(StoreError, match=message):
+            FeatureStore(folder)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"width": "6"}, "width must be an int of at least 1 and at most 1048576; got '6'"),
+            ({"width": 10**12}, "width must be"),
+            ({"layer": None}, "layer must be an int"),
+            ({"layer": True}, "layer must be an int"),
+            ({"encoder": []}, r"encoder must be an object; got \[\]"),
+            ({"encoder": {"unit": [2]}}, r"encoder\.unit must be an int"),
+            ({"shards": [1]}, r"shards\[0\] must be an object; got 1"),
+            ({"shards": {"a": 1}}, "shards must be a list"),
+            (
+                {"shards": [{"file": "../x", "sha256": "", "records": []}]},
+                r"shards\[0\].file must be 'features-0",
+            ),
+            ({"bad": [{"path": "x"}]}, r"bad\[0\] lacks image, crop, reason"),
+            ({"shards": []}, "holds no features yet"),
+            ({"tokens": 4}, r"holds F16 \[3, 5, 6\], the index says F16 \[3, 4, 6\]"),
+        ],
+    )
+    def test_a_seal_alone_is_not_trusted(self, folder: Path, changes: dict, message: str) -> None:
+        values = {**unsealed(json.loads((folder / INDEX).read_text())), **changes}
+        (folder / INDEX).write_text(json.dumps(sealed(values)))
         with pytest.raises(StoreError, match=message):
             FeatureStore(folder)
 
@@ -159,11 +183,11 @@ class TestRefused:
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1
         shard.write_bytes(data)
-        store = FeatureStore(folder)  # no checksum without being asked
+        store = FeatureStore(folder, verify=False)
         with pytest.raises(StoreError, match=r"features-00002\.safetensors is damaged: its checksum"):
             store.verify()
         with pytest.raises(StoreError, match=r"features-00002\.safetensors is damaged"):
-            FeatureStore(folder, verify=True)
+            FeatureStore(folder)
 
     def test_never_pickle(self, folder: Path) -> None:
         class Trap:
