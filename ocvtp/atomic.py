@@ -26,7 +26,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         OSError: as when the disk is full.
     """
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "a folder stands where a file is to be written, move it away", str(path))
+        raise IsADirectoryError(
+            errno.EISDIR, "a folder stands where a file is to be written, move it away", str(path)
+        )
     staging = path.with_name(path.name + PARTIAL)
     remove(staging)
     staging.mkdir()

@@ -7,7 +7,6 @@ decoder, possibly wrapped in ``{"state_dict": ...}``. Nothing here executes code
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,9 @@ from pathlib import Path
 import torch
 
 from ocvtp.pruner.config import PrunerConfig
+from ocvtp.stored.refused import Refused, shown
+from ocvtp.stored.strict_json import read_object
+from ocvtp.stored.tensors import check_tensors, read_facts
 
 # Official prefix -> ours. The tails (".weight", ".bias", "weight_ih", ...) are the same.
 _PREFIXES = {
@@ -44,6 +46,9 @@ _PREFIXES = {
 _DECODER = "decode."
 _DECODER_LAYER = "decode.backbone.layers."
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_AGAIN = "copy it back as it was, download it again, or save the pruner again (save_pretrained)"
+
 
 class CheckpointError(ValueError):
     """A file or state dict that is not a complete, well-shaped pruner. The message names the key."""
@@ -66,7 +71,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         TypeError: no path.
         FileNotFoundError: nothing there.
-        CheckpointError: not such a file, or it holds more than tensors.
+        CheckpointError: not such a file, or it holds more than plain tensors.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"official weights are a file's path or a state dict; got {type(path).__name__}")
@@ -77,14 +82,20 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; give the weights file, or use OCPruner.from_pretrained")
+    if not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path} is no regular file; give the weights file")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+            loaded = load_file(path)
+        except (SafetensorError, KeyError, TypeError) as error:  # the latter: a dtype that torch has not
+            raise CheckpointError(
+                f"{path} is not a safetensors file of weights ({error}); download it again"
+            ) from error
+        with naming(path):
+            return unwrap_state_dict(loaded)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
@@ -96,31 +107,65 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
             "Give official weights (weights.pth or .safetensors)"
         ) from error
     with naming(path):
-        return unwrap_state_dict(loaded)
+        state = unwrap_state_dict(loaded)
+        for key, tensor in state.items():
+            if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+                raise CheckpointError(
+                    f"{key!r} claims shape {list(tensor.shape)}, the file holds fewer values; save it again "
+                    "with .contiguous()"
+                )
+        return state
+
+
+def read_own_weights(path: Path, config_file: Path, config: PrunerConfig) -> dict[str, torch.Tensor]:
+    """Tensors of our own format, compared with what the file says of them and of ``config.json``.
+
+    Files that say nothing are of an older version, or of another program: there is nothing to compare.
+
+    Raises:
+        CheckpointError: a tensor or a field of the configuration is not what was saved; names file and field.
+    """
+    state = read_state_dict(path)
+    try:
+        found = read_facts(path)
+        if found is None:
+            return state
+        facts, digests = found
+        saved = PrunerConfig.from_dict(facts["config"]).to_dict() if "config" in facts else {}
+        check_tensors(state, digests)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; {_AGAIN}") from error
+    now = config.to_dict()
+    if differ := [
+        f"{name} is {now[name]!r}, was {saved[name]!r}" for name in saved if now[name] != saved[name]
+    ]:
+        raise CheckpointError(
+            f"{config_file}: {'; '.join(differ)} when {path.name} was saved: changed or damaged; {_AGAIN}"
+        )
+    return state
 
 
 def read_config(path: Path) -> PrunerConfig:
     """The configuration in a ``config.json``.
 
     Raises:
-        CheckpointError: not a JSON object, or one that this version does not understand; names the file.
+        CheckpointError: not a JSON object, or a field that is unknown, of another type or out of bounds;
+            names file and field.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"expected an object; got {type(values).__name__}")
+        values = read_object(path)
         if "model_type" in values:
-            raise ValueError(f"it is a {values['model_type']!r} model's")
+            raise Refused(f"it is a {shown(values['model_type'])} model's")
         return PrunerConfig.from_dict(values)
     except ValueError as error:
-        raise CheckpointError(f"{path} is no pruner's configuration: {error}") from error
+        raise CheckpointError(f"{path} is no pruner's configuration: {error}; {_AGAIN}") from error
 
 
 def unwrap_state_dict(loaded: object) -> dict[str, torch.Tensor]:
     """The tensors of a state dict, or of ``{"state_dict": ...}`` around one.
 
     Raises:
-        CheckpointError: something in it is not a tensor.
+        CheckpointError: something in it is not a tensor, or not a plain one; names it.
     """
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
@@ -128,8 +173,21 @@ def unwrap_state_dict(loaded: object) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"expected a state dict; got {type(loaded).__name__}")
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"expected only tensors; {key!r} is {type(value).__name__}")
+            raise CheckpointError(f"expected only tensors; {shown(key)} is {type(value).__name__}")
+        if odd := _odd(value):
+            raise CheckpointError(f"{key!r} is {odd}; weights must be plain dense tensors, save it as such")
     return dict(loaded)
+
+
+def _odd(tensor: torch.Tensor) -> str:
+    """What keeps a tensor from being weights, whatever its shape and values; empty if nothing does."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"a {str(tensor.layout).removeprefix('torch.')} tensor"
+    if tensor.is_meta:
+        return "a meta tensor, without values"
+    return ""
 
 
 def config_from_official(
@@ -212,25 +270,28 @@ def check_state(
     Both are in our names; ``official_names`` says which names the message should speak of.
     """
 
-    def shown(keys: list[str]) -> list[str]:
+    def named(keys: list[str]) -> list[str]:
         return sorted(to_official_name(key) if official_names else key for key in keys)
 
     missing = [key for key in expected if key not in state]
     if missing:
-        raise CheckpointError(f"missing key(s) {shown(missing)}")
+        raise CheckpointError(f"missing key(s) {named(missing)}")
     unexpected = [key for key in state if key not in expected]
     if unexpected:
-        raise CheckpointError(f"unexpected key(s) {shown(unexpected)}")
+        raise CheckpointError(f"unexpected key(s) {named(unexpected)}")
     for key, tensor in state.items():
         if tensor.shape != expected[key].shape:
             raise CheckpointError(
-                f"{shown([key])[0]!r} has shape {list(tensor.shape)}; "
+                f"{named([key])[0]!r} has shape {list(tensor.shape)}; "
                 f"the other sizes ask for {list(expected[key].shape)}"
             )
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{shown([key])[0]!r} is {tensor.dtype}; weights must be floating point")
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{named([key])[0]!r} is {tensor.dtype}; weights must be "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}"
+            )
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{shown([key])[0]!r} contains NaN or Inf")
+            raise CheckpointError(f"{named([key])[0]!r} contains NaN or Inf")
     dtypes = sorted({str(tensor.dtype) for tensor in state.values()})
     if len(dtypes) > 1:
         raise CheckpointError(f"all weights must have one dtype; this state dict has {', '.join(dtypes)}")

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors.torch import save_file
 from torch import nn
 from typing_extensions import Self
 
@@ -25,6 +24,7 @@ from ocvtp.pruner.hub import PrunerFiles
 from ocvtp.pruner.noise import seeded_normal
 from ocvtp.pruner.refinement import Refinement
 from ocvtp.selection import Selection
+from ocvtp.stored.tensors import save_sealed
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
@@ -541,7 +541,7 @@ class OCPruner(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
-        save_file(state, save_directory / _WEIGHTS, metadata={"format": "pt"})
+        save_sealed(save_directory / _WEIGHTS, state, {"config": self.config.to_dict()})
 
     # The mixin's version takes any keyword and drops it; here an unknown argument raises.
     @classmethod
@@ -573,7 +573,8 @@ class OCPruner(
             FileNotFoundError: no such folder, no weights in it, or the Hub can't be reached.
             ValueError: an empty name, or a ``layer`` that ``config.json`` contradicts.
             CheckpointError: a file instead of a folder, ``config.json`` that this version does not
-                understand, or a key missing, unexpected, misshapen or not finite; names it.
+                understand or that was altered since it was saved, or a key missing, unexpected, misshapen,
+                altered or not finite; names it.
         """
         files = PrunerFiles(
             folder_or_repo_id,
@@ -594,7 +595,8 @@ class OCPruner(
                     f"not {layer}; give a layer for official weights only"
                 )
             with checkpoint.naming(weights):
-                pruner = cls._from_state(config, checkpoint.read_state_dict(weights), official_names=False)
+                state = checkpoint.read_own_weights(weights, config_file, config)
+                pruner = cls._from_state(config, state, official_names=False)
         elif (weights := files.find(_OFFICIAL_WEIGHTS)) is not None:
             pruner = cls.from_official(weights, layer=PrunerConfig.layer if layer is None else layer)
         else:

@@ -193,7 +193,8 @@ def open_shard(folder: Path, shard: Shard, tokens: int, width: int) -> Any:
         raise StoreError(f"{path} is damaged ({error}); {_AGAIN}") from error
     if (shape, dtype) != ([len(shard.records), tokens, width], "F16"):
         raise StoreError(
-            f"{path} holds {dtype} {shape}, the index says F16 {[len(shard.records), tokens, width]}; {_AGAIN}"
+            f"{path} holds {dtype} {shape}, "
+            f"the index says F16 {[len(shard.records), tokens, width]}; {_AGAIN}"
         )
     return file
 

@@ -470,7 +470,10 @@ def _take_up(plan: Plan, out: Path, fresh: bool) -> tuple[Progress, Plan]:
         left = checkpoint.STATE + PARTIAL  # of a run that died before its first state
         entries = out.iterdir() if out.is_dir() else ()
         if foreign := sorted(path.name for path in entries if path.name != left):
-            raise ResumeError(f"{out} is not empty and holds no run ({foreign[0]}, ...); give another folder")
+            raise ResumeError(
+                f"{out} is not empty and holds no run ({checkpoint.STATE} is missing, {foreign[0]} is there); "
+                "give another folder"
+            )
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not parent.is_dir():
         raise ResumeError(f"{parent} is a file; give a folder")
