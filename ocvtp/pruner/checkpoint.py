@@ -248,7 +248,7 @@ def from_official_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     """
     unexpected = sorted(key for key in state if not key.startswith(tuple(_PREFIXES)))
     if unexpected:
-        raise CheckpointError(f"unexpected key(s) {unexpected}")
+        raise CheckpointError(f"unexpected key(s) {_listed(unexpected)}")
     return {_rename(key, _PREFIXES): tensor for key, tensor in state.items()}
 
 
@@ -275,10 +275,10 @@ def check_state(
 
     missing = [key for key in expected if key not in state]
     if missing:
-        raise CheckpointError(f"missing key(s) {named(missing)}")
+        raise CheckpointError(f"missing key(s) {_listed(named(missing))}")
     unexpected = [key for key in state if key not in expected]
     if unexpected:
-        raise CheckpointError(f"unexpected key(s) {named(unexpected)}")
+        raise CheckpointError(f"unexpected key(s) {_listed(named(unexpected))}")
     for key, tensor in state.items():
         if tensor.shape != expected[key].shape:
             raise CheckpointError(
@@ -295,6 +295,12 @@ def check_state(
     dtypes = sorted({str(tensor.dtype) for tensor in state.values()})
     if len(dtypes) > 1:
         raise CheckpointError(f"all weights must have one dtype; this state dict has {', '.join(dtypes)}")
+
+
+def _listed(keys: list[str]) -> str:
+    """The first of them; a file of something else may have any number, of any length."""
+    more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
+    return f"{[key[:100] for key in keys[:10]]}{more}"
 
 
 def _rename(key: str, prefixes: Mapping[str, str]) -> str:

@@ -33,7 +33,7 @@ def unsealed(values: Mapping[str, Any]) -> dict[str, Any]:
     seal = values.get(SEAL)
     if not isinstance(seal, dict):
         raise Refused(
-            f"{SEAL} is missing: the digests of what was written" if seal is None else altered([SEAL])
+            f"{SEAL} is missing: the digests of what was written" if seal is None else _altered([SEAL])
         )
     bare = {name: value for name, value in values.items() if name != SEAL}
     try:
@@ -50,7 +50,7 @@ def check_digests(written: Mapping[str, str], found: Mapping[str, str]) -> None:
     if added := sorted(found.keys() - written.keys()):
         raise Refused(f"it has {_listed(added)}, which was never written")
     if changed := sorted(name for name in found if found[name] != written[name]):
-        raise Refused(altered(changed))
+        raise Refused(_altered(changed))
 
 
 def file_digest(path: Path) -> str:
@@ -75,7 +75,7 @@ def _digest(name: str, value: object) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def altered(names: list[str]) -> str:
+def _altered(names: list[str]) -> str:
     return f"{_listed(names)} {'is' if len(names) == 1 else 'are'} not what was written: changed or damaged"
 
 

@@ -471,7 +471,7 @@ def _take_up(plan: Plan, out: Path, fresh: bool) -> tuple[Progress, Plan]:
         entries = out.iterdir() if out.is_dir() else ()
         if foreign := sorted(path.name for path in entries if path.name != left):
             raise ResumeError(
-                f"{out} is not empty and holds no run ({checkpoint.STATE} is missing, {foreign[0]} is there); "
+                f"{out} is not empty and holds no run ({foreign[0]} is there, {checkpoint.STATE} is not); "
                 "give another folder"
             )
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())

@@ -138,7 +138,8 @@ class TestMistakes:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / INDEX).write_text('{"schema": 0}')
         said = run("features", *arguments, code=2)
-        assert "was not written by this version of ocvtp; make the features again" in said
+        assert "was not written by this version of ocvtp (schema 0, not 2)" in said
+        assert "make the features again" in said
 
 
 def test_mistakes_that_show_later(

@@ -233,7 +233,11 @@ def test_damaged_folders(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"config\.json is no pruner's configuration"):
             OCPruner.from_pretrained(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({**config, "slot_dim": 64}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "slot_dim": 64, "layer": 7}))
+    with pytest.raises(CheckpointError, match=r"slot_dim is 64, was 32; layer is 7, was 1 when model"):
+        OCPruner.from_pretrained(str(tmp_path))
+    # Of an older version, or another program: what the weights don't say can't be compared.
+    save_file(make_pruner().state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"has shape \[32\]; the other sizes ask for \[64\]"):
         OCPruner.from_pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({**config, "decoder_layers": 1}))
