@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.progress import busy
+from ocvtp.stored.refused import shown
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from ocvtp.vlm.contracts.adapter import TowerFacts
 
 DEFAULT_KEEP = 64
+_MOST = 2**31  # of anything that a model's configuration counts
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has one slash left; C:/ is a drive
@@ -149,21 +152,45 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def read_model_config(source: str) -> Any:
     """The configuration of a model in a local folder or on the Hub, if it is one that can be pruned."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from ocvtp.vlm.families import ADAPTERS
 
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        where = "" if os.path.isdir(source) else "no such folder here, and not readable from the Hub. "
-        raise UserError(f"can't load the model {source!r}: {where}{error}") from error
+    except Exception as error:  # of a config.json that was altered, transformers raises nearly anything
+        if isinstance(error, (OSError, ValueError)):
+            where = "" if os.path.isdir(source) else "no such folder here, and not readable from the Hub. "
+            raise UserError(f"can't load the model {source!r}: {where}{error}") from error
+        raise UserError(_odd_config(source, f"{type(error).__name__}: {error}")) from error
     if config.model_type not in ADAPTERS:
         raise UserError(
             f"{source} is a {config.model_type!r} model; ocvtp prunes these: {', '.join(sorted(ADAPTERS))}"
         )
+    for name, value in _numbers(config.to_dict()):
+        if abs(value) > _MOST:
+            raise UserError(
+                _odd_config(source, f"{name} is {shown(value)}, and no model has more than {_MOST}")
+            )
     return config
+
+
+def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """The ints in a configuration, by their names."""
+    if type(values) is int:
+        yield name, values
+    pairs = (
+        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    )
+    for key, value in pairs:
+        yield from _numbers(value, f"{name}.{key}" if name else str(key))
+
+
+def _odd_config(source: str, why: str) -> str:
+    return (
+        f"no model can be made from the config.json of {source} ({why}); if it was changed, copy it back, or "
+        "download it again"
+    )
 
 
 def check_fit(config: Any, pruner: PrunerConfig | None, keep: float) -> TowerFacts:
@@ -175,9 +202,14 @@ def check_fit(config: Any, pruner: PrunerConfig | None, keep: float) -> TowerFac
     from ocvtp.vlm.families.fit import check_fit as check_pruner
 
     with blamed_on_input(ValueError):
-        with torch.device("meta"):  # shapes alone, whatever the size of the model
-            skeleton = AutoModelForImageTextToText.from_config(config)
-        facts = adapter_for(skeleton).facts({})
+        try:
+            with torch.device("meta"):  # shapes alone, whatever the size of the model
+                skeleton = AutoModelForImageTextToText.from_config(config)
+            facts = adapter_for(skeleton).facts({})
+        except ValueError:
+            raise
+        except Exception as error:  # a field of another type or sign, anywhere in transformers
+            raise UserError(_odd_config(config.name_or_path, f"{type(error).__name__}: {error}")) from error
         if pruner is not None:
             check_pruner(pruner, facts)
     if facts.tokens is not None and isinstance(keep, int) and keep > facts.tokens:

@@ -70,11 +70,12 @@ def check_fields(instance: object) -> None:
     Raises:
         ValueError: names class and field.
     """
-    for name, hint in _hints(type(instance)).items():
+    kind: type = type(instance)
+    for name, hint in _hints(kind).items():
         try:
             value = check_value(hint, getattr(instance, name), name)
         except Refused as error:
-            raise ValueError(f"{type(instance).__name__}.{error}") from error
+            raise ValueError(f"{kind.__name__}.{error}") from error
         object.__setattr__(instance, name, value)
 
 

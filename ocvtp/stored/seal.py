@@ -66,7 +66,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and values, on whatever device and in whatever strides it lies."""
     total = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    total.update(memoryview(raw.numpy()))
+    total.update(raw.numpy().data)
     return total.hexdigest()
 
 

@@ -154,6 +154,28 @@ class TestBrokenModelFolder:
         assert f"can't load the processor of {folder}" in refused(files, MODEL, folder, command=command)
 
     @pytest.mark.usefixtures("no_model")
+    @pytest.mark.parametrize(
+        ("part", "name", "value"),
+        [
+            ("vision_config", "num_hidden_layers", 10**12),
+            ("text_config", "hidden_size", -64),
+            ("text_config", "vocab_size", [256]),
+            ("vision_config", "hidden_act", {"a": 1}),
+            ("vision_config", "patch_size", None),
+            ("text_config", "model_type", []),
+        ],
+    )
+    def test_an_odd_config(
+        self, files: Files, folder: Path, command: str, part: str, name: str, value: object
+    ) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        values[part][name] = value
+        (folder / "config.json").write_text(json.dumps(values))
+        output = refused(files, MODEL, folder, command=command)
+        assert str(folder) in output
+        assert "config.json" in output or "can't load the model" in output
+
+    @pytest.mark.usefixtures("no_model")
     @pytest.mark.parametrize("patch_size", [None, 28])
     def test_patch_size(self, files: Files, folder: Path, command: str, patch_size: int | None) -> None:
         self.change_processor(folder, patch_size=patch_size)

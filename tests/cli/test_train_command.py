@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from ocvtp import OCPruner
 from ocvtp.cli import app
 from ocvtp.training.log import read_metrics
-from ocvtp.training.store import Index, Record, write_shard
+from ocvtp.training.store import INDEX, Index, Record, write_shard
 from tests.cli.conftest import Files
 from tests.training.fake import Fake
 
@@ -162,6 +162,45 @@ class TestRefused:
     )
     def test_options(self, features: Path, tmp_path: Path, options: tuple[str, ...], match: str) -> None:
         assert match in error_of(ocvtp("--features", features, "--out", tmp_path / "run", *options))
+
+    def test_damaged_features(self, features: Path, config: Path, tmp_path: Path) -> None:
+        """A flipped bit and swapped files are found before anything is trained, metadata too."""
+        arguments = ("--features", features, "--config", config, "--out", tmp_path / "run")
+        one, other = (features / f"features-{i:05d}.safetensors" for i in range(2))
+        whole = one.read_bytes()
+        one.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert f"{one} is damaged: its checksum is not the index's" in error_of(ocvtp(*arguments))
+        one.write_bytes(other.read_bytes())
+        other.write_bytes(whole)
+        assert f"{one} is damaged" in error_of(ocvtp(*arguments))
+        index = features / INDEX
+        index.write_text(index.read_text().replace('"layer": 3', '"layer": 4'))
+        said = error_of(ocvtp(*arguments))
+        assert f"{index}: layer is not what was written: changed or damaged; copy it back" in said
+        assert not (tmp_path / "run").exists()
+
+    def test_an_altered_run(self, features: Path, config: Path, tmp_path: Path) -> None:
+        arguments = ("--features", features, "--config", config, "--out", tmp_path / "run", "--epochs", 1)
+        assert ocvtp(*arguments).exit_code == 0
+        (tmp_path / "run" / "loss.png").unlink(missing_ok=True)
+        (tmp_path / "run" / "loss.png").mkdir()
+        assert "loss.png is no file, and a run keeps one there; move it away" in error_of(ocvtp(*arguments))
+        (tmp_path / "run" / "loss.png").rmdir()
+        about = tmp_path / "run" / "pruner" / "config.json"
+        about.write_text(about.read_text().replace('"layer": 3', '"layer": 4'))
+        said = error_of(ocvtp(*arguments))
+        assert f"{about} is not what was written: changed or damaged; copy it back" in said
+        assert ocvtp(*arguments, "--fresh").exit_code == 0
+
+    def test_a_full_disk(
+        self, features: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("safetensors.torch.save_file", full)
+        arguments = ("--features", features, "--config", config, "--out", tmp_path / "run")
+        assert "No space left on device" in error_of(ocvtp(*arguments))
 
     def test_a_run_with_other_settings(self, features: Path, config: Path, tmp_path: Path) -> None:
         arguments = ("--features", features, "--config", config, "--out", tmp_path / "run")

@@ -342,6 +342,35 @@ class TestRefused:
         with pytest.raises(StoreError, match="is a file; give a folder"):
             run(folder, tmp_path / "out")
 
+    def test_one_flipped_bit(self, folder: Path, tmp_path: Path) -> None:
+        run(folder, tmp_path / "out")
+        shard = tmp_path / "out" / "features-00001.safetensors"
+        data = shard.read_bytes()
+        shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        encoder = FakeEncoder()
+        with pytest.raises(StoreError, match=r"features-00001\.safetensors is damaged: its checksum"):
+            run(folder, tmp_path / "out", encoder=encoder)
+        assert encoder.calls == 0
+        run(folder, tmp_path / "out", verify=False)
+
+    def test_a_folder_where_a_shard_is_to_be(self, folder: Path, tmp_path: Path) -> None:
+        run(folder, tmp_path / "out")
+        (tmp_path / "out" / "features-00006.safetensors").mkdir()
+        with pytest.raises(StoreError, match=r"features-00006\.safetensors is a folder.*move it away"):
+            run(folder, tmp_path / "out")
+
+    def test_links_where_files_are_being_written(self, folder: Path, tmp_path: Path) -> None:
+        """What they lead to is not touched."""
+        mine = tmp_path / "mine"
+        mine.mkdir()
+        (mine / "thesis.txt").touch()
+        (tmp_path / "out").mkdir()
+        for name in (INDEX, "features-00000.safetensors"):
+            (tmp_path / "out" / f"{name}.partial").symlink_to(mine)
+        run(folder, tmp_path / "out")
+        assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+        assert not list((tmp_path / "out").glob("*.partial"))
+
     def test_going_on_with_damaged_shards(self, folder: Path, tmp_path: Path) -> None:
         run(folder, tmp_path / "out")
         shard = tmp_path / "out" / "features-00001.safetensors"
