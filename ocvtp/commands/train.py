@@ -70,7 +70,7 @@ def run(
     from ocvtp.training.trainer import TrainingError, default_config, train
 
     source: FeatureSource
-    with blamed_on_input(ValueError):
+    with blamed_on_input(ValueError, TrainingError, OSError):
         if features is not None:
             source = _stored(features, team, console)
         else:

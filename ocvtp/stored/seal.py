@@ -20,7 +20,11 @@ SEAL = "seal"
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values``, JSON-ready, with a digest of every field under ``"seal"``."""
+    """``values``, JSON-ready, with a digest of every field under ``"seal"``.
+
+    Raises:
+        ValueError: a number that is not finite, which JSON has not.
+    """
     return {**values, SEAL: {name: _digest(name, value) for name, value in values.items()}}
 
 
@@ -71,7 +75,8 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def _digest(name: str, value: object) -> str:
-    text = json.dumps([name, value], sort_keys=True, separators=(",", ":"))
+    # NaN would be written, and refused when it is read back.
+    text = json.dumps([name, value], sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 

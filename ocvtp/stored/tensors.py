@@ -64,6 +64,6 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], digests: Mapping[str, str
 
 
 def _digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """On all cores: hashing lets go of Python's lock, and a state of a gigabyte is saved every so many steps."""
+    """On all cores: hashing lets go of Python's lock, and a state may be a gigabyte."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))

@@ -456,7 +456,8 @@ def _put_in_place(out: Path) -> None:
     for file in sorted(made.iterdir()):
         os.replace(file, folder / file.name)
     made.rmdir()
-    sync_folder(folder)
+    for changed in (folder, out):
+        sync_folder(changed)
 
 
 def _take_up(plan: Plan, out: Path, fresh: bool) -> tuple[Progress, Plan]:
