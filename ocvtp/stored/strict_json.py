@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +37,7 @@ def parse_object(text: bytes | str) -> dict[str, Any]:
             text = text.decode("utf-8")
         if text.startswith("\ufeff"):
             raise Refused("it starts with a byte-order mark, which JSON has not")
-        values = json.loads(text, parse_constant=_not_finite, object_pairs_hook=_once)
+        values = json.loads(text, parse_constant=_not_finite, parse_float=_finite, object_pairs_hook=_once)
     except Refused:
         raise
     except UnicodeDecodeError as error:
@@ -52,6 +53,13 @@ def parse_object(text: bytes | str) -> dict[str, Any]:
 
 def _not_finite(name: str) -> NoReturn:
     raise Refused(f"it can't be read as JSON ({name} is no number there)")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise Refused(f"it can't be read as JSON ({shown(digits)} is beyond any float)")
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
