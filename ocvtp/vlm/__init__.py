@@ -7,6 +7,7 @@ ocvtp.remove(model)
 
 from __future__ import annotations
 
+from ocvtp.vlm.call.columns import lengthen
 from ocvtp.vlm.contracts.errors import PatchError, UnsupportedModelError
 from ocvtp.vlm.patch import apply, pruned, remove, select
 from ocvtp.vlm.report import PruneReport
@@ -17,6 +18,7 @@ __all__ = [
     "PruneReport",
     "UnsupportedModelError",
     "apply",
+    "lengthen",
     "pruned",
     "remove",
     "select",

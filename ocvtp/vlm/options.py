@@ -41,6 +41,7 @@ class Options:
     newlines: Newlines = "last"
     frames: Frames = "each"
     tower: Tower = "exact"
+    columns: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in (("layout", Layout), ("newlines", Newlines), ("frames", Frames), ("tower", Tower)):
@@ -79,6 +80,7 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         newlines=options.newlines,
         frames=options.frames,
         tower=options.tower,
+        columns=options.columns,
     )
     if adapter.needs_mm_route and settings.route == "inputs_embeds":
         raise ValueError(f"pruning {model.config.model_type} needs transformers >= 5.18")

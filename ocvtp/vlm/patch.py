@@ -42,6 +42,7 @@ def apply(
     newlines: Newlines = "last",
     frames: Frames = "each",
     tower: Tower = "exact",
+    columns: bool = False,
 ) -> PruneReport:
     """Patch a vision-language model in place, so that ``forward`` and ``generate`` prune image tokens.
 
@@ -68,7 +69,8 @@ def apply(
             ``"original"`` leaves every token the position it has in the long prompt (transformers >= 5.10).
             ``"auto"`` is compact for models with one-dimensional positions, original for those with
             three-dimensional ones (Qwen-VL), which know no other. ``position_ids`` passed by the caller are
-            always kept as they are.
+            kept as they are; but where ``forward`` gets some that start over within a row, and no mask, they
+            say that the row holds several documents, which are pruned and numbered one by one.
         seed: of the pruner's slots, or of ``"random"``.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``, for fused operations.
         precision: of the pruner, see :class:`~ocvtp.pruner.OCPruner`.
@@ -90,6 +92,13 @@ def apply(
             leave frames empty.
         tower: ``"kept_rows"`` computes the end of the consumed layer for kept tokens only. It saves a few
             per cent of the tower and rounds differently from the unpatched model, even if all are kept.
+        columns: put ``columns`` on every output: ``[B, long]`` int64, for each column of the call's
+            ``input_ids`` the column that it has in the short sequence, and so in ``logits`` and
+            ``hidden_states``; -1 if it was dropped. :func:`ocvtp.vlm.lengthen` takes a tensor back to the
+            caller's columns by it. ``forward`` puts it on calls without pixels too, where nothing moves,
+            unless they go on with a cache that nothing was pruned in. On the output of ``generate`` with
+            ``return_dict_in_generate`` it is of the whole prompt, before that is copied for beams; new tokens
+            follow without gaps. Tuples (``return_dict=False``) and plain tensors have no place for it.
 
     Returns:
         A :class:`~ocvtp.vlm.PruneReport`; print it.
@@ -116,6 +125,7 @@ def apply(
         newlines=newlines,
         frames=frames,
         tower=tower,
+        columns=columns,
     )
     settings, report = resolve(adapter, options)
     before = _settings_of(target)

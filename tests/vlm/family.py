@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from ocvtp import OCPruner, PrunerConfig
 from tests.vlm.skips import VERSION
@@ -139,10 +140,52 @@ def joined(rows: Sequence[Inputs], side: str = "left") -> Inputs:
     return out
 
 
+def numberings(family: Family) -> list[str]:
+    """``positions`` that the family can have on this transformers."""
+    old = Version("5.10") > VERSION and not family.mrope
+    return [positions for positions in family.positions if positions == "compact" or not old]
+
+
+def packed(family: Family, model: Any, rows: Sequence[Sequence[Inputs]]) -> Inputs:
+    """Documents one behind the other in each row, as flattening collators pack them: positions start over.
+
+    A shorter row is filled up with documents of one token, as without a mask nothing else is padding.
+    """
+    visual = {name for group in family.pixels.values() for name in group}
+    documents = [document for row in rows for document in row]
+    made = joined([{"input_ids": torch.tensor([[1]]), **_only(document, visual)} for document in documents])
+    out = _only(made, visual)
+    width = max(sum(document["input_ids"].shape[1] for document in row) for row in rows)
+    fills = {"input_ids": PAD, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "position_ids": 0}
+    for name, fill in fills.items():
+        parts = []
+        for row in rows:
+            given = [_along(family, model, document, name) for document in row]
+            if any(part is None for part in given):
+                break
+            joint = torch.cat(given, dim=-1)
+            parts.append(torch.nn.functional.pad(joint, (0, width - joint.shape[-1]), value=fill))
+        else:
+            out[name] = torch.cat(parts, dim=-2)
+    return out
+
+
+def _only(inputs: Inputs, names: set[str]) -> Inputs:
+    return {name: value for name, value in inputs.items() if name in names}
+
+
+def _along(family: Family, model: Any, document: Inputs, name: str) -> Any:
+    """A tensor along a document's tokens; ``None`` if it has no such."""
+    if name != "position_ids":
+        return document.get(name)
+    text = torch.arange(document["input_ids"].shape[1])[None]
+    if family.mrope:
+        return torch.cat([text[None], rope_positions(model, document)])
+    return text + int(family.name == "paligemma")
+
+
 def families() -> list[Family]:
     """All of them that this transformers has."""
-    from packaging.version import Version
-
     folder = Path(__file__).parent / "families"
     names = sorted(path.stem for path in folder.glob("*.py"))
     made = [importlib.import_module(f"tests.vlm.families.{name}") for name in names]

@@ -15,6 +15,7 @@ from ocvtp.vlm.call.prompt import (
     remap_kept_logits,
     restore_prompt,
     running_positions,
+    short_columns,
     squeeze,
     take,
 )
@@ -32,8 +33,8 @@ class Item:
 
 
 @st.composite
-def prompts(draw: st.DrawFn) -> tuple[list[list[int | Item]], str]:
-    """Rows of text tokens and items, and a side to pad on."""
+def prompts(draw: st.DrawFn) -> list[list[int | Item]]:
+    """Rows of text tokens and items."""
     rows: list[list[int | Item]] = []
     for _ in range(draw(st.integers(1, 4))):
         row: list[int | Item] = [1]
@@ -43,7 +44,7 @@ def prompts(draw: st.DrawFn) -> tuple[list[list[int | Item]], str]:
             kept = sorted(draw(st.permutations(range(total)))[: draw(st.integers(1, total))])
             row.append(Item(draw(st.sampled_from([IMAGE, VIDEO])), total, kept))
         rows.append(row + [draw(st.integers(2, 9))] * draw(st.integers(0, 3)))
-    return rows, draw(st.sampled_from(["left", "right"]))
+    return rows
 
 
 def spelled(row: list[int | Item]) -> tuple[list[int], list[int]]:
@@ -69,33 +70,67 @@ def placeholders(rows: list[list[int | Item]], token: int) -> Placeholders:
     return Placeholders(token, tuple(item.total for item in items), torch.tensor(places, dtype=torch.long))
 
 
-@given(prompts(), st.booleans())
-def test_squeeze_against_plain_python(case: tuple[list[list[int | Item]], str], masked: bool) -> None:
-    parts, side = case
+@given(prompts(), st.data(), st.booleans(), st.booleans())
+def test_squeeze_against_plain_python(
+    parts: list[list[int | Item]], data: st.DataObject, masked: bool, trailing: bool
+) -> None:
     rows, stays = map(list, zip(*map(spelled, parts), strict=True))
-    width = max(map(len, rows))
-    if not masked:  # without a mask padding is text like any other
-        stays = [[*stay, *range(len(row), width)] for row, stay in zip(rows, stays, strict=True)]
-        rows = [row + [3] * (width - len(row)) for row in rows]
-    gaps = [width - len(row) for row in rows]
-    left = [gap if side == "left" else 0 for gap in gaps]
-    ids = torch.tensor(
-        [[PAD] * a + row + [PAD] * (g - a) for row, g, a in zip(rows, gaps, left, strict=True)]
-    )
+    width = max(map(len, rows)) + data.draw(st.integers(0, 3))
+    left = [data.draw(st.integers(0, width - len(row))) for row in rows]
+    right = [width - len(row) - gap for row, gap in zip(rows, left, strict=True)]
+    ids = torch.tensor([[PAD] * a + row + [PAD] * b for row, a, b in zip(rows, left, right, strict=True)])
     mask = torch.tensor(
-        [[0] * a + [1] * len(row) + [0] * (g - a) for row, g, a in zip(rows, gaps, left, strict=True)]
+        [[0] * a + [1] * len(row) + [0] * b for row, a, b in zip(rows, left, right, strict=True)]
     )
+    wanted = [[column + a for column in stay] for stay, a in zip(stays, left, strict=True)]
+    dropped = [
+        column + a
+        for row, stay, a in zip(rows, stays, left, strict=True)
+        for column in range(len(row))
+        if column not in stay
+    ]
+    if not masked:  # without a mask padding is text like any other
+        wanted = [
+            sorted([*stay, *range(a), *range(width - b, width)])
+            for stay, a, b in zip(wanted, left, right, strict=True)
+        ]
     dropping = [placeholders(parts, token) for token in (IMAGE, VIDEO)]
-    columns, padded = squeeze(ids, dropping, mask if masked else None, side)  # type: ignore[arg-type]
-    wanted = [[c + a for c in stay] for stay, a in zip(stays, left, strict=True)]
+    columns, padded = squeeze(ids, dropping, mask if masked else None, trailing=trailing)
+    if masked and trailing:
+        behind = max(dropped, default=-1) + 1
+        wanted = _with_padding(wanted, mask.tolist(), right, behind)
+        for k in range(width - behind + 1):  # columns counted from the end are the same columns
+            assert columns[:, columns.shape[1] - k :].tolist() == [[*range(width - k, width)]] * len(rows)
     longest = max(map(len, wanted))
-    for got, want in zip(columns.tolist(), wanted, strict=True):
-        filler = [-1] * (longest - len(want))
-        assert got == (filler + want if side == "left" else want + filler)
+    assert columns.tolist() == [[-1] * (longest - len(want)) + want for want in wanted]
     assert padded == any(len(want) != longest for want in wanted)
     short = take(ids, columns, PAD)
     for some in dropping:
         assert int((short == some.token_id).sum()) == len(some.places)
+    long = short_columns(columns, width)
+    for row, numbers in enumerate(long.tolist()):
+        for column, number in enumerate(numbers):
+            assert (column in wanted[row]) == (number >= 0)
+            assert number < 0 or columns[row, number] == column
+
+
+def _with_padding(
+    stays: list[list[int]], mask: list[list[int]], right: list[int], behind: int
+) -> list[list[int]]:
+    """Padding at a row's end, or behind all that is dropped, stays as far as there is room."""
+    width = len(mask[0])
+    room = max(
+        len(stay) + sum(not live for live in row[behind:]) for stay, row in zip(stays, mask, strict=True)
+    )
+    made = []
+    for stay, row, gap in zip(stays, mask, right, strict=True):
+        blank = [
+            column
+            for column in reversed(range(width))
+            if not row[column] and column >= min(behind, width - gap)
+        ]
+        made.append(sorted([*stay, *blank[: room - len(stay)]]))
+    return made
 
 
 def test_placeholders_of_whole_images_in_every_row() -> None:

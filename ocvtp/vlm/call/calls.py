@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.call.callbacks import LongView
+from ocvtp.vlm.call.columns import with_columns
 from ocvtp.vlm.call.controller import Controller
 from ocvtp.vlm.call.memory import CacheNote, cached_length, note_of, prefix_of, write_note
 from ocvtp.vlm.call.prompt import identity, restore_prompt
@@ -23,8 +24,13 @@ def forward(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, Any
     cache = controller.argument("forward", "past_key_values", args, kwargs)
     note = note_of(cache)
     pixels = controller.has_pixels("forward", args, kwargs)
+    settings = controller.settings
     if not controller.enabled or (note is None and not pixels):
-        return original(*args, **kwargs)
+        output = original(*args, **kwargs)
+        if controller.enabled and settings.columns and cache is None:
+            ids = controller.argument("forward", "input_ids", args, kwargs)
+            return output if ids is None else with_columns(output, *_unchanged(ids))
+        return output
     arguments = controller.by_name("forward", args, kwargs)
     ids = arguments.pop("input_ids", None)
     if _is_upstreams_business(ids, arguments, pixels):
@@ -32,7 +38,7 @@ def forward(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, Any
     prefix = prefix_of(cache, ids.shape[0], ids.device, generating=False)
     call = shorten(
         controller.adapter,
-        controller.settings,
+        settings,
         ids,
         arguments,
         prefix,
@@ -51,7 +57,7 @@ def forward(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, Any
     filled = _cache_in(output)
     if filled is not None:
         write_note(filled, call.note)
-    return output
+    return with_columns(output, call.index, ids.shape[1]) if settings.columns else output
 
 
 def generate(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -93,7 +99,8 @@ def generate(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, An
             guard=_may_run_without_cache(controller.model, arguments),
         )
     if call.note is None:
-        return original(call.ids, **call.arguments)
+        output = original(call.ids, **call.arguments)
+        return with_columns(output, call.index, ids.shape[1]) if settings.columns else output
     view = LongView(ids, call.ids.shape[1])
     _wrap_callbacks(call.arguments, view)
     _shift_lengths(controller.model, call.arguments, view.dropped)
@@ -103,7 +110,8 @@ def generate(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, An
     except BaseException:
         _note_failure(cache, note, prefix, ids)
         raise
-    return _restore(output, ids, call, cache)
+    output = _restore(output, ids, call, cache)
+    return with_columns(output, call.index, ids.shape[1]) if settings.columns else output
 
 
 def _restore(output: Any, ids: torch.Tensor, call: ShortCall, cache: Any) -> Any:
@@ -152,6 +160,11 @@ def _is_upstreams_business(ids: Any, arguments: Mapping[str, Any], pixels: bool)
     if arguments.get("mm_encoder_outputs") is not None and pixels:
         return True
     return not (isinstance(ids, torch.Tensor) and ids.ndim == 2)
+
+
+def _unchanged(ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The index of a call that nothing is dropped from, and its columns."""
+    return identity(ids.shape[0], 0, ids.shape[1], ids.device), ids.shape[1]
 
 
 def _cache_in(output: Any) -> Any:

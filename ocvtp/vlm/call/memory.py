@@ -31,6 +31,7 @@ class CacheNote:
         foreign: whether the cache was filled without the patch, so that positions in it are a guess.
         live: ``[B, 1]`` cached columns that were not masked when ``next_position`` was known; ``None`` where
             nobody needs to know.
+        packed: whether rows hold several documents that don't see each other.
     """
 
     index: torch.Tensor
@@ -39,6 +40,7 @@ class CacheNote:
     pruned: bool = True
     foreign: bool = False
     live: torch.Tensor | None = None
+    packed: bool = False
 
     def cropped(self, length: int) -> CacheNote:
         """The note of a cache cropped to its first ``length`` columns.

@@ -11,11 +11,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-
-Side = Literal["left", "right"]
 
 
 def take(tensor: torch.Tensor, index: torch.Tensor, fill: int) -> torch.Tensor:
@@ -57,15 +55,16 @@ class Placeholders:
 
 
 def squeeze(
-    ids: torch.Tensor, dropping: Sequence[Placeholders], mask: torch.Tensor | None, side: Side
+    ids: torch.Tensor, dropping: Sequence[Placeholders], mask: torch.Tensor | None, *, trailing: bool
 ) -> Squeezed:
-    """Drop the placeholders whose rows were pruned, and the padding; pad again to a rectangle.
+    """Drop the placeholders whose rows were pruned, and padding; pad again to a rectangle, on the left.
 
     Args:
         ids: ``[B, S]`` token ids.
         dropping: per modality, what stays.
         mask: ``[B, S]``, 0 for padding, or ``None``.
-        side: where to pad.
+        trailing: whether padding at a row's end stays there. Then columns counted from the end are the same
+            columns as before, up to the first that is dropped in any row. Elsewhere padding is dropped.
 
     Raises:
         ValueError: the placeholders in ``ids`` don't belong to these images.
@@ -82,24 +81,65 @@ def squeeze(
         keep = keep.masked_scatter(where, stays)
         anywhere |= where
         counts.append(where.sum(1))
+    if torch.compiler.is_compiling():
+        return _squeezed_alike(keep, counts, dropping)
     # A masked placeholder still receives its feature row upstream, so it stays a column as well.
-    live = keep if mask is None else keep & (mask.bool() | anywhere)
-    lengths, *per_row = torch.stack([live.sum(1), *counts]).tolist()  # the one synchronisation here
-    for some, row_counts in zip(dropping, per_row, strict=True):
+    blank = None if mask is None else ~(mask.bool() | anywhere)
+    live = keep if blank is None else keep & ~blank
+    length = live.sum(1)
+    if blank is not None and trailing:
+        behind = ~_from_here(~keep).any(0)  # every row is as before there
+        spare = blank & (behind | ~_from_here(~blank))
+        sizes = [length, (blank & behind).sum(1), spare.sum(1)]
+    else:
+        spare, sizes = None, [length]
+    found = torch.stack([*sizes, *counts]).tolist()  # the one synchronisation here
+    for some, row_counts in zip(dropping, found[len(sizes) :], strict=True):
         check_placeholders(row_counts, some.totals)
+    lengths = found[0]
     width = max(lengths)
+    if spare is not None:
+        width = max(map(sum, zip(lengths, found[1], strict=True)))
+        # Padding at the end, from the right, as far as a row has room for it.
+        live = live | spare & (spare.flip(1).cumsum(1).flip(1) <= width - length[:, None])
+        length = live.sum(1)
+        lengths = [n + min(more, width - n) for n, more in zip(lengths, found[2], strict=True)]
     # A stable sort moves the live columns to the front in order.
     order = torch.sort((~live).to(torch.uint8), dim=1, stable=True).indices[:, :width]
     if min(lengths) == width:
         return Squeezed(order, padded=False)
     column = torch.arange(width, device=ids.device)[None]
-    length = live.sum(1, keepdim=True)
-    if side == "left":
-        order = torch.gather(order, 1, (column - (width - length)) % width)
-        valid = column >= width - length
+    gap = width - length[:, None]
+    order = torch.gather(order, 1, (column - gap) % width)
+    return Squeezed(torch.where(column >= gap, order, -1), padded=True)
+
+
+def _squeezed_alike(
+    keep: torch.Tensor, counts: Sequence[torch.Tensor], dropping: Sequence[Placeholders]
+) -> Squeezed:
+    """The columns of ``keep`` ``[B, S]``, if every row keeps as many; checked when the graph runs."""
+    dropped, rows = sum(sum(some.totals) - len(some.places) for some in dropping), len(keep)
+    fits = torch.stack([count.sum() == sum(some.totals) for count, some in zip(counts, dropping)]).all()  # noqa: B905
+    width = keep.shape[1] - dropped // rows
+    torch._assert_async(
+        fits & (keep.sum(1) == width).all(),
+        "a traced call needs the placeholders of whole images, and as many pruned ones in every row",
+    )
+    order = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices
+    return Squeezed(order[:, :width], padded=False)
+
+
+def _from_here(flags: torch.Tensor) -> torch.Tensor:
+    """Whether there is a flag in a column or behind it, ``[B, S] -> [B, S]``."""
+    return flags.flip(1).cumsum(1).flip(1) > 0
+
+
+def check_rows(where: torch.Tensor, totals: Sequence[int]) -> None:
+    """:func:`check_placeholders` of placeholders ``[B, S]`` bool; while something traces, of their number."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(where.sum() == sum(totals), "the prompt has other placeholders than the images")
     else:
-        valid = column < length
-    return Squeezed(torch.where(valid, order, -1), padded=True)
+        check_placeholders(where.sum(1).tolist(), totals)
 
 
 def check_placeholders(per_row: Sequence[int], totals: Sequence[int]) -> None:
@@ -123,6 +163,13 @@ def running_positions(mask: torch.Tensor, start: torch.Tensor | int = 0) -> torc
     return (steps + start).masked_fill(mask == 0, 0)
 
 
+def short_columns(index: torch.Tensor, long: int) -> torch.Tensor:
+    """Short column of every long one, ``[B, short] -> [B, long]`` int64; -1 for those that were dropped."""
+    short = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    found = index.new_full((index.shape[0], long + 1), -1)
+    return found.scatter_(1, index.masked_fill(index < 0, long), short)[:, :long]
+
+
 def remap_kept_logits(wanted: torch.Tensor, index: torch.Tensor, long: int) -> torch.Tensor:
     """Short columns for a tensor ``logits_to_keep`` that counts long ones.
 
@@ -141,10 +188,7 @@ def remap_kept_logits(wanted: torch.Tensor, index: torch.Tensor, long: int) -> t
         )
     if wanted.dtype == torch.bool:
         wanted = wanted.nonzero()[:, 0]
-    short_of = torch.full((long,), -1, dtype=torch.long, device=index.device)
-    kept = index[0] >= 0
-    short_of[index[0][kept]] = kept.nonzero()[:, 0]
-    found = short_of[wanted.to(index.device) % long]
+    found = short_columns(index[:1], long)[0][wanted.to(index.device) % long]
     if bool((found < 0).any()):
         raise ValueError("logits_to_keep asks for the logits of a pruned image token or of padding")
     return found

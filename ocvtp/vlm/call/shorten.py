@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from ocvtp.vlm.call.documents import documents_of, mask_of
 from ocvtp.vlm.call.frame import Frame, frame_of
 from ocvtp.vlm.call.handover import hand_over
 from ocvtp.vlm.call.memory import CacheNote
 from ocvtp.vlm.call.mrope import mrope_positions
 from ocvtp.vlm.call.prompt import (
     Placeholders,
-    Side,
-    check_placeholders,
+    check_rows,
     identity,
     remap_kept_logits,
     running_positions,
@@ -51,11 +51,13 @@ class ShortCall:
         ids: ``[B, short]``: the whole prompt in ``generate``, the new tokens in ``forward``.
         arguments: everything else.
         note: what the cache will hold once the prompt is in it; ``None`` if no column changed.
+        index: ``[B, short]`` column of the caller's ids behind every one of ``ids``, -1 for padding.
     """
 
     ids: torch.Tensor
     arguments: dict[str, Any]
     note: CacheNote | None
+    index: torch.Tensor
 
 
 def shorten(
@@ -91,6 +93,8 @@ def shorten(
     for name in _UNSUPPORTED:
         if arguments.get(name) is not None:
             raise ValueError(f"{name} can't be combined with token pruning")
+    if prefix is not None and prefix.packed:
+        raise ValueError("this cache holds several documents packed into one row: nothing can follow them")
     frame = frame_of(ids, arguments.get("attention_mask"), prefix, generating=generating)
     if any(arguments.get(key) is not None for key in adapter.pixel_keys.values()):
         adapter.check_call(arguments, generating=generating)
@@ -103,7 +107,7 @@ def shorten(
     if same and not adapter.mrope:
         if kept:
             hand_over(short, adapter, settings, ids, kept, frame.long_start if generating else 0)
-        return ShortCall(ids, short, None)
+        return ShortCall(ids, short, None, identity(ids.shape[0], 0, ids.shape[1], ids.device))
 
     shift = 0 if generating else adapter.first_position
     given = short.get("position_ids")
@@ -114,6 +118,14 @@ def shorten(
         positions, following = mrope_positions(adapter, frame, index, given, arguments)
     else:
         positions = _positions(settings, frame, index, given, ids, generating=generating)
+    text = _text_positions(adapter, frame, given)
+    packed = None if same else documents_of(adapter, frame, text, arguments)
+    if packed is not None:
+        _check_packed(adapter, arguments, prefix, generating=generating)
+        packed = packed.short(index)
+        text = packed.renumbered()
+        if not adapter.mrope:
+            text = positions = positions if settings.positions == "original" else text
     long = frame.long_start + frame.ids.shape[1]
     whole = index if prefix is None else torch.cat([prefix.index, _shift(index, prefix.long)], dim=1)
     mask = _short_mask(frame, index)
@@ -129,6 +141,8 @@ def shorten(
     for name, fill in _SEQUENCES.items():
         if short.get(name) is not None:
             short[name] = take(_like_ids(name, short[name], ids), columns, fill)
+    if short.get("labels") is not None:  # nobody predicts the first column, also not padding in front of it
+        short["labels"] = short["labels"].masked_fill(columns == 0, -100)
     wanted = short.get("logits_to_keep")
     if isinstance(wanted, torch.Tensor):
         if generating:
@@ -139,9 +153,11 @@ def shorten(
     else:
         assert positions is not None
         adapter.remember(following, mask)
-        if generating:  # the first row counts the short prompt: transformers reads packed sequences from it
-            text = running_positions(mask)[None, :, -index.shape[1] :]
-            positions = torch.cat([text, positions])
+        # The first row, if there is one, counts the short prompt: transformers reads documents from it.
+        if generating:
+            text = running_positions(mask)[:, -index.shape[1] :]
+        if text is not None and (generating or same or packed is not None):
+            positions = torch.cat([text[None], positions])
     if positions is not None:
         if generating and prefix is not None:  # sliced off by generate; only the new ones count
             positions = torch.nn.functional.pad(positions, (prefix.index.shape[1], 0))
@@ -150,11 +166,14 @@ def shorten(
     # A mask also says that gaps in the positions are no boundaries of packed sequences.
     gaps = positions is not None and not (adapter.mrope and same)
     short["attention_mask"] = mask if has_mask or padded or gaps or prefix is not None else None
+    if packed is not None and text is not None:
+        short["attention_mask"] = mask_of(adapter, packed, text, short.get("token_type_ids"))
     if kept:
         start = prefix.index.shape[1] if generating and prefix is not None else 0
         hand_over(short, adapter, settings, short_ids, kept, start)
     live = mask.sum(1, keepdim=True) if adapter.mrope else None
-    return ShortCall(short_ids, short, CacheNote(whole, long, following, pruned=not same, live=live))
+    note = CacheNote(whole, long, following, pruned=not same, live=live, packed=packed is not None)
+    return ShortCall(short_ids, short, note, columns)
 
 
 def _following(
@@ -183,22 +202,14 @@ def _new_index(
         return unchanged, False
     if all(rows.complete for rows in kept.values()):
         for modality, rows in kept.items():
-            check_placeholders((ids == adapter.token_id(modality)).sum(1).tolist(), rows.totals)
+            check_rows(ids == adapter.token_id(modality), rows.totals)
         return unchanged, False
-    side: Side = "left"
-    if not generating and frame.prefix is None and not _left_padded(frame.mask):
-        side = "right"
     dropping = [
         Placeholders(adapter.token_id(modality), rows.totals, rows.places(ids.device))
         for modality, rows in kept.items()
     ]
-    squeezed = squeeze(ids, dropping, frame.mask, side)
+    squeezed = squeeze(ids, dropping, frame.mask, trailing=not generating)
     return squeezed.columns, squeezed.padded
-
-
-def _left_padded(mask: torch.Tensor | None) -> bool:
-    """Whether rows end with a token: whoever passes no mask reads the last column of each."""
-    return mask is None or (mask.shape[0] > 1 and bool((mask[:, -1] != 0).all()))
 
 
 def _positions(
@@ -228,6 +239,31 @@ def _positions(
         numbers = identity(ids.shape[0], 0, ids.shape[1], ids.device)
     _refuse_flash_with_cache(settings, prefix)
     return take(numbers, index, 0)
+
+
+def _text_positions(adapter: Adapter, frame: Frame, given: Any) -> torch.Tensor | None:
+    """What the caller passed in one dimension, ``[B, new]``: where transformers looks for documents."""
+    if given is None or (adapter.mrope and len(given) != 4):
+        return None
+    text = given[0] if adapter.mrope else given
+    return text[:, -frame.ids.shape[1] :].expand(len(frame.ids), -1)
+
+
+def _check_packed(
+    adapter: Adapter, arguments: Mapping[str, Any], prefix: CacheNote | None, *, generating: bool
+) -> None:
+    """Raise ``ValueError`` where several documents in a row have no meaning."""
+    if generating:
+        raise ValueError(
+            "position_ids start over within a row, which says that it holds several documents: generate "
+            "can't go on with them; pass them as rows of their own"
+        )
+    if prefix is not None:
+        raise ValueError(
+            "position_ids start over within a row, which says that it holds several documents: they can't "
+            "follow what a cache holds; pass them without past_key_values"
+        )
+    adapter.check_packed(arguments)
 
 
 def _refuse_flash_with_cache(settings: Settings, prefix: CacheNote | None) -> None:

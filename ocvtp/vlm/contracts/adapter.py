@@ -104,6 +104,10 @@ class Adapter(Protocol):
         """Whether features can't be handed over as embeddings."""
 
     @property
+    def masks_by_layer(self) -> bool:
+        """Whether ``forward`` takes a mask per kind of layer."""
+
+    @property
     def model(self) -> Any:
         """The patched ``...ForConditionalGeneration``."""
 
@@ -118,6 +122,9 @@ class Adapter(Protocol):
 
     def check_call(self, arguments: Mapping[str, Any], *, generating: bool) -> None:
         """Raise ``ValueError`` for a call with pixels that this family can't serve."""
+
+    def check_packed(self, arguments: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` for several documents in one row that this family can't tell apart."""
 
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
         """``(path, module, method)`` of upstream methods that the patch goes around."""
@@ -172,6 +179,7 @@ class Family:
     mrope = False
     first_position = 0
     needs_mm_route = False
+    masks_by_layer = True
     #: Options of :func:`ocvtp.apply` that not every family has, which this one has.
     options: frozenset[str] = frozenset()
 
@@ -192,6 +200,9 @@ class Family:
                 )
 
     def check_call(self, arguments: Mapping[str, Any], *, generating: bool) -> None:
+        """See :class:`Adapter`."""
+
+    def check_packed(self, arguments: Mapping[str, Any]) -> None:
         """See :class:`Adapter`."""
 
     def output(self, kept: KeptRows, modality: str) -> Any:

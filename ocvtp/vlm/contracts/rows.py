@@ -68,7 +68,7 @@ class KeptRows:
         """Which of all placeholders of the call each row belongs to, ``[all k]`` int64."""
         starts = list(itertools.accumulate(self.totals, initial=0))[:-1]
         kept = [len(rows) for rows in self.rows]
-        offsets = torch.repeat_interleave(torch.tensor(starts), torch.tensor(kept))
+        offsets = torch.repeat_interleave(torch.tensor(starts), torch.tensor(kept), output_size=sum(kept))
         return self.slots.to(device) + offsets.to(device, non_blocking=True)
 
 

@@ -31,6 +31,7 @@ class Settings:
         newlines: which of a packed image's newlines stay.
         frames: whether each frame of a video has a budget of its own, or all together one.
         tower: ``"kept_rows"`` computes the consumed layer for kept rows only, which rounds differently.
+        columns: whether outputs say where the caller's columns went.
     """
 
     selector: Selector
@@ -43,6 +44,7 @@ class Settings:
     newlines: Newlines = "last"
     frames: Frames = "each"
     tower: Tower = "exact"
+    columns: bool = False
 
     @classmethod
     def default(cls, name: str) -> object:

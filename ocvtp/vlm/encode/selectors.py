@@ -30,10 +30,10 @@ class Later:
         """See :class:`Begun`."""
         return self
 
-    @torch.no_grad()
     def select(self, fill_scores: torch.Tensor | None) -> Selection:
         """See :class:`Choice`."""
-        return self.run(fill_scores=fill_scores)
+        with torch.no_grad():  # torch.compile can't trace a decorated method of what it made itself
+            return self.run(fill_scores=fill_scores)
 
     def select_rows(
         self, fill_scores: torch.Tensor | None, x: torch.Tensor

@@ -16,6 +16,7 @@ class PaliGemmaAdapter(MergedFamily):
 
     first_position = 1
     needs_mm_route = True  # its generate takes no embeddings
+    masks_by_layer = False
 
     def check_call(self, arguments: Mapping[str, Any], *, generating: bool) -> None:
         """Raise ``ValueError`` for an image behind a cache in ``forward``.
@@ -27,6 +28,14 @@ class PaliGemmaAdapter(MergedFamily):
             raise ValueError(
                 "an image behind a cache can't be pruned with token_type_ids: pass the whole prompt with an "
                 "empty cache"
+            )
+
+    def check_packed(self, arguments: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` without types: upstream, they say what is causal where there is no mask."""
+        if arguments.get("token_type_ids") is None:
+            raise ValueError(
+                "several documents in one row need token_type_ids with this model: pass those that its "
+                "processor made"
             )
 
     def project_all(self, patches: torch.Tensor) -> torch.Tensor:

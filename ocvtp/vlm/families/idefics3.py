@@ -51,6 +51,12 @@ class Idefics3Adapter(MergedFamily):
             raise ValueError(f"pixel_values must be [prompts, tiles, 3, H, W]; got {list(pixels.shape)}")
         flat = pixels.flatten(0, 1).to(dtype=self.model.dtype)
         real = (flat != 0).flatten(1).any(1)
+        if torch.compiler.is_compiling():  # how many are real has to be known
+            whole = real.all() if mask is None else real.all() & mask.all()
+            torch._assert_async(
+                whole, "a traced call takes no tiles that only fill up a batch, nor padded ones"
+            )
+            return flat
         if not bool(real.any()):
             raise ValueError(
                 "pixel_values are nothing but tiles of zeros, which only fill up a batch: leave them out of "
