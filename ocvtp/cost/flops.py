@@ -243,7 +243,7 @@ def _pruned_vision(
     # Also folds the pruner's weights, which happens once a checkpoint, not once a call.
     kept = sum(len(rows) for rows in encode(adapter, arguments, settings, None)["image"].rows)
     tower = products(lambda: vision().run(settings.selector.read_layer, None))
-    chosen = products(lambda: choose(vision(), settings))
+    chosen = products(lambda: choose(adapter, arguments, settings))
     everything = products(lambda: encode(adapter, arguments, settings, None))
     budget = settings.budget.of(sum(segment.tokens for segment in vision().segments))
     assert isinstance(budget, int)

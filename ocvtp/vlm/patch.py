@@ -20,6 +20,7 @@ from ocvtp.vlm.contracts.settings import Frames, Layout, Newlines, Settings, Tow
 from ocvtp.vlm.encode.encode import choose
 from ocvtp.vlm.families import adapter_for
 from ocvtp.vlm.options import Options, resolve
+from ocvtp.vlm.replicas import allow_replicas, refuse_replicas
 from ocvtp.vlm.report import PruneReport
 
 _PATCHED = {"forward": calls.forward, "generate": calls.generate}
@@ -158,6 +159,7 @@ def remove(model: Any) -> None:
         else:
             target.__dict__[name] = controller.previous[name]
     del target.__dict__[ATTRIBUTE]
+    allow_replicas(target)
 
 
 @contextlib.contextmanager
@@ -210,8 +212,7 @@ def select(
     controller = controller_of(model)
     arguments = {"pixel_values": pixel_values, **vision}
     with torch.no_grad():
-        vision_side = controller.adapter.vision("image", arguments, controller.settings)
-        found = choose(vision_side, controller.settings, return_attention=return_attention)
+        found = choose(controller.adapter, arguments, controller.settings, return_attention=return_attention)
     if len(found) > 1:
         raise ValueError("these images have different numbers of tokens: select from one at a time")
     return found[0]
@@ -235,6 +236,7 @@ def _install(model: Any, adapter: Adapter, settings: Settings) -> None:
     for name in _PATCHED:
         installed[name] = types.MethodType(_wrapper(type(model), name), model)
     model.__dict__.update(installed)  # all or nothing
+    refuse_replicas(model)
 
 
 def _wrapper(cls: type, name: str) -> Any:

@@ -11,6 +11,7 @@ import torch
 from ocvtp.vlm.contracts.adapter import Adapter
 from ocvtp.vlm.contracts.rows import KeptRows
 from ocvtp.vlm.contracts.settings import Route, Settings
+from ocvtp.vlm.contracts.weights import inside
 
 
 def route_of(model: Any) -> Route:
@@ -30,6 +31,7 @@ def hand_over(
     ids: torch.Tensor,
     kept: Mapping[str, KeptRows],
     start: int,
+    calling: Any,
 ) -> None:
     """Add the kept rows to ``arguments``.
 
@@ -40,13 +42,16 @@ def hand_over(
         ids: ``[B, S]`` short ids.
         kept: rows by modality.
         start: placeholders before this column are in the cache already.
+        calling: the model, if its own call is under way.
     """
     if settings.route == "mm_encoder_outputs":
         arguments["mm_encoder_outputs"] = {
             modality: adapter.output(rows, modality) for modality, rows in kept.items()
         }
         return
-    embeddings = adapter.model.get_input_embeddings()(ids)
+    model = adapter.model
+    around = [model, model.model, model.get_decoder()]
+    embeddings = inside(around, model.get_input_embeddings(), ids, calling=calling)
     for modality, rows in kept.items():
         where = ids == adapter.token_id(modality)
         where[:, :start] = False

@@ -98,7 +98,8 @@ def shorten(
     frame = frame_of(ids, arguments.get("attention_mask"), prefix, generating=generating)
     if any(arguments.get(key) is not None for key in adapter.pixel_keys.values()):
         adapter.check_call(arguments, generating=generating)
-    kept = encode(adapter, arguments, settings, clock)
+    calling = None if generating else adapter.model
+    kept = encode(adapter, arguments, settings, clock, calling=calling)
     consumed = {*adapter.pixel_keys.values(), *adapter.vision_keys} if kept else set()
     short = {name: value for name, value in arguments.items() if name not in consumed}
 
@@ -106,7 +107,7 @@ def shorten(
     same = all(rows.complete for rows in kept.values()) and (prefix is None or not prefix.pruned)
     if same and not adapter.mrope:
         if kept:
-            hand_over(short, adapter, settings, ids, kept, frame.long_start if generating else 0)
+            hand_over(short, adapter, settings, ids, kept, frame.long_start if generating else 0, calling)
         return ShortCall(ids, short, None, identity(ids.shape[0], 0, ids.shape[1], ids.device))
 
     shift = 0 if generating else adapter.first_position
@@ -170,7 +171,7 @@ def shorten(
         short["attention_mask"] = mask_of(adapter, packed, text, short.get("token_type_ids"))
     if kept:
         start = prefix.index.shape[1] if generating and prefix is not None else 0
-        hand_over(short, adapter, settings, short_ids, kept, start)
+        hand_over(short, adapter, settings, short_ids, kept, start, calling)
     live = mask.sum(1, keepdim=True) if adapter.mrope else None
     note = CacheNote(whole, long, following, pruned=not same, live=live, packed=packed is not None)
     return ShortCall(short_ids, short, note, columns)

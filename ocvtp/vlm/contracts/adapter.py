@@ -140,6 +140,16 @@ class Adapter(Protocol):
     def tower(self) -> Any:
         """The vision tower."""
 
+    def around(self, arguments: Mapping[str, Any], settings: Settings) -> Sequence[Any]:
+        """Modules of which :meth:`vision` calls parts without calling them, outermost first.
+
+        Weights that are brought when a module is called are to be brought to all of these (:func:`.inside`).
+
+        Args:
+            arguments: of the call.
+            settings: of the call.
+        """
+
     @property
     def picture_side(self) -> int | None:
         """Pixels along the side of a picture; ``None`` where any size will do."""
@@ -205,6 +215,15 @@ class Family:
     def check_packed(self, arguments: Mapping[str, Any]) -> None:
         """See :class:`Adapter`."""
 
+    @property
+    def tower(self) -> Any:
+        """The vision tower."""
+        raise NotImplementedError
+
+    def around(self, arguments: Mapping[str, Any], settings: Settings) -> Sequence[Any]:
+        """See :class:`Adapter`."""
+        return [self.model, self.model.model, self.tower]
+
     def output(self, kept: KeptRows, modality: str) -> Any:
         """See :class:`Adapter`."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -229,22 +248,3 @@ def device_of(tower: torch.nn.Module) -> torch.device:
     """Where a tower computes, as far as it can be told: weights that are offloaded lie nowhere."""
     device = next(tower.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def read_parameter(module: Any, name: str) -> torch.Tensor:
-    """A parameter of the module itself, also where accelerate keeps it elsewhere until ``forward`` runs.
-
-    Raises:
-        ValueError: it has no values, and no accelerate hook says where they are.
-    """
-    parameter: torch.Tensor = getattr(module, name)
-    if not parameter.is_meta:
-        return parameter
-    hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        weights = getattr(one, "weights_map", None)
-        if weights is not None:
-            return torch.as_tensor(weights[name])
-    raise ValueError(
-        f"{type(module).__name__}.{name} has no values (it is on the meta device): load the weights"
-    )

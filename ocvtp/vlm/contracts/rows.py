@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -63,6 +63,17 @@ class KeptRows:
     def flat(self) -> torch.Tensor:
         """All rows, ``[all k, D]``."""
         return self.rows[0] if len(self.rows) == 1 else torch.cat(self.rows)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that gradients go through."""
+        yield from self.rows
+        for layer in self.deep:
+            yield from layer
+
+    def made_of(self, tensors: Iterator[torch.Tensor]) -> KeptRows:
+        """The same with others in the place of :meth:`tensors`, taken from an iterator."""
+        rows = tuple(next(tensors) for _ in self.rows)
+        return replace(self, rows=rows, deep=tuple(tuple(next(tensors) for _ in one) for one in self.deep))
 
     def places(self, device: torch.device) -> torch.Tensor:
         """Which of all placeholders of the call each row belongs to, ``[all k]`` int64."""

@@ -14,29 +14,61 @@ from ocvtp.vlm.contracts.budgets import Budget
 from ocvtp.vlm.contracts.rows import KeptRows, Segment, assemble
 from ocvtp.vlm.contracts.selector import Begun, Group
 from ocvtp.vlm.contracts.settings import Settings
+from ocvtp.vlm.contracts.weights import inside
 from ocvtp.vlm.encode.timing import Clock, stage
 
 
 def encode(
-    adapter: Adapter, arguments: Mapping[str, Any], settings: Settings, clock: Clock | None
+    adapter: Adapter,
+    arguments: Mapping[str, Any],
+    settings: Settings,
+    clock: Clock | None,
+    *,
+    calling: Any = None,
 ) -> dict[str, KeptRows]:
     """Encode and prune what ``arguments`` bring along, by modality.
+
+    Args:
+        adapter: of the model.
+        arguments: of a call.
+        settings: of the call.
+        clock: times the stages, if one runs.
+        calling: the model, if its own call is under way (``generate`` is none).
 
     Raises:
         ValueError: arguments that don't describe images of this model.
     """
-    visions = {
-        modality: adapter.vision(modality, arguments, settings)
-        for modality, key in adapter.pixel_keys.items()
-        if arguments.get(key) is not None
-    }
-    return {modality: _encode(vision, settings, clock) for modality, vision in visions.items()}
+    keys = {m: key for m, key in adapter.pixel_keys.items() if arguments.get(key) is not None}
+    if not keys:
+        return {}
+    kept: dict[str, KeptRows] = {}
+
+    def run(*pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = {**arguments, **{key: pixels[i] for i, key in enumerate(keys.values())}}
+        visions = {modality: adapter.vision(modality, given, settings) for modality in keys}
+        kept.update({modality: _encode(vision, settings, clock) for modality, vision in visions.items()})
+        return tuple(tensor for rows in kept.values() for tensor in rows.tensors())
+
+    pixels = (arguments[key] for key in keys.values())
+    made = iter(inside(adapter.around(arguments, settings), run, *pixels, calling=calling))
+    return {modality: rows.made_of(made) for modality, rows in kept.items()}
 
 
-def choose(vision: Vision, settings: Settings, *, return_attention: bool = False) -> list[Selection]:
-    """Run tower and choice only: what is kept of each group of segments."""
-    run = _Run(vision, settings, None, return_attention=return_attention)
-    return [run.choice(i).select(run.scores(i)) for i in range(len(run.groups))]
+def choose(
+    adapter: Adapter, arguments: Mapping[str, Any], settings: Settings, *, return_attention: bool = False
+) -> list[Selection]:
+    """Run tower and choice only: what is kept of each group of images, outside of the model's call."""
+    found: list[Selection] = []
+
+    def choice(pixels: torch.Tensor) -> tuple[()]:
+        vision = adapter.vision("image", {**arguments, key: pixels}, settings)
+        run = _Run(vision, settings, None, return_attention=return_attention)
+        found.extend(run.choice(i).select(run.scores(i)) for i in range(len(run.groups)))
+        return ()
+
+    key = adapter.pixel_keys["image"]
+    inside(adapter.around(arguments, settings), choice, arguments[key])
+    return found
 
 
 def _encode(vision: Vision, settings: Settings, clock: Clock | None) -> KeptRows:

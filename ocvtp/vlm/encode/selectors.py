@@ -15,6 +15,7 @@ from ocvtp.pruner import OCPruner
 from ocvtp.pruner.capture import SlotRunner
 from ocvtp.selection import Selection
 from ocvtp.vlm.contracts.selector import Begun, Group, Rule, reads_features
+from ocvtp.vlm.contracts.weights import inside, is_minded
 from ocvtp_kernels.selection import gather_tokens
 
 _moving = threading.Lock()
@@ -81,16 +82,20 @@ class PrunerSelector:
     ) -> Begun:
         """See :class:`Selector`; on a GPU, beside the caller."""
         assert features is not None
-        move_to(self.pruner, features.device)
+        minded = is_minded(self.pruner)
+        if not minded:
+            move_to(self.pruner, features.device)
         options = dict(self.options)
         if return_attention:
             options["return_attention"] = True
         if not isinstance(group.keep, int):
             options |= {"keep": "auto", "budgets": group.keep, "max_error": self.max_error}
-        elif isinstance(self.pruner, OCPruner) and _is_its_own(self.pruner):
+        elif isinstance(self.pruner, OCPruner) and not minded and _is_its_own(self.pruner):
             return self.runner.begin(self.pruner, features, group.keep, **options)
         else:
             options["keep"] = group.keep
+        if minded:
+            return Later(functools.partial(_inside_of_all, self.pruner, features.detach(), options))
         return Later(functools.partial(self.pruner, features.detach(), **options))
 
     def close(self) -> None:
@@ -174,6 +179,20 @@ def _is_its_own(pruner: torch.nn.Module) -> bool:
     """Whether calling the pruner does nothing else than :meth:`OCPruner.forward`."""
     hooks = (*pruner._forward_hooks, *pruner._forward_pre_hooks)
     return type(pruner).forward is OCPruner.forward and "forward" not in pruner.__dict__ and not hooks
+
+
+def _inside_of_all(
+    pruner: torch.nn.Module, features: torch.Tensor, options: Mapping[str, Any], fill_scores: torch.Tensor
+) -> Selection:
+    """Call a pruner whose weights come when it is called, also those that it reads from its parts."""
+    made: list[Selection] = []
+
+    def run(features: torch.Tensor) -> tuple[()]:
+        made.append(pruner(features, fill_scores=fill_scores, **options))
+        return ()
+
+    inside(list(pruner.modules()), run, features)
+    return made[0]
 
 
 def move_to(module: torch.nn.Module, device: torch.device) -> None:

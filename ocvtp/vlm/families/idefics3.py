@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.contracts.versions import transformers_older_than
+from ocvtp.vlm.contracts.weights import inside
 from ocvtp.vlm.families.merged import MergedFamily
 
 
@@ -82,5 +83,6 @@ class Idefics3Adapter(MergedFamily):
 
     def project(self, units: torch.Tensor) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""
-        rows: torch.Tensor = self.model.model.connector.modality_projection(units.flatten(2))
+        connector = self.model.model.connector
+        rows: torch.Tensor = inside((connector,), connector.modality_projection, units.flatten(2))
         return rows

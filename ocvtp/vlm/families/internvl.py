@@ -80,10 +80,14 @@ class InternVLAdapter(MergedFamily):
         out = layer(hidden)
         return out[0] if isinstance(out, tuple) else out
 
-    def query_key(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def attention(self, layer: Any) -> Any:
+        """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""
+        return layer.attention
+
+    def query_key(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""
         attention, x = layer.attention, layer.layernorm_before(hidden)
-        return attention.q_norm(attention.q_proj(x)), attention.k_norm(attention.k_proj(x)), attention.scale
+        return attention.q_norm(attention.q_proj(x)), attention.k_norm(attention.k_proj(x))
 
     def norm(self, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""

@@ -99,6 +99,15 @@ class LlavaAdapter(Family):
         """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
         return self.model.model.vision_tower
 
+    def around(self, arguments: Mapping[str, Any], settings: Settings) -> Sequence[Any]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`; a layer that is held is not called either."""
+        body = root(self.tower)
+        found = [*super().around(arguments, settings), *([] if body is self.tower else [body]), body.encoder]
+        if settings.tower == "kept_rows":
+            layer = body.encoder.layers[max(self.consumed(arguments))]
+            found += [layer, layer.self_attn]
+        return found
+
     @property
     def picture_side(self) -> int:
         """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""

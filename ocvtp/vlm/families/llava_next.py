@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision, read_parameter
+from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision
 from ocvtp.vlm.contracts.rows import Piece, Segment
 from ocvtp.vlm.contracts.settings import Newlines, Settings
 from ocvtp.vlm.families.llava import LlavaAdapter, Pictures, tower_tokens
@@ -119,7 +119,7 @@ class Tiled(Pictures):
     ) -> None:
         super().__init__(adapter, pixel_values, arguments, settings)
         adapter.check_square(arguments)
-        self._newline = read_parameter(adapter.model.model, "image_newline")
+        self._newline: torch.Tensor = adapter.model.model.image_newline
         self._newlines: Newlines = settings.newlines
         self._official = settings.layout == "official"
         self.packings = packings

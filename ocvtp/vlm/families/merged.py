@@ -7,6 +7,7 @@ patches in raster order; the language model consumes the end of the tower.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -18,6 +19,7 @@ from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision, device_of
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Segment
 from ocvtp.vlm.contracts.settings import Settings
+from ocvtp.vlm.contracts.weights import inside
 from ocvtp.vlm.families.fit import check_layers
 from ocvtp_kernels.received_attention import received_attention
 
@@ -49,6 +51,11 @@ class MergedFamily(Family):
     def tower(self) -> Any:
         """The vision tower."""
         return getattr(self.model.model, self.tower_name)
+
+    def around(self, arguments: Mapping[str, Any], settings: Settings) -> Sequence[Any]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
+        body = tower_root(self.tower)
+        return [*super().around(arguments, settings), *([] if body is self.tower else [body]), body.encoder]
 
     @property
     def side(self) -> int:
@@ -159,10 +166,14 @@ class MergedFamily(Family):
         out = layer(hidden, None)
         return out[0] if isinstance(out, tuple) else out  # some releases return (hidden, weights)
 
-    def query_key(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Queries and keys ``[pictures, tokens, C]`` of a layer's input, and the scale of their product."""
+    def attention(self, layer: Any) -> Any:
+        """A layer's attention."""
+        return layer.self_attn
+
+    def query_key(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys ``[pictures, tokens, C]`` of a layer's input, inside of the layer's call."""
         attention, x = layer.self_attn, layer.layer_norm1(hidden)
-        return attention.q_proj(x), attention.k_proj(x), attention.scale
+        return attention.q_proj(x), attention.k_proj(x)
 
     def prefix(self, arguments: Mapping[str, Any]) -> int:
         """Tokens before the first patch."""
@@ -233,11 +244,13 @@ class Units:
         if self._scores is None:
             assert self._last_input is not None
             layer = self._family.layers()[self._consumed]
+            attention = self._family.attention(layer)
             with torch.no_grad():
-                query, key, scale = self._family.query_key(layer, self._last_input)
+                project = functools.partial(self._family.query_key, layer)
+                query, key = inside((layer, attention), project, self._last_input)
                 heads = self._family.tower.config.num_attention_heads
                 query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
-                received = received_attention(query, key, scale, backend=backend)
+                received = received_attention(query, key, attention.scale, backend=backend)
                 scores = self._grouped(received[:, :, None]).sum(2)[:, :, 0]
             self._scores = scores if self._read is None else scores.to(self._read.device)
         return self._of(self._scores, which)

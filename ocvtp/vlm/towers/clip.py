@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ocvtp.vlm.contracts.weights import inside
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.selection import gather_tokens
 
@@ -47,8 +48,12 @@ class WholeLayer:
         which concurrent calls trip over.
         """
         attention = self._layer.self_attn
-        x = self._layer.layer_norm1(self._input)
-        return _received(attention, attention.q_proj(x), attention.k_proj(x), backend)
+        query, key = inside((self._layer, attention), self._query_key, self._input)
+        return _received(attention, query, key, backend)
+
+    def _query_key(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        attention, x = self._layer.self_attn, self._layer.layer_norm1(hidden)
+        return attention.q_proj(x), attention.k_proj(x)
 
     def rows(self, indices: torch.Tensor, which: Sequence[int] | None = None) -> torch.Tensor:
         """See :meth:`TowerRun.finish`."""
@@ -72,7 +77,8 @@ class HeldLayer:
 
     Args:
         layer: ``CLIPEncoderLayer`` or ``SiglipEncoderLayer``. Its submodules are called, it itself is not:
-            hooks on them fire, those on the layer and on its ``self_attn`` don't.
+            hooks on them fire, those on the layer and on its ``self_attn`` don't. Where its weights are
+            brought when it is called, all of this has to happen inside of both (:func:`.inside`).
         hidden: its input, ``[B, tokens, C]``.
     """
 

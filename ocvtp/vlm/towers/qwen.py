@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ocvtp.vlm.contracts.weights import inside
 from ocvtp.vlm.towers.qwen_geometry import Geometry, Grid, as_grids, corners, geometry
 from ocvtp_kernels.received_attention import received_attention
 
@@ -62,7 +63,9 @@ class QwenTowerRun:
         block = self._tower.blocks[scored_block(self._tower)]
         with torch.no_grad():
             attention = block.attn
-            projected = attention.qkv(block.norm1(self._scored_input))
+            projected = inside(
+                (block, attention), lambda hidden: attention.qkv(block.norm1(hidden)), self._scored_input
+            )
             query, key = projected.unflatten(-1, (3, attention.num_heads, -1)).unbind(1)[:2]
             cos, sin = (angle.to(query.device).unsqueeze(1) for angle in self._angles)
             query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
