@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import types
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -12,18 +10,16 @@ import torch
 
 from ocvtp.selection import Selection
 from ocvtp.vlm.call import calls
-from ocvtp.vlm.call.controller import ATTRIBUTE, Controller, controller_of, unwrap
-from ocvtp.vlm.contracts.adapter import Adapter
-from ocvtp.vlm.contracts.errors import PatchError
+from ocvtp.vlm.call.controller import ATTRIBUTE, controller_of, unwrap
 from ocvtp.vlm.contracts.selector import Rule
 from ocvtp.vlm.contracts.settings import Frames, Layout, Newlines, Settings, Tower
 from ocvtp.vlm.encode.encode import choose
 from ocvtp.vlm.families import adapter_for
+from ocvtp.vlm.methods import Run, install, uninstall
 from ocvtp.vlm.options import Options, resolve
-from ocvtp.vlm.replicas import allow_replicas, refuse_replicas
 from ocvtp.vlm.report import PruneReport
 
-_PATCHED = {"forward": calls.forward, "generate": calls.generate}
+_PATCHED: dict[str, Run] = {"forward": calls.forward, "generate": calls.generate}
 
 
 def apply(
@@ -49,7 +45,9 @@ def apply(
 
     Nothing changes for the caller: same inputs from the same processor, and ``generate`` returns the full
     prompt followed by the new tokens. Calls without pixels are untouched. ``forward`` returns the logits of
-    the short sequence. Applying again replaces the settings. The patch is on this instance alone; it
+    the short sequence. Who brings pixels to ``model.model`` itself, as a fused loss does, runs on it too, and
+    gets states of the long one (transformers >= 5.18; refused before): each column those of the last kept
+    column at or before it. Applying again replaces the settings. The patch is on this instance alone; it
     survives ``copy.deepcopy`` and leaves no trace in ``state_dict`` and ``save_pretrained``. Image features
     that the caller computes with ``get_image_features`` are not pruned, and forward hooks on the vision
     tower as a whole don't fire (those on its layers do).
@@ -106,7 +104,8 @@ def apply(
 
     Raises:
         UnsupportedModelError: no adapter knows the model or its vision tower.
-        PatchError: somebody else patched a method of this instance that pruning would bypass or wrap.
+        PatchError: somebody else patched a method of this instance that pruning would bypass or wrap; the
+            message says who, and in which order it goes.
         TypeError, ValueError: a pruner or a setting that does not fit.
     """
     target = unwrap(model)
@@ -130,7 +129,7 @@ def apply(
     )
     settings, report = resolve(adapter, options)
     before = _settings_of(target)
-    _install(target, adapter, settings)
+    install(target, adapter, settings, _PATCHED)
     if before is not None:
         before.selector.close()
     return report
@@ -139,27 +138,17 @@ def apply(
 def remove(model: Any) -> None:
     """Undo :func:`apply`; the model computes the same bits as before. Does nothing to an unpatched model.
 
-    If accelerate or ``torch.compile`` has wrapped the patched methods since, their wrappers stay and the
-    patch underneath them is switched off.
+    If somebody has wrapped the patched methods since, the wrappers stay and the patch underneath them is
+    switched off.
+
+    Raises:
+        PatchError: the model is a copy with a wrapper that runs the model it was copied from.
     """
     target = unwrap(model)
-    controller = target.__dict__.get(ATTRIBUTE)
-    if controller is None:
-        return
-    controller.enabled = False
-    controller.settings.selector.close()
-    current = {name: target.__dict__.get(name) for name in _PATCHED}
-    if any(_may_call_ours(target, name) for name in _PATCHED):
-        return
-    for name, method in current.items():
-        if not _is_ours(method):  # someone restored it over our heads
-            continue
-        if controller.previous[name] is None:
-            del target.__dict__[name]
-        else:
-            target.__dict__[name] = controller.previous[name]
-    del target.__dict__[ATTRIBUTE]
-    allow_replicas(target)
+    settings = _settings_of(target)
+    uninstall(target)
+    if settings is not None:
+        settings.selector.close()
 
 
 @contextlib.contextmanager
@@ -183,14 +172,17 @@ def pruned(
     adapter = adapter_for(target)
     settings, report = resolve(adapter, Options(pruner, *args, **options))
     before = _settings_of(target)
-    _install(target, adapter, settings)
+    install(target, adapter, settings, _PATCHED)
     try:
         yield report
     finally:
+        controller = target.__dict__.get(ATTRIBUTE)
         if before is None:
             remove(target)
+        elif controller is not None and controller.enabled:  # whatever was put on top meanwhile stays there
+            controller.settings = before
         else:
-            _install(target, adapter_for(target), before)
+            install(target, adapter_for(target), before, _PATCHED)
         settings.selector.close()
 
 
@@ -222,93 +214,3 @@ def _settings_of(model: Any) -> Settings | None:
     """The settings under which a model is patched, if it is."""
     controller = model.__dict__.get(ATTRIBUTE)
     return controller.settings if controller is not None and controller.enabled else None
-
-
-def _install(model: Any, adapter: Adapter, settings: Settings) -> None:
-    _refuse_foreign_patches(model, adapter)
-    controller = model.__dict__.get(ATTRIBUTE)
-    if controller is not None and all(_reaches_ours(model.__dict__.get(name)) for name in _PATCHED):
-        controller.adapter, controller.settings, controller.enabled = adapter, settings, True
-        return
-    if controller is not None:  # one of the two methods was replaced by its unpatched self
-        remove(model)
-    installed: dict[str, Any] = {ATTRIBUTE: Controller(model, adapter, settings, _PATCHED)}
-    for name in _PATCHED:
-        installed[name] = types.MethodType(_wrapper(type(model), name), model)
-    model.__dict__.update(installed)  # all or nothing
-    refuse_replicas(model)
-
-
-def _wrapper(cls: type, name: str) -> Any:
-    """A function for the class's method ``name`` that asks the instance it is bound to, so copies rebind."""
-    run = _PATCHED[name]
-
-    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        controller = self.__dict__.get(ATTRIBUTE)
-        if controller is None:  # somebody kept the method from before remove
-            return getattr(self, name)(*args, **kwargs)
-        return run(controller, args, kwargs)
-
-    # generate inspects the signature of forward. The class's function has it whatever sits on the instance.
-    functools.update_wrapper(patched, getattr(cls, name))
-    patched.__dict__[ATTRIBUTE] = name
-    return patched
-
-
-def _is_ours(method: Any) -> bool:
-    return ATTRIBUTE in getattr(getattr(method, "__func__", None), "__dict__", {})
-
-
-def _reaches_ours(method: Any) -> bool:
-    """Whether a method is ours or a known wrapper around ours."""
-    while method is not None:
-        if _is_ours(method):
-            return True
-        method = _inside(method)
-    return False
-
-
-def _may_call_ours(model: Any, name: str) -> bool:
-    """Whether somebody else's method on the instance calls ours, or may."""
-    method = model.__dict__.get(name)
-    if method is None or _is_ours(method):
-        return False
-    return _reaches_ours(method) or not _is_known(model, name)
-
-
-def _inside(method: Any) -> Any:
-    """What an accelerate or ``torch.compile`` wrapper wraps, else ``None``."""
-    compiled = getattr(method, "_torchdynamo_orig_callable", None)
-    if compiled is not None:
-        return compiled
-    return getattr(method, "__wrapped__", None) if _is_accelerates(method) else None
-
-
-def _is_accelerates(method: Any) -> bool:
-    function = getattr(method, "func", method)  # accelerate binds the module with functools.partial
-    return str(getattr(function, "__module__", "")).startswith("accelerate.")
-
-
-def _is_known(module: torch.nn.Module, name: str) -> bool:
-    """Whether an instance's method is the class's own, ours, accelerate's or ``torch.compile``'s."""
-    method = module.__dict__.get(name)
-    if method is None or _is_ours(method) or _is_accelerates(method):
-        return True
-    if getattr(method, "_torchdynamo_orig_callable", None) is not None:
-        return True
-    # accelerate puts the bound original on the instance when its hooks are removed
-    return getattr(method, "__func__", None) is getattr(type(module), name)
-
-
-def _refuse_foreign_patches(model: Any, adapter: Adapter) -> None:
-    suspects = [(name, model, name) for name in _PATCHED]
-    for path, module, name in [*suspects, *adapter.bypassed_methods()]:
-        if _is_known(module, name):
-            continue
-        method = module.__dict__[name]
-        origin = getattr(method, "__module__", None) or type(method).__module__
-        label = getattr(method, "__qualname__", None) or repr(method)
-        raise PatchError(
-            f"{path} of this {type(model).__name__} was replaced by {origin}.{label}; pruning would go "
-            "around or under it. Remove that patch first, or apply it after ocvtp"
-        )

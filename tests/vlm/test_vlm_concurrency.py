@@ -23,7 +23,7 @@ from transformers import DynamicCache, LogitsProcessorList
 
 import ocvtp
 from ocvtp import OCPruner
-from ocvtp.vlm import patch
+from ocvtp.vlm import methods, patch
 from ocvtp.vlm.call.controller import controller_of
 from ocvtp.vlm.towers.clip import root
 from tests.vlm import tiny_llava, tiny_qwen
@@ -587,18 +587,22 @@ def test_an_exception_leaves_pruned(kind: Kind, outer: bool) -> None:
 
 @ERRORS
 @pytest.mark.parametrize(
-    ("name", "calls", "patched"),
+    ("module", "name", "calls", "patched"),
     [
-        *(
-            (name, 1, patched)
-            for name in ("adapter_for", "resolve", "_refuse_foreign_patches")
-            for patched in (0, 1)
-        ),
-        *(("Controller", 1, 0), ("_wrapper", 1, 0), ("_wrapper", 2, 0)),  # patched models have these already
+        *((patch, name, 1, patched) for name in ("adapter_for", "resolve") for patched in (0, 1)),
+        *((methods, "_refuse_foreign", 1, patched) for patched in (0, 1)),
+        # Patched models have these already.
+        *((methods, name, 1, 0) for name in ("Controller", "_method", "inner_of", "Around")),
+        (methods, "_method", 2, 0),
     ],
 )
 def test_an_exception_while_applying(
-    name: str, calls: int, patched: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+    module: Any,
+    name: str,
+    calls: int,
+    patched: int,
+    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All or nothing."""
     kind = Kind("llava")
@@ -608,7 +612,7 @@ def test_an_exception_while_applying(
     if patched:
         ocvtp.apply(model, pruner, keep=KEEP + 2)
     before, want = state(model), kind.told(0, KEEP + 2 if patched else None)
-    original, count = getattr(patch, name), 0
+    original, count = getattr(module, name), 0
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
@@ -618,7 +622,7 @@ def test_an_exception_while_applying(
         return original(*args, **kwargs)
 
     with monkeypatch.context() as context:
-        context.setattr(patch, name, fail)
+        context.setattr(module, name, fail)
         with pytest.raises(error):
             ocvtp.apply(model, pruner, keep=KEEP)
     assert count == calls

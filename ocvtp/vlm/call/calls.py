@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,16 +18,17 @@ from ocvtp.vlm.call.shorten import ShortCall, shorten
 from ocvtp.vlm.contracts.versions import transformers_older_than
 
 
-def forward(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def forward(
+    controller: Controller, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """``forward`` on the pruned prompt. Logits, loss and cache are those of the short sequence."""
-    original = controller.originals["forward"]
     cache = controller.argument("forward", "past_key_values", args, kwargs)
     note = note_of(cache)
     pixels = controller.has_pixels("forward", args, kwargs)
     settings = controller.settings
-    if not controller.enabled or (note is None and not pixels):
+    if note is None and not pixels:
         output = original(*args, **kwargs)
-        if controller.enabled and settings.columns and cache is None:
+        if settings.columns and cache is None:
             ids = controller.argument("forward", "input_ids", args, kwargs)
             return output if ids is None else with_columns(output, *_unchanged(ids))
         return output
@@ -60,9 +61,10 @@ def forward(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, Any
     return with_columns(output, call.index, ids.shape[1]) if settings.columns else output
 
 
-def generate(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def generate(
+    controller: Controller, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """``generate`` on the pruned prompt. Returns the long prompt followed by the new tokens."""
-    original = controller.originals["generate"]
     cache = controller.argument("generate", "past_key_values", args, kwargs)
     # generate reuses a static cache of its own across calls, with the note of an earlier one on it.
     own_cache = getattr(controller.model, "_cache", None)
@@ -70,7 +72,7 @@ def generate(controller: Controller, args: tuple[Any, ...], kwargs: dict[str, An
         write_note(own_cache, None)
     note = note_of(cache)
     pixels = controller.has_pixels("generate", args, kwargs)
-    if not controller.enabled or (note is None and not pixels):
+    if note is None and not pixels:
         return original(*args, **kwargs)
     arguments = controller.by_name("generate", args, kwargs)
     ids, inputs = arguments.pop("input_ids", None), arguments.pop("inputs", None)

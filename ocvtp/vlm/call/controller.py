@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,10 +40,13 @@ class Controller:
         self.settings = settings
         self.enabled = True
         self.clock: Clock | None = None
-        #: Instance attributes that were there before ours: accelerate's or torch.compile's wrappers.
-        self.previous = {name: model.__dict__.get(name) for name in names}
-        #: The bound methods below the patch. A deep copy of the model rebinds them.
-        self.originals = {name: getattr(model, name) for name in names}
+        #: The class's own methods, bound. A deep copy of the model rebinds them.
+        self.originals = {name: types.MethodType(getattr(type(model), name), model) for name in names}
+        #: By the number of a patched method: the instance attribute that it was put over, if there was one
+        #: (accelerate's or torch.compile's wrapper).
+        self.previous: dict[int, Any] = {}
+        #: What catches calls that go around the patched methods.
+        self.around: Any = None
         self._names = {
             name: tuple(
                 parameter.name
@@ -61,9 +65,16 @@ class Controller:
 
     def __reduce__(self) -> Any:
         """Methods of an instance don't survive pickling: the copy would silently not be pruned."""
+        if not self.enabled:  # the copy has none of ours that could ask for it
+            return type(None), ()
         raise pickle.PicklingError(
             "a model patched by ocvtp can't be pickled: ocvtp.remove(model) first, and apply to the copy"
         )
+
+    def below(self, name: str, number: int) -> Any:
+        """The bound method that a patched method lies on."""
+        previous = self.previous.get(number)
+        return self.originals[name] if previous is None else previous
 
     def argument(self, method: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One argument of a call, by position or by name."""

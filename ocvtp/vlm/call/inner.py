@@ -1,0 +1,192 @@
+"""Calls that bring pixels to the model inside without having come through the patched ``forward``.
+
+A trainer's fused loss calls ``model.model`` itself, from the caller or from a ``forward`` of its own, and
+keeps the labels outside. Such a call runs on the short sequence too; the states it returns are those of the
+long one, so that labels and masks go on fitting them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import types
+from typing import Any
+
+import torch
+
+from ocvtp.vlm.call.controller import Controller, unwrap
+from ocvtp.vlm.call.memory import CacheNote, note_of, prefix_of, write_note
+from ocvtp.vlm.call.shorten import shorten
+from ocvtp.vlm.call.wrappers import foreign_layer, is_transparent_module, label
+from ocvtp.vlm.contracts.errors import PatchError
+
+
+class Handed(dict[str, Any]):
+    """``mm_encoder_outputs`` of a call that was shortened here.
+
+    Attributes:
+        note: what the cache will hold; ``None`` if no column changed.
+        columns: ``[B, long]``, for every column of the call the short one whose states it gets; or ``None``.
+    """
+
+    note: CacheNote | None = None
+    columns: torch.Tensor | None = None
+
+
+class Around:
+    """Two hooks on the inner model: one shortens the call, the other spreads its states out again.
+
+    Args:
+        controller: of the patched model. A deep copy of that has hooks of its own, with its own controller.
+            On a copy of the inner model alone they do nothing: nobody could take them off.
+        inner: the module whose ``forward`` takes ids and pixels.
+    """
+
+    _controller: Controller | None
+
+    def __init__(self, controller: Controller, inner: torch.nn.Module) -> None:
+        self._controller = controller
+        self.inner = inner
+        self._names = tuple(inspect.signature(type(inner).forward).parameters)[1:]
+        self._handles = [inner.register_forward_hook(self.spread, with_kwargs=True)]
+        try:
+            self._handles.append(inner.register_forward_pre_hook(self.shorten, with_kwargs=True))
+        except BaseException:
+            self.remove()
+            raise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Around:
+        twin = memo[id(self)] = object.__new__(type(self))
+        whole = self._controller is not None and id(self._controller.model) in memo
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = copy.deepcopy(value, memo) if whole else None
+        return twin
+
+    def __reduce__(self) -> Any:
+        return _without_controller, ()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def shorten(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same call on the pruned prompt; ``None`` for one without pixels or with features handed over.
+
+        Raises:
+            PatchError: it can't be shortened.
+        """
+        controller = self._controller
+        if controller is None or not controller.enabled:
+            return None
+        given = {**{self._names[i]: value for i, value in enumerate(args)}, **kwargs}
+        adapter, settings = controller.adapter, controller.settings
+        pixels = any(given.get(key) is not None for key in adapter.pixel_keys.values())
+        cache = given.get("past_key_values")
+        note = note_of(cache)
+        if (note is None and not pixels) or given.get("mm_encoder_outputs") is not None:
+            return None
+        ids = given.pop("input_ids", None)
+        if pixels and given.get("inputs_embeds") is not None:
+            raise _refusal(controller.model, "pass input_ids instead of inputs_embeds")
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:  # upstream says so
+            return None
+        if settings.route != "mm_encoder_outputs":
+            raise _refusal(controller.model, "pruning that needs transformers >= 5.18")
+        returned = given.get("return_dict")
+        if not (controller.model.config.return_dict if returned is None else returned):
+            raise _refusal(controller.model, "pass return_dict=True")
+        prefix = prefix_of(cache, ids.shape[0], ids.device, generating=False)
+        pad = controller.model.config.get_text_config().pad_token_id
+        call = shorten(
+            adapter,
+            settings,
+            ids,
+            given,
+            prefix,
+            controller.clock,
+            generating=False,
+            pad_token_id=0 if pad is None else int(pad),
+        )
+        handed = Handed(call.arguments.get("mm_encoder_outputs") or {})
+        handed.note = call.note
+        if call.note is not None:
+            handed.columns = spread_columns(call.note, call.ids.shape[1], ids.shape[1])
+        # The cache keeps the note of what was in it until the call has come back: it may fail.
+        return (), {**call.arguments, "input_ids": call.ids, "mm_encoder_outputs": handed}
+
+    def spread(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """States of the long sequence; what :meth:`shorten` left alone stays as it is."""
+        handed = kwargs.get("mm_encoder_outputs")
+        if not isinstance(handed, Handed):
+            return None
+        if output.past_key_values is not None:
+            write_note(output.past_key_values, handed.note)
+        if handed.columns is not None:
+            output.last_hidden_state = _take(output.last_hidden_state, handed.columns)
+            if output.hidden_states is not None:
+                output.hidden_states = tuple(_take(each, handed.columns) for each in output.hidden_states)
+        return output
+
+
+def _without_controller() -> Around:
+    """For a pickled inner model."""
+    made = object.__new__(Around)
+    made._controller = None
+    return made
+
+
+def _refusal(model: Any, advice: str) -> PatchError:
+    foreign = foreign_layer(model.__dict__.get("forward"), type(model), "forward")
+    who = _caller(model) if foreign is None else f"{label(foreign)}, which replaced its forward,"
+    return PatchError(
+        f"{who} called the model inside this {type(model).__name__} with pixels, around the patched "
+        f"forward: {advice}, call the model itself, or ocvtp.remove(model)"
+    )
+
+
+def inner_of(controller: Controller) -> torch.nn.Module | None:
+    """The module of a model whose ``forward`` takes ids and pixels, if it has one."""
+    keys = set(controller.adapter.pixel_keys.values())
+    for child in controller.model.children():
+        module: torch.nn.Module = unwrap(child)
+        parameters = inspect.signature(type(module).forward).parameters
+        if "input_ids" in parameters and keys & set(parameters):
+            return module
+    return None
+
+
+def spread_columns(note: CacheNote, short: int, long: int) -> torch.Tensor:
+    """``[B, long]``: for every column of the long call the last short one at or before it.
+
+    That one's state has seen all that the long column may see and that was kept, so a loss that is told what
+    comes next is the one of the short sequence.
+
+    Args:
+        note: of the cache after the call.
+        short: columns that the call had.
+        long: columns that it would have had.
+    """
+    index = note.index[:, note.index.shape[1] - short :] - (note.long - long)
+    index = index.masked_fill(index < 0, long)  # padding
+    columns = torch.arange(short, device=index.device).expand_as(index)
+    table = columns.new_zeros(index.shape[0], long + 1).scatter_(1, index, columns)
+    return table[:, :long].cummax(1).values
+
+
+def _take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    index = columns.to(states.device, non_blocking=True)[:, :, None]
+    return states.gather(1, index.expand(-1, -1, states.shape[2]))
+
+
+def _caller(model: Any) -> str:
+    """Who called the inner model: the first that is neither torch nor accelerate nor the model itself."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None:
+        place = str(frame.f_globals.get("__name__", ""))
+        if place != __name__ and not is_transparent_module(place) and frame.f_locals.get("self") is not model:
+            code = frame.f_code
+            return f"{place}.{getattr(code, 'co_qualname', code.co_name)} (line {frame.f_lineno})"
+        frame = frame.f_back
+    return "Someone"
