@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ocvtp.vlm.call.callbacks import LongView
+from ocvtp.vlm.call.cache_rows import cached_batch
+from ocvtp.vlm.call.callbacks import LongView, compared_by_own_type
 from ocvtp.vlm.call.columns import with_columns
 from ocvtp.vlm.call.controller import Controller
+from ocvtp.vlm.call.custom import prompt_in
+from ocvtp.vlm.call.embeddings import ids_behind, short_embeddings
 from ocvtp.vlm.call.memory import CacheNote, cached_length, note_of, prefix_of, write_note
 from ocvtp.vlm.call.prompt import identity, restore_prompt
 from ocvtp.vlm.call.shorten import ShortCall, shorten
@@ -33,10 +37,13 @@ def forward(
             return output if ids is None else with_columns(output, *_unchanged(ids))
         return output
     arguments = controller.by_name("forward", args, kwargs)
-    ids = arguments.pop("input_ids", None)
+    ids, embeddings = arguments.pop("input_ids", None), None
+    if pixels and ids is None and isinstance(arguments.get("inputs_embeds"), torch.Tensor):
+        embeddings = arguments.pop("inputs_embeds")
+        ids = ids_behind(controller.adapter, embeddings)
     if _is_upstreams_business(ids, arguments, pixels):
         return original(input_ids=ids, **arguments)
-    prefix = prefix_of(cache, ids.shape[0], ids.device, generating=False)
+    prefix = prefix_of(cache, ids.shape[0], ids.device)
     call = shorten(
         controller.adapter,
         settings,
@@ -48,6 +55,11 @@ def forward(
         pad_token_id=_pad_token_id(controller.model, arguments),
     )
     write_note(cache, None)
+    if embeddings is not None:
+        scattered = call.arguments.get("inputs_embeds")
+        call.arguments["inputs_embeds"] = short_embeddings(
+            controller.adapter, embeddings, call.index, call.ids, scattered
+        )
     if "inputs_embeds" not in call.arguments or call.arguments["inputs_embeds"] is None:
         call.arguments["input_ids"] = call.ids
     try:
@@ -79,15 +91,18 @@ def generate(
     paged = _effective(controller.model, arguments, "cache_implementation") == "paged"
     if paged or (ids is not None and inputs is not None):
         return original(inputs, input_ids=ids, **arguments)
+    # Under the caller's name: functions behind custom_generate have parameters of their own.
+    name = "inputs" if ids is None else "input_ids"
     ids = inputs if ids is None else ids
     if _is_upstreams_business(ids, arguments, pixels):
-        return original(ids, **arguments)
+        return original(**{name: ids}, **arguments)
     settings, adapter = controller.settings, controller.adapter
     if settings.route == "inputs_embeds" and pixels:
         _refuse_on_embeds_route(controller.model, arguments, cache)
     if arguments.get("attention_mask") is None:
         arguments["attention_mask"] = _inferred_mask(controller.model, ids, arguments)
-    prefix = prefix_of(cache, ids.shape[0], ids.device, generating=True)
+    copies = _copies(controller.model, arguments)
+    prefix = prefix_of(cache, ids.shape[0], ids.device, copies=copies)
     with torch.no_grad():
         call = shorten(
             adapter,
@@ -101,14 +116,15 @@ def generate(
             guard=_may_run_without_cache(controller.model, arguments),
         )
     if call.note is None:
-        output = original(call.ids, **call.arguments)
+        output = original(**{name: call.ids}, **call.arguments)
         return with_columns(output, call.index, ids.shape[1]) if settings.columns else output
     view = LongView(ids, call.ids.shape[1])
-    _wrap_callbacks(call.arguments, view)
+    _wrap_callbacks(controller.model, call.arguments, view)
     _shift_lengths(controller.model, call.arguments, view.dropped)
     write_note(cache, None)
     try:
-        output = original(call.ids, **call.arguments)
+        with compared_by_own_type(controller.model, call.arguments):
+            output = original(**{name: call.ids}, **call.arguments)
     except BaseException:
         _note_failure(cache, note, prefix, ids)
         raise
@@ -119,14 +135,18 @@ def generate(
 def _restore(output: Any, ids: torch.Tensor, call: ShortCall, cache: Any) -> Any:
     """The long prompt back in front of the new tokens, and a note on the cache."""
     sequences = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
-    if sequences is None or call.note is None:
+    start: int | None = 0
+    if isinstance(call.arguments.get("custom_generate"), str):
+        start = prompt_in(sequences, call.ids)
+    if sequences is None or start is None or call.note is None:
+        _note_failure(cache, None, None, ids)
         return output
     short = call.ids.shape[1]
-    full = restore_prompt(sequences, ids, short)
-    note = _grown(call.note, sequences.shape[0], sequences.shape[1] - short)
+    full = torch.cat([sequences[:, :start], restore_prompt(sequences[:, start:], ids, short)], dim=1)
     for filled in (cache, _cache_in(output)):
         if filled is not None:
-            write_note(filled, note)
+            rows = cached_batch(filled) or sequences.shape[0]  # of beams, not all are returned
+            write_note(filled, _grown(call.note, rows, sequences.shape[1] - start - short))
     if isinstance(output, torch.Tensor):
         return full
     output.sequences = full
@@ -157,7 +177,8 @@ def _is_upstreams_business(ids: Any, arguments: Mapping[str, Any], pixels: bool)
     """Calls that upstream refuses with a better message than ours; raises for those that only we refuse."""
     if pixels and arguments.get("inputs_embeds") is not None:
         raise ValueError(
-            "pixel_values together with inputs_embeds can't be pruned: pass input_ids, or remove the patch"
+            "pixel_values with inputs_embeds can't be pruned in generate, nor with input_ids beside them: "
+            "pass input_ids alone, or remove the patch"
         )
     if arguments.get("mm_encoder_outputs") is not None and pixels:
         return True
@@ -215,15 +236,31 @@ def _may_run_without_cache(model: Any, arguments: Mapping[str, Any]) -> bool:
 def _refuse_on_embeds_route(model: Any, arguments: Mapping[str, Any], cache: Any) -> None:
     if cached_length(cache) and transformers_older_than("5.3"):
         raise ValueError("an image behind a non-empty cache needs transformers >= 5.3 to be pruned")
+    if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
+        raise ValueError(
+            "prepare_inputs_for_generation of this model was replaced, as PEFT does for trained prompts: "
+            "generate takes no embeddings then, and token pruning can do without from transformers 5.18 on"
+        )
     for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
         value = arguments.get(name) if name == "assistant_model" else _effective(model, arguments, name)
         if value is not None:
             raise ValueError(
                 f"{name} with token pruning needs transformers >= 5.18; older ones lose image tokens"
             )
+    for name, nothing in (("encoder_repetition_penalty", 1.0), ("encoder_no_repeat_ngram_size", 0)):
+        if _effective(model, arguments, name) not in (None, nothing):
+            raise ValueError(
+                f"{name} with token pruning needs transformers >= 5.18; older ones don't see the prompt's "
+                "tokens behind embeddings"
+            )
 
 
-def _wrap_callbacks(arguments: dict[str, Any], view: LongView) -> None:
+def _copies(model: Any, arguments: Mapping[str, Any]) -> int:
+    """How often ``generate`` repeats each prompt."""
+    return max(_effective(model, arguments, name) or 1 for name in ("num_beams", "num_return_sequences"))
+
+
+def _wrap_callbacks(model: Any, arguments: dict[str, Any], view: LongView) -> None:
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     if arguments.get("stopping_criteria") is not None:
@@ -233,7 +270,9 @@ def _wrap_callbacks(arguments: dict[str, Any], view: LongView) -> None:
         processors = [view.processor(item) for item in arguments["logits_processor"]]
         arguments["logits_processor"] = LogitsProcessorList(processors)
     if arguments.get("prefix_allowed_tokens_fn") is not None:
-        arguments["prefix_allowed_tokens_fn"] = view.prefix_function(arguments["prefix_allowed_tokens_fn"])
+        copies = _copies(model, arguments) // (_effective(model, arguments, "num_beams") or 1)
+        function = arguments["prefix_allowed_tokens_fn"]
+        arguments["prefix_allowed_tokens_fn"] = view.prefix_function(function, copies)
     if arguments.get("streamer") is not None:
         arguments["streamer"] = view.streamer(arguments["streamer"])
 

@@ -13,6 +13,7 @@ import torch
 
 from ocvtp.vlm.contracts.adapter import Adapter
 from ocvtp.vlm.contracts.errors import PatchError, UnsupportedModelError
+from ocvtp.vlm.contracts.pixels import is_pixels
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.encode.timing import Clock
 
@@ -96,7 +97,7 @@ class Controller:
     def has_pixels(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call brings pixels along."""
         return any(
-            self.argument(method, key, args, kwargs) is not None for key in self.adapter.pixel_keys.values()
+            is_pixels(self.argument(method, key, args, kwargs)) for key in self.adapter.pixel_keys.values()
         )
 
 

@@ -17,6 +17,7 @@ import torch
 
 from ocvtp.vlm.call.controller import Controller, unwrap
 from ocvtp.vlm.call.memory import CacheNote, note_of, prefix_of, write_note
+from ocvtp.vlm.call.prompt import short_columns
 from ocvtp.vlm.call.shorten import shorten
 from ocvtp.vlm.call.wrappers import foreign_layer, is_transparent_module, label
 from ocvtp.vlm.contracts.errors import PatchError
@@ -97,7 +98,7 @@ class Around:
         returned = given.get("return_dict")
         if not (controller.model.config.return_dict if returned is None else returned):
             raise _refusal(controller.model, "pass return_dict=True")
-        prefix = prefix_of(cache, ids.shape[0], ids.device, generating=False)
+        prefix = prefix_of(cache, ids.shape[0], ids.device)
         pad = controller.model.config.get_text_config().pad_token_id
         call = shorten(
             adapter,
@@ -112,7 +113,7 @@ class Around:
         handed = Handed(call.arguments.get("mm_encoder_outputs") or {})
         handed.note = call.note
         if call.note is not None:
-            handed.columns = spread_columns(call.note, call.ids.shape[1], ids.shape[1])
+            handed.columns = spread_columns(call.index, ids.shape[1])
         # The cache keeps the note of what was in it until the call has come back: it may fail.
         return (), {**call.arguments, "input_ids": call.ids, "mm_encoder_outputs": handed}
 
@@ -157,22 +158,17 @@ def inner_of(controller: Controller) -> torch.nn.Module | None:
     return None
 
 
-def spread_columns(note: CacheNote, short: int, long: int) -> torch.Tensor:
+def spread_columns(index: torch.Tensor, long: int) -> torch.Tensor:
     """``[B, long]``: for every column of the long call the last short one at or before it.
 
     That one's state has seen all that the long column may see and that was kept, so a loss that is told what
     comes next is the one of the short sequence.
 
     Args:
-        note: of the cache after the call.
-        short: columns that the call had.
-        long: columns that it would have had.
+        index: ``[B, short]`` long column of every short one, -1 for padding.
+        long: columns that the call would have had.
     """
-    index = note.index[:, note.index.shape[1] - short :] - (note.long - long)
-    index = index.masked_fill(index < 0, long)  # padding
-    columns = torch.arange(short, device=index.device).expand_as(index)
-    table = columns.new_zeros(index.shape[0], long + 1).scatter_(1, index, columns)
-    return table[:, :long].cummax(1).values
+    return short_columns(index, long).clamp(min=0).cummax(1).values
 
 
 def _take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

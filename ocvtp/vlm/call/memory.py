@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ocvtp.vlm.call.cache_rows import CachedRows
 from ocvtp.vlm.call.prompt import identity
 
 _ATTRIBUTE = "_ocvtp_note"
@@ -32,6 +33,7 @@ class CacheNote:
         live: ``[B, 1]`` cached columns that were not masked when ``next_position`` was known; ``None`` where
             nobody needs to know.
         packed: whether rows hold several documents that don't see each other.
+        rows: what the cache held, row by row, when the note was put on it.
     """
 
     index: torch.Tensor
@@ -41,6 +43,7 @@ class CacheNote:
     foreign: bool = False
     live: torch.Tensor | None = None
     packed: bool = False
+    rows: CachedRows | None = None
 
     def cropped(self, length: int) -> CacheNote:
         """The note of a cache cropped to its first ``length`` columns.
@@ -65,8 +68,26 @@ class CacheNote:
 
     def repeated(self, copies: int) -> CacheNote:
         """With every sequence ``copies`` times."""
-        index = self.index.repeat_interleave(copies, 0)
-        return replace(self._counts(lambda count: count.repeat_interleave(copies, 0)), index=index)
+        rows = torch.arange(len(self.index), device=self.index.device)
+        return self.of_rows(rows.repeat_interleave(copies))
+
+    def of_rows(self, rows: torch.Tensor) -> CacheNote:
+        """The note of the sequences ``rows``, ``[n]``."""
+        moved = self._counts(lambda count: count[rows.to(count.device)])
+        return replace(moved, index=self.index[rows.to(self.index.device)])
+
+    def of_prompts(self, batch: int) -> CacheNote | None:
+        """One row for each of ``batch`` prompts, whose rows follow each other; ``None`` if they differ."""
+        first = torch.arange(0, len(self.index), len(self.index) // batch, device=self.index.device)
+        shared = self.of_rows(first)
+        again = shared.repeated(len(self.index) // batch)
+        pairs = (
+            (self.index, again.index),
+            (self.next_position, again.next_position),
+            (self.live, again.live),
+        )
+        same = all(a is None or b is None or torch.equal(a, b) for a, b in pairs)
+        return shared if same else None
 
     def _counts(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CacheNote:
         """With what counts tokens changed, as far as it is known."""
@@ -98,15 +119,23 @@ def note_of(cache: Any) -> CacheNote | None:
 
 
 def write_note(cache: Any, note: CacheNote | None) -> None:
-    """Put a note on a cache, or take it off."""
+    """Put a note on a cache, or take it off. A new one remembers what the rows hold."""
     if note is not None:
+        if note.rows is None:
+            note = replace(note, rows=CachedRows.of(cache, cached_length(cache)))
         setattr(cache, _ATTRIBUTE, note)
     elif hasattr(cache, _ATTRIBUTE):
         delattr(cache, _ATTRIBUTE)
 
 
-def prefix_of(cache: Any, batch: int, device: torch.device, *, generating: bool) -> CacheNote | None:
-    """What ``cache`` holds of a conversation of ``batch`` rows; ``None`` if nothing.
+def prefix_of(cache: Any, batch: int, device: torch.device, *, copies: int | None = None) -> CacheNote | None:
+    """What ``cache`` holds of a conversation of ``batch`` prompts; ``None`` if nothing.
+
+    Args:
+        cache: its rows may have been reordered, repeated or dropped since it was filled.
+        batch: rows of ``input_ids``.
+        device: of the result.
+        copies: in ``generate``, how often it will repeat a prompt; ``None`` for ``forward``.
 
     Raises:
         ValueError: the cache belongs to another batch, or was changed beyond recognition.
@@ -117,8 +146,21 @@ def prefix_of(cache: Any, batch: int, device: torch.device, *, generating: bool)
     note = note_of(cache)
     if note is None:
         # Filled without pruning, so by the same entry point the user continues with.
-        start = None if generating else torch.full((batch, 1), length, device=device)
+        start = torch.full((batch, 1), length, device=device) if copies is None else None
         return CacheNote(identity(batch, 0, length, device), length, start, pruned=False, foreign=True)
-    if note.index.shape[0] != batch:
-        raise ValueError(f"the cache holds {note.index.shape[0]} sequences, the prompt has {batch}")
-    return note.cropped(length).to(device)
+    note = note.cropped(length)
+    found = None if note.rows is None else note.rows.found_in(cache, length)
+    if found is not None:
+        note = note.of_rows(found)
+    held = note.index.shape[0]
+    if held == batch:
+        return note.to(device)
+    if held != batch * (copies or 1):
+        raise ValueError(f"the cache holds {held} sequences, the prompt has {batch}")
+    shared = note.of_prompts(batch)
+    if shared is None:
+        raise ValueError(
+            f"the cache holds {held} sequences for {batch} prompts, and those of a prompt differ: pass "
+            "input_ids with a row for each"
+        )
+    return shared.to(device)

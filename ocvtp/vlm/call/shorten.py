@@ -23,6 +23,7 @@ from ocvtp.vlm.call.prompt import (
     take,
 )
 from ocvtp.vlm.contracts.adapter import Adapter
+from ocvtp.vlm.contracts.pixels import is_pixels
 from ocvtp.vlm.contracts.rows import KeptRows
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.encode.encode import encode
@@ -96,7 +97,7 @@ def shorten(
     if prefix is not None and prefix.packed:
         raise ValueError("this cache holds several documents packed into one row: nothing can follow them")
     frame = frame_of(ids, arguments.get("attention_mask"), prefix, generating=generating)
-    if any(arguments.get(key) is not None for key in adapter.pixel_keys.values()):
+    if any(is_pixels(arguments.get(key)) for key in adapter.pixel_keys.values()):
         adapter.check_call(arguments, generating=generating)
     calling = None if generating else adapter.model
     kept = encode(adapter, arguments, settings, clock, calling=calling)

@@ -11,6 +11,7 @@ import torch
 from ocvtp.selection import Selection
 from ocvtp.vlm.contracts.adapter import Adapter, Vision
 from ocvtp.vlm.contracts.budgets import Budget
+from ocvtp.vlm.contracts.pixels import is_pixels
 from ocvtp.vlm.contracts.rows import KeptRows, Segment, assemble
 from ocvtp.vlm.contracts.selector import Begun, Group
 from ocvtp.vlm.contracts.settings import Settings
@@ -38,7 +39,7 @@ def encode(
     Raises:
         ValueError: arguments that don't describe images of this model.
     """
-    keys = {m: key for m, key in adapter.pixel_keys.items() if arguments.get(key) is not None}
+    keys = {m: key for m, key in adapter.pixel_keys.items() if is_pixels(arguments.get(key))}
     if not keys:
         return {}
     kept: dict[str, KeptRows] = {}

@@ -134,7 +134,7 @@ def run_qwen_tower(
 
     Args:
         tower: ``model.model.visual`` of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
-        pixels: ``[patches, values of a patch]``, as the processor delivers them.
+        pixels: ``[patches, values of a patch]``, as the processor delivers them, or in another shape.
         grid_thw: ``[images or videos, 3]``.
         taps: indices of the blocks whose features are wanted.
         after: called with each of them and its features as soon as they are there, before the
@@ -150,6 +150,8 @@ def run_qwen_tower(
     if not all(0 <= layer < depth for layer in taps):
         raise ValueError(f"taps must be blocks 0..{depth - 1} of this tower; got {sorted(taps)}")
     patches = sum(t * h * w for t, h, w in grids)
+    embed = tower.patch_embed  # reads values in a row, whatever their shape: collators add a dimension
+    pixels = pixels.reshape(-1, embed.in_channels * embed.temporal_patch_size * embed.patch_size**2)
     if len(pixels) != patches:
         raise ValueError(f"the grids {list(grids)} hold {patches} patches, but there are {len(pixels)}")
 
