@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from ocvtp_kernels._arch import interpreting, why_no_kernels
+from ocvtp_kernels._transforms import transforms_active
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -44,7 +45,7 @@ def resolve_backend(
         return "torch"
     if backend == "auto" and device.type == "cpu":
         return "torch"
-    reason = _why_not(device.type, device.index) or unsupported()
+    reason = _why_not(device.type, device.index) or _untraceable() or unsupported()
     if reason is None:
         return "triton"
     if backend == "triton":
@@ -66,6 +67,12 @@ def _why_not(device_type: str, index: int | None) -> str | None:
     return why_no_kernels(
         torch.device(device_type, index) if index is not None else torch.device(device_type)
     )
+
+
+def _untraceable() -> str | None:
+    if transforms_active() and torch.compiler.is_compiling():
+        return "its derivatives and its vmap can't be compiled inside a transform of torch.func"
+    return None
 
 
 def _say_once(op: str, reason: str) -> None:

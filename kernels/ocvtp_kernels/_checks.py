@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+from typing import SupportsIndex, cast
+
 import torch
+
+from ocvtp_kernels._transforms import is_traced, values
 
 
 def require_floating(name: str, tensor: object) -> torch.Tensor:
@@ -25,22 +31,58 @@ def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]
         raise ValueError(f"{name} must have shape {meaning} = [{wanted}]; got {list(tensor.shape)}")
 
 
+def as_int(value: object) -> int | None:
+    """``value`` as an int if it is a whole number, NumPy's and other libraries' too; else ``None``.
+
+    That is what has ``__index__``, but for truth values.
+    """
+    if isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool):
+        return None
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(cast("SupportsIndex", value))
+    except TypeError:
+        return None
+
+
+def as_float(value: object) -> float | None:
+    """``value`` as a float if it is a real number and no whole one, NumPy's too; else ``None``."""
+    if isinstance(value, float) or (
+        isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
+    ):
+        return float(value)
+    return None
+
+
+def as_number(value: object) -> float | int | None:
+    """``value`` as a float or an int if it is a real number, else ``None``; whole numbers stay whole."""
+    number = as_float(value)
+    return as_int(value) if number is None else number
+
+
 def require_count(name: str, value: object, upper: int, upper_meaning: str) -> int:
     """``value`` if it is an int with 1 <= value <= upper, else ``TypeError`` or ``ValueError``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    count = as_int(value)
+    if count is None:
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-    if not 1 <= value <= upper:
-        raise ValueError(f"{name} must be between 1 and {upper} ({upper_meaning}); got {value}")
-    return value
+    if not 1 <= count <= upper:
+        raise ValueError(f"{name} must be between 1 and {upper} ({upper_meaning}); got {count}")
+    return count
 
 
 def require(condition: torch.Tensor, message: str) -> None:
     """Raise ``ValueError`` unless ``condition``, a scalar bool tensor, holds.
 
-    On a GPU, and in compiled code, by an asynchronous assertion that costs no synchronisation.
+    On a GPU, in compiled code and where it is traced, by an asynchronous assertion that costs no
+    synchronisation. Under ``vmap`` it must hold for all examples.
     """
-    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not condition:
-            raise ValueError(message)
-    else:
-        torch._assert_async(condition, message)
+    if not torch.compiler.is_compiling():
+        condition = values(condition)
+        if condition.ndim:
+            condition = condition.all()
+        if condition.device.type == "cpu" and not is_traced(condition):
+            if not condition:
+                raise ValueError(message)
+            return
+    torch._assert_async(condition, message)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ocvtp_kernels._backend import BackendUnavailableError
+from ocvtp_kernels._launch import MAX_IMAGES
+
 _NAMESPACE = "ocvtp_kernels"
 _library = torch.library.Library(_NAMESPACE, "DEF")
 
@@ -40,6 +43,65 @@ def define(
     register_flop_formula(packet)(flops)
     _fvcore[f"{_NAMESPACE}::{name}"] = lambda inputs, outputs: flops(*map(_shape, inputs)) // 2
     return packet.default
+
+
+def map_images(operator: Any) -> None:
+    """Let ``torch.vmap`` run an operator whose tensors, taken and given, all have images first."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        return fold_images(operator, info, in_dims, *arguments)
+
+    torch.library.register_vmap(operator.name(), rule, lib=_library)
+
+
+def fold_images(
+    function: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[Any, Any]:
+    """A rule for ``torch.vmap``: one call in which the images of all examples are the images.
+
+    Args:
+        function: whose tensors, taken and given, all have images first.
+        info, in_dims, arguments: as ``torch.autograd.Function.vmap`` has them.
+
+    Raises:
+        BackendUnavailableError: more images than a launch takes.
+    """
+    examples = info.batch_size
+
+    def folded(argument: Any, dim: int | None) -> Any:
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        each = argument.expand(examples, *argument.shape) if dim is None else argument.movedim(dim, 0)
+        if examples * each.shape[1] > MAX_IMAGES:
+            raise BackendUnavailableError(
+                f"vmap makes {examples} x {each.shape[1]} images, and the Triton kernels take up to "
+                f'{MAX_IMAGES}. Use chunk_size=, or backend="torch"'
+            )
+        return each.flatten(0, 1)
+
+    found = function(*map(folded, arguments, in_dims))
+    many = isinstance(found, tuple)
+    results = tuple(
+        result.unflatten(0, (examples, result.shape[0] // examples))
+        for result in (found if many else (found,))
+    )
+    return (results, (0,) * len(results)) if many else (results[0], 0)
+
+
+def one_by_one(
+    function: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[Any, Any]:
+    """A rule for ``torch.vmap``: a call for each example. For a function of one result."""
+    results = [
+        function(
+            *(
+                argument if dim is None else argument.select(dim, example)
+                for argument, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for example in range(info.batch_size)
+    ]
+    return torch.stack(results), 0
 
 
 def handle_function(function: type[torch.autograd.Function], flops: Callable[..., int]) -> None:

@@ -26,6 +26,7 @@ from ocvtp.vlm.families import adapter_for
 from ocvtp.vlm.families.arguments import picture_arguments
 from ocvtp.vlm.options import Options, resolve
 from ocvtp_kernels._arch import pretend
+from ocvtp_kernels._checks import as_int
 
 FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")
 _META = torch.device("meta")
@@ -167,8 +168,10 @@ def _count(
     family = config.model_type
     if family not in FAMILIES:
         raise ValueError(f"can't count a {family!r} model; these can be: {', '.join(FAMILIES)}")
-    if isinstance(text_tokens, bool) or not isinstance(text_tokens, int) or text_tokens < 1:
+    count = as_int(text_tokens)
+    if count is None or count < 1:
         raise ValueError(f"text_tokens must be an int of at least 1; got {text_tokens!r}")
+    text_tokens = count
     size, products = _size(config, image), counter_of(counter)
     with torch.no_grad(), pretend(_ARCHITECTURE):  # "auto" is our kernels, as on a GPU
         with _META:  # eager attention, whose products both counters see

@@ -8,11 +8,11 @@ from ocvtp.selection import Selection
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
 
 
-def check_features(features: torch.Tensor, keep: int) -> None:
-    """Raise unless ``features`` are ``[B, N, C]`` floating point and ``1 <= keep <= N``."""
+def check_features(features: torch.Tensor, keep: int) -> int:
+    """``keep``; raises unless ``features`` are ``[B, N, C]`` floating point and ``1 <= keep <= N``."""
     require_floating("features", features)
     require_shape("features", features, (None, None, None), "[B, N, C]")
-    require_count("keep", keep, features.shape[1], "the number of tokens N")
+    return require_count("keep", keep, features.shape[1], "the number of tokens N")
 
 
 def chosen(tokens: torch.Tensor, total: int) -> Selection:

@@ -27,7 +27,7 @@ def farthest_point(features: torch.Tensor, keep: int) -> Selection:
     Raises:
         TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf.
     """
-    x = _checked(features, keep)
+    x, keep = _checked(features, keep)
     with without_autocast(x.device):
         return chosen(_farthest(x, keep), x.shape[1])
 
@@ -68,7 +68,7 @@ def greedy_dpp(features: torch.Tensor, keep: int) -> Selection:
     Raises:
         TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf.
     """
-    x = _checked(features, keep)
+    x, keep = _checked(features, keep)
     with without_autocast(x.device):
         return chosen(_largest_volume(x, keep), x.shape[1])
 
@@ -115,24 +115,24 @@ def k_medoids(features: torch.Tensor, keep: int, *, rounds: int = 15, backend: s
     """
     from ocvtp_kernels.coverage import check_rounds, refine
 
-    check_rounds(rounds)
-    x = _checked(features, keep)
+    rounds = check_rounds(rounds)
+    x, keep = _checked(features, keep)
     with without_autocast(x.device):
         kept = _farthest(x, keep)
         return chosen(refine(x, kept, rounds, backend=backend) if rounds else kept, x.shape[1])
 
 
-def _checked(features: torch.Tensor, keep: int) -> torch.Tensor:
-    """``features`` in at least float32, one layout and one range, whose squares don't overflow.
+def _checked(features: torch.Tensor, keep: int) -> tuple[torch.Tensor, int]:
+    """``features`` in at least float32, one layout and one range, whose squares don't overflow; ``keep``.
 
     The order of a sum decides ties, say in pairs. An image's largest value is brought near 1 by a power of
     two: no digit changes.
     """
-    check_features(features, keep)
+    keep = check_features(features, keep)
     check_finite("features", features)
     x = features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
     _, exponent = torch.frexp(x.abs().amax(dim=(1, 2), keepdim=True))
-    return torch.ldexp(x, -exponent.clamp(-120, 120))  # a factor that is itself an ordinary float32
+    return torch.ldexp(x, -exponent.clamp(-120, 120)), keep  # by a factor that is an ordinary float32
 
 
 def _row(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

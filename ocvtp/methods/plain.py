@@ -10,7 +10,7 @@ from ocvtp.checks import check_fill_scores
 from ocvtp.methods._inputs import check_features, chosen
 from ocvtp.pruner.noise import seeded_normal
 from ocvtp.selection import Selection
-from ocvtp_kernels._checks import require_count, require_floating, require_shape
+from ocvtp_kernels._checks import as_int, require_count, require_floating, require_shape
 
 
 @torch.no_grad()
@@ -25,12 +25,13 @@ def random_tokens(features: torch.Tensor, keep: int, *, seed: int = 0) -> Select
     Raises:
         TypeError, ValueError: a wrong type, shape, budget or seed.
     """
-    check_features(features, keep)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    keep = check_features(features, keep)
+    start = as_int(seed)
+    if start is None or not 0 <= start < 2**63:
         raise ValueError(f"seed must be an int in [0, 2**63); got {seed!r}")
     batch, tokens, _ = features.shape
     # The order of independent draws of one distribution is a uniformly random permutation.
-    draws = [seeded_normal(1, tokens, (seed + image) % 2**63) for image in range(batch)]
+    draws = [seeded_normal(1, tokens, (start + image) % 2**63) for image in range(batch)]
     order = torch.cat(draws).argsort(dim=1)
     return chosen(order[:, :keep].to(features.device), tokens)
 
@@ -50,7 +51,7 @@ def grid(features: torch.Tensor, keep: int, *, shape: tuple[int, int] | None = N
     Raises:
         TypeError, ValueError: a wrong type or budget, or a shape that does not make N.
     """
-    check_features(features, keep)
+    keep = check_features(features, keep)
     batch, tokens, _ = features.shape
     height, width = (math.isqrt(tokens),) * 2 if shape is None else shape
     if height * width != tokens:
@@ -80,6 +81,6 @@ def attention_top_k(scores: torch.Tensor, keep: int) -> Selection:
     require_floating("scores", scores)
     require_shape("scores", scores, (None, None), "[B, N]")
     batch, tokens = scores.shape
-    require_count("keep", keep, tokens, "the number of tokens N")
+    keep = require_count("keep", keep, tokens, "the number of tokens N")
     check_fill_scores(scores, batch, tokens)
     return chosen(scores.sort(dim=1, descending=True, stable=True).indices[:, :keep], tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ocvtp.selection import Selection
+from ocvtp_kernels._checks import as_int, as_number
+from ocvtp_kernels._transforms import is_traced
 
 __all__ = ["check_budgets", "share_of", "smallest_budget"]
 
@@ -25,8 +26,10 @@ def share_of(keep: float, tokens: int) -> int:
     return max(1, round(keep * tokens))
 
 
-def check_budgets(keep: float | str, max_error: float | None, budgets: Sequence[int] | None) -> bool:
-    """Whether ``keep`` asks for a budget of each image's own.
+def check_budgets(
+    keep: float | str, max_error: float | None, budgets: Sequence[int] | None
+) -> tuple[float, list[int]] | None:
+    """``max_error`` and ``budgets`` if ``keep`` asks for a budget of each image's own.
 
     Raises:
         TypeError, ValueError: arguments that don't go together, or make no sense.
@@ -34,21 +37,27 @@ def check_budgets(keep: float | str, max_error: float | None, budgets: Sequence[
     if not isinstance(keep, str):
         if max_error is not None or budgets is not None:
             raise ValueError('max_error and budgets go with keep="auto"')
-        return False
+        return None
     if keep != "auto":
         raise ValueError(f'keep must be a number of tokens or "auto"; got {keep!r}')
     if max_error is None or budgets is None:
         raise ValueError(
             'keep="auto" needs max_error=, the largest coverage error, and budgets= to choose from'
         )
-    if isinstance(max_error, bool) or not isinstance(max_error, (int, float)):
+    error = as_number(max_error)
+    if error is None:
         raise TypeError(f"max_error must be a number; got {type(max_error).__name__}")
-    if not (math.isfinite(max_error) and max_error >= 0):
+    if not (math.isfinite(error) and error >= 0):
         raise ValueError(f"max_error must be at least 0; got {max_error}")
-    numbers = all(isinstance(budget, int) and not isinstance(budget, bool) for budget in budgets)
-    if not budgets or not numbers or any(b >= a for b, a in itertools.pairwise(budgets)):
+    counts: list[int] = []
+    for budget in budgets:
+        count = as_int(budget)
+        if count is None or (counts and count <= counts[-1]):
+            raise ValueError(f"budgets must be ascending ints; got {budgets!r}")
+        counts.append(count)
+    if not counts:
         raise ValueError(f"budgets must be ascending ints; got {budgets!r}")
-    return True
+    return error, counts
 
 
 def smallest_budget(
@@ -80,7 +89,8 @@ def smallest_budget(
     )
     images = torch.arange(which.shape[0], device=which.device)
     count = torch.tensor(budgets, device=which.device)[which]
-    if not torch.compiler.is_compiling() and met.device.type == "cpu" and not bool(met.all()):
+    looks = met.device.type == "cpu" and not torch.compiler.is_compiling() and not is_traced(met)
+    if looks and not bool(met.all()):
         warnings.warn(
             f"{int((~met).sum())} of {len(met)} images miss max_error={max_error} even with "
             f"{largest} tokens, and keep that many",

@@ -26,8 +26,9 @@ from ocvtp.pruner.refinement import Refinement
 from ocvtp.selection import Selection
 from ocvtp.stored.tensors import save_sealed
 from ocvtp_kernels._backend import resolve_backend
-from ocvtp_kernels._checks import require_count, require_floating, require_shape
+from ocvtp_kernels._checks import as_float, as_int, require_count, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
+from ocvtp_kernels._transforms import is_traced, transformed, transforms_active
 from ocvtp_kernels.coverage import check_rounds
 from ocvtp_kernels.slot_attention import (
     FoldedWeights,
@@ -181,12 +182,11 @@ class OCPruner(
                 which costs no synchronisation.
             BackendUnavailableError: an explicit backend that can't run.
         """
-        if check_budgets(keep, max_error, budgets):
-            assert max_error is not None
-            assert budgets is not None
+        if (own := check_budgets(keep, max_error, budgets)) is not None:
+            error, counts = own
             if return_attention:
                 raise ValueError('keep="auto" makes a slot attention map for every budget: ask without it')
-            self._check_inputs(features, budgets[-1], fill_scores, None, num_slots)
+            self._check_inputs(features, counts[-1], fill_scores, None, num_slots)
 
             def select(budget: int) -> Selection:
                 return self.forward(
@@ -203,11 +203,11 @@ class OCPruner(
                     coverage=True,
                 )
 
-            return smallest_budget(select, max_error, budgets)
+            return smallest_budget(select, error, counts)
         assert not isinstance(keep, str)
-        check_options(seed, precision)
+        seed = check_options(seed, precision)
         keep = self._count(keep, features)
-        self._check_inputs(features, keep, fill_scores, noise, num_slots)
+        num_slots = self._check_inputs(features, keep, fill_scores, noise, num_slots)
         plan = self._plan(
             features,
             keep,
@@ -278,9 +278,9 @@ class OCPruner(
 
         While parameters and arguments stay the same, so do the tensors in the plan.
         """
-        check_options(seed, precision)
+        seed = check_options(seed, precision)
         keep = self._count(keep, features)
-        self._check_inputs(features, keep, None, noise, num_slots)
+        num_slots = self._check_inputs(features, keep, None, noise, num_slots)
         return self._plan(
             features,
             keep,
@@ -309,7 +309,7 @@ class OCPruner(
         refine: int,
         coverage: bool,
     ) -> Plan:
-        check_rounds(refine)
+        refine = check_rounds(refine)
         resolved, dtype, tf32 = self.arithmetic(features.device, backend, precision, images=features.shape[0])
         with without_autocast(features.device):
             weights, start = self._folded(noise, seed, keep if num_slots is None else num_slots, dtype)
@@ -431,8 +431,8 @@ class OCPruner(
                 "this pruner has no decoder: build it with PrunerConfig(decoder_layers=4), "
                 "or load a checkpoint that has one"
             )
-        check_options(seed)
-        self._check_inputs(features, 1, None, noise, num_slots)
+        seed = check_options(seed)
+        num_slots = self._check_inputs(features, 1, None, noise, num_slots)
         self.decoder.check(features, mask)
         slots, attention = self._slots(features, num_slots, noise, seed, backend, truncate)
         return Reconstruction(slots, attention, self.decode(features, slots, mask))
@@ -452,8 +452,8 @@ class OCPruner(
         Returns:
             Slots ``[B, K, slot_dim]`` and their attention ``[B, K, N]``.
         """
-        check_options(seed)
-        self._check_inputs(features, 1, None, noise, num_slots)
+        seed = check_options(seed)
+        num_slots = self._check_inputs(features, 1, None, noise, num_slots)
         return self._slots(features, num_slots, noise, seed, backend, truncate)
 
     def _slots(
@@ -623,12 +623,13 @@ class OCPruner(
 
     def _count(self, keep: float, features: torch.Tensor) -> int:
         """``keep`` as a number of tokens."""
-        if not isinstance(keep, float):
-            return keep
         require_shape(
             "features", require_floating("features", features), (None, None, None), "[B, N, in_dim]"
         )
-        return share_of(keep, features.shape[1])
+        share = as_float(keep)
+        if share is not None:
+            return share_of(share, features.shape[1])
+        return require_count("keep", keep, features.shape[1], "the number of tokens")
 
     def _check_inputs(
         self,
@@ -637,7 +638,8 @@ class OCPruner(
         fill_scores: torch.Tensor | None,
         noise: torch.Tensor | None,
         num_slots: int | None,
-    ) -> None:
+    ) -> int:
+        """Raise for bad arguments; the number of slots, which without another is ``keep``."""
         require_floating("features", features)
         require_shape("features", features, (None, None, self.config.in_dim), "[B, N, in_dim]")
         batch, tokens, _ = features.shape
@@ -662,6 +664,7 @@ class OCPruner(
             if noise.shape[0] not in (1, batch):
                 raise ValueError(f"noise must have batch size 1 or {batch}; got {noise.shape[0]}")
             check_finite("noise", noise)
+        return slots
 
     def _noise(
         self, noise: torch.Tensor | None, seed: int, num_slots: int, dtype: torch.dtype
@@ -676,20 +679,25 @@ class OCPruner(
         """Folded weights and first-iteration constants, kept while parameters are unchanged."""
         state = self._folded_state
         compiling = torch.compiler.is_compiling()
+        # Nor may what a trace or a transform makes outlive it: fake weights, or tangents of another call.
+        keeps = not (compiling or self.training or transforms_active() or is_traced(self.slot_mean))
         # A compiled graph can't look at version counters: it takes what the last eager call left, or
         # folds by itself. Whatever may outdate that must call refold().
         if not compiling and not self.training:
             folded_parameters = (*self.weights(), self.slot_mean, self.slot_log_std)
-            current = fingerprint(folded_parameters)
+            current = None if transformed(*folded_parameters) else fingerprint(folded_parameters)
             if state is None or state.fingerprint != current:
-                state = self._folded_state = FoldedState(current)
+                state = None
+                if keeps:
+                    assert current is not None
+                    state = self._folded_state = FoldedState(current)
 
         def make_weights() -> FoldedWeights:
             return fold(self.weights(), dtype)
 
         if state is None:
             weights = make_weights()
-        elif compiling:
+        elif not keeps:
             known = state.known_weights(dtype)
             weights = make_weights() if known is None else known
         else:
@@ -701,15 +709,17 @@ class OCPruner(
 
         if noise is not None or state is None:
             return weights, make_start()
-        if compiling:
+        if not keeps:
             known_start = state.known_start(dtype, num_slots, seed)
             return weights, make_start() if known_start is None else known_start
         return weights, state.start(dtype, num_slots, seed, make_start)
 
 
-def check_options(seed: int, precision: str = "auto") -> None:
-    """Raise ``ValueError`` for a seed or a precision that no call could use."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _MAX_SEED:
+def check_options(seed: int, precision: str = "auto") -> int:
+    """The seed; ``ValueError`` for a seed or a precision that no call could use."""
+    count = as_int(seed)
+    if count is None or not 0 <= count <= _MAX_SEED:
         raise ValueError(f"seed must be an int in [0, 2**63); got {seed!r}")
     if precision not in ("auto", "fp32", "tf32", "fp16"):
         raise ValueError(f'precision must be "auto", "fp32", "tf32" or "fp16"; got {precision!r}')
+    return count

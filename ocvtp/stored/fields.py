@@ -1,8 +1,8 @@
 """Dataclasses as schemas: every field of what was read has its type, and is within its bounds.
 
 A field's annotation says all: ``Annotated[int, Within(1, 4096)]``, ``Literal["a", "b"]``, ``str | None``,
-``tuple[Record, ...]`` of another dataclass. Nothing is converted but lists to tuples and objects to
-dataclasses: ``8.0``, ``"8"`` and ``true`` are no ints.
+``tuple[Record, ...]`` of another dataclass. Nothing is converted but lists to tuples, objects to
+dataclasses and NumPy's numbers to Python's: ``8.0``, ``"8"`` and ``true`` are no ints.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ocvtp.stored.refused import Refused, shown
+from ocvtp_kernels._checks import as_int, as_number
 
 Made = TypeVar("Made")
 
@@ -128,6 +129,7 @@ def check_value(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise Refused(f"{name} must be an object; got {shown(value)}")
         return {key: check_value(get_args(hint)[1], item, f"{name}.{key}") for key, item in value.items()}
+    value = _plainly(hint, value)
     if not _fits(hint, value) or (within is not None and not within.holds(value)):
         raise Refused(f"{name} must be {_meaning(hint)}{f' {within}' if within else ''}; got {shown(value)}")
     return value
@@ -139,6 +141,12 @@ def _check_row(kind: Any, hint: Any, within: Within | None, value: Any, name: st
     if within is not None and not within.holds(len(value)):
         raise Refused(f"{name} must be a list with a length {within}; got {len(value)}")
     return kind(check_value(hint, item, f"{name}[{i}]") for i, item in enumerate(value))
+
+
+def _plainly(hint: Any, value: Any) -> Any:
+    """A number of another library as Python's own; everything else as it is."""
+    number = as_int(value) if hint is int else as_number(value) if hint is float else None
+    return value if number is None else number
 
 
 def _fits(hint: Any, value: object) -> bool:

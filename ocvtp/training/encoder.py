@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ocvtp_kernels._checks import as_int
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -73,8 +75,10 @@ class FeatureEncoder:
         device = torch.device("cpu") if device is None else device
         config = vision_config(source)
         depth = config.num_hidden_layers
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
+        index = as_int(layer)
+        if index is None or not 0 <= index < depth:
             raise EncoderError(f"layer must be between 0 and {depth - 1}, {source} has {depth}; got {layer}")
+        layer = index
         self.name = os.path.basename(os.path.normpath(source))
         self.layer = layer
         self.width = int(config.hidden_size)

@@ -12,6 +12,7 @@ import torch
 from ocvtp import images
 from ocvtp.training.source import Encoder
 from ocvtp.training.store import Bad, Index, Record, StoreError, check_shards, sole_writer, write_shard
+from ocvtp_kernels._checks import as_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -224,7 +225,7 @@ def _short(error: images.BadImageError, file: Path, name: str) -> str:
 
 
 def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if (as_int(value) or 0) < 1:
         raise ValueError(f"{name} must be an int >= 1; got {value!r}")
 
 

@@ -23,6 +23,7 @@ from ocvtp.training.encoder import (
     processor_settings,
     quiet,
 )
+from ocvtp_kernels._checks import as_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,11 +90,13 @@ class PictureEncoder:
         device = torch.device("cpu") if device is None else device
         self._adapter, config = _skeleton(source)
         facts = self._adapter.facts({})
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < facts.num_layers:
+        index = as_int(layer)
+        if index is None or not 0 <= index < facts.num_layers:
             raise EncoderError(
                 f"layer must be between 0 and {facts.num_layers - 1}, {source} has {facts.num_layers}; "
                 f"got {layer}"
             )
+        layer = index
         own = self._adapter.picture_side
         if own is not None and side not in (None, own):
             raise EncoderError(f"pictures of {source} are {own} pixels wide; got {side}")

@@ -44,6 +44,7 @@ from ocvtp.training.schedule import warm_cosine
 from ocvtp.training.source import FeatureSource
 from ocvtp.training.step import Objective, StepLoss, derived_seed, distinct_picks, live_slots
 from ocvtp.training.team import Team, TrainingError
+from ocvtp_kernels._checks import as_int
 
 __all__ = ["DivergedError", "ResumeError", "Trained", "TrainingError", "default_config", "train"]
 
@@ -128,7 +129,7 @@ def train(
         TrainingError: features that can't be read, or another process that failed.
     """
     for name, value in (("log_every", log_every), ("save_every", save_every)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if (as_int(value) or 0) < 1:
             raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
     recipe = Recipe() if recipe is None else recipe
     config = default_config(source) if config is None else config

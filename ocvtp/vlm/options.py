@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -61,8 +62,11 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
     """
     facts, model = adapter.facts({}), adapter.model
     budget = Budget(options.keep, options.max_error, options.budgets)
-    check_rounds(options.refine)
-    check_options(options.seed, options.precision)
+    options = dataclasses.replace(
+        options,
+        refine=check_rounds(options.refine),
+        seed=check_options(options.seed, options.precision),
+    )
     if isinstance(options.pruner, torch.nn.Module):
         config: Any = getattr(options.pruner, "config", None)
         if not hasattr(config, "in_dim") or not hasattr(config, "layer"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ocvtp_kernels._backend import resolve_backend
-from ocvtp_kernels._checks import require_floating, require_shape
+from ocvtp_kernels._checks import as_int, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels._launch import MAX_IMAGES
 from ocvtp_kernels.coverage import op, reference
@@ -71,7 +71,8 @@ def refine_measured(
     The last round knows that error, so asking for both here costs nothing more.
     """
     _check(x, indices)
-    check_rounds(rounds)
+    rounds = check_rounds(rounds)
+    x = x.detach()  # torch.no_grad would leave tangents
     if _resolve(backend, x) == "triton":
         kept, error = op.coverage(x, indices, rounds)
         return kept.sort(dim=1).values, error
@@ -79,12 +80,14 @@ def refine_measured(
         return reference.refine(x, indices, rounds)
 
 
-def check_rounds(rounds: object) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for a number of rounds that makes no sense."""
-    if isinstance(rounds, bool) or not isinstance(rounds, int):
+def check_rounds(rounds: object) -> int:
+    """A number of rounds; ``TypeError`` or ``ValueError`` for one that makes no sense."""
+    count = as_int(rounds)
+    if count is None:
         raise TypeError(f"refine must be an int, a number of rounds; got {type(rounds).__name__}")
-    if not 0 <= rounds <= MAX_ROUNDS:
-        raise ValueError(f"refine must be between 0 and {MAX_ROUNDS} rounds; got {rounds}")
+    if not 0 <= count <= MAX_ROUNDS:
+        raise ValueError(f"refine must be between 0 and {MAX_ROUNDS} rounds; got {count}")
+    return count
 
 
 def _check(x: torch.Tensor, indices: torch.Tensor) -> None:

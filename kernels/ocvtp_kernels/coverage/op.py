@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ocvtp_kernels._library import define
+from ocvtp_kernels._library import define, map_images
 
 __all__ = ["coverage"]
 
@@ -33,8 +33,10 @@ _coverage = define(
     "coverage(Tensor x, Tensor indices, SymInt rounds) -> (Tensor, Tensor)", _launch, _fake, _flops
 )
 
+map_images(_coverage)
+
 
 def coverage(x: torch.Tensor, indices: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Refined kept tokens ``[B, T]``, in no order, and their coverage error ``[B]`` float32."""
-    refined, error = _coverage(x.detach(), indices, rounds)
+    refined, error = _coverage(x, indices, rounds)
     return refined, error

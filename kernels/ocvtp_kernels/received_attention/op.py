@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ocvtp_kernels._device import without_autocast
-from ocvtp_kernels._library import define, handle_function
+from ocvtp_kernels._library import define, fold_images, handle_function, one_by_one
+from ocvtp_kernels._transforms import tangent_rule, transformed
 from ocvtp_kernels.received_attention import reference
 
 __all__ = ["received_attention"]
@@ -63,8 +64,8 @@ def _fake_backward(
     lse: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_lse = q.new_empty(0) if lse is None else torch.empty_like(lse)
-    return torch.empty_like(q), torch.empty_like(k), grad_lse
+    grad_lse = q.new_empty(0) if lse is None else lse.new_empty(lse.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), grad_lse
 
 
 def _backward_flops(grad: Any, *arguments: Any, **_: Any) -> int:
@@ -104,7 +105,8 @@ class _ReceivedAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, None, torch.Tensor | None, None]:
         q, k, lse, cu_seqlens = ctx.saved_tensors
         arguments = grad, q, k, ctx.scale, lse, cu_seqlens
-        if torch.is_grad_enabled():  # to be differentiated again: by autograd, through the formula
+        # To be differentiated again, by autograd or with dual numbers: through the formula.
+        if torch.is_grad_enabled() or transformed(grad, q, k, lse):
             with without_autocast(q.device):
                 grad_q, grad_k, grad_lse = reference.received_attention_backward(*arguments)
         else:
@@ -120,10 +122,47 @@ def _function_flops(q: Any, k: Any, *others: Any) -> int:
 handle_function(_ReceivedAttention, _function_flops)
 
 
+class _ReceivedAttentionTransformed(_ReceivedAttention):
+    """The same for torch.func and dual numbers; derivatives by the formulas."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        q: torch.Tensor,
+        k: torch.Tensor,
+        scale: float,
+        lse: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return _received_attention(q, k, scale, lse, cu_seqlens)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        q, k, ctx.scale, lse, cu_seqlens = inputs
+        ctx.save_for_backward(q, k, lse, cu_seqlens)
+        ctx.save_for_forward(q, k, lse, cu_seqlens)
+
+    @staticmethod
+    @tangent_rule
+    def jvp(
+        ctx: Any, saved: list[Any], q: torch.Tensor, k: torch.Tensor, _: None, lse: Any, __: None
+    ) -> torch.Tensor:
+        queries, keys, given, cu_seqlens = saved
+        with without_autocast(q.device):
+            return reference.received_attention_jvp(q, k, lse, queries, keys, ctx.scale, given, cu_seqlens)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        packed = arguments[-1] is not None  # which is one image
+        rule = one_by_one if packed else fold_images
+        return rule(received_attention, info, in_dims, *arguments)
+
+
 def received_attention(
     q: torch.Tensor, k: torch.Tensor, scale: float, lse: torch.Tensor | None, cu_seqlens: torch.Tensor | None
 ) -> torch.Tensor:
     """See :func:`ocvtp_kernels.received_attention.received_attention`."""
+    if transformed(q, k, lse, cu_seqlens):
+        return _ReceivedAttentionTransformed.apply(q, k, scale, lse, cu_seqlens)
     differentiable = q.requires_grad or k.requires_grad or (lse is not None and lse.requires_grad)
     if torch.is_grad_enabled() and differentiable:
         if q is k:  # Dynamo can't pass one tensor twice to an autograd.Function

@@ -20,11 +20,16 @@ def received_attention(
     """See :func:`ocvtp_kernels.received_attention.received_attention`."""
     dtype = _compute_dtype(q, k)
     keys = k.to(dtype)
-    received = k.new_zeros(k.shape[0], k.shape[2], dtype=dtype)
-    for block in _blocks(q):
+    blocks = _blocks(q)
+
+    def received(block: slice) -> torch.Tensor:
         attention = _attention(q[:, :, block].to(dtype), keys, scale, lse, cu_seqlens, block)
-        received += attention.sum(dim=(1, 2))
-    return received * _weight(q, dtype, cu_seqlens)
+        return attention.sum(dim=(1, 2))
+
+    total = received(next(blocks))  # not zeros: under vmap they would be the same for all
+    for block in blocks:
+        total += received(block)
+    return total * _weight(q, dtype, cu_seqlens)
 
 
 def received_attention_backward(
@@ -43,20 +48,59 @@ def received_attention_backward(
     dtype = _compute_dtype(q, k)
     keys = k.to(dtype)
     weight = (grad.to(dtype) * _weight(q, dtype, cu_seqlens))[:, None, None, :]
-    grad_q, grad_lse = torch.empty_like(q), None if lse is None else torch.empty_like(lse)
-    grad_k = torch.zeros_like(keys)
+    of_q: list[torch.Tensor] = []
+    of_lse: list[torch.Tensor] = []
+    of_k: torch.Tensor | None = None
     for block in _blocks(q):
         queries = q[:, :, block].to(dtype)
         attention = _attention(queries, keys, scale, lse, cu_seqlens, block)
         grad_logits = attention * weight
         row = grad_logits.sum(dim=-1, keepdim=True)
-        if grad_lse is None:
+        if lse is None:
             grad_logits = grad_logits - attention * row
         else:
-            grad_lse[:, :, block] = -row[..., 0].to(grad_lse.dtype)
-        grad_q[:, :, block] = (grad_logits @ keys * scale).to(q.dtype)
-        grad_k += grad_logits.mT @ queries * scale
-    return grad_q, grad_k.to(k.dtype), grad_lse
+            of_lse.append(-row[..., 0].to(lse.dtype))
+        of_q.append((grad_logits @ keys * scale).to(q.dtype))
+        part = grad_logits.mT @ queries * scale
+        of_k = part if of_k is None else of_k.add_(part)
+    assert of_k is not None
+    return torch.cat(of_q, dim=2), of_k.to(k.dtype), torch.cat(of_lse, dim=2) if of_lse else None
+
+
+def received_attention_jvp(
+    q_tangent: torch.Tensor,
+    k_tangent: torch.Tensor,
+    lse_tangent: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    lse: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> torch.Tensor:
+    """Tangent of :func:`received_attention`, ``[B, N]``, of those of ``q``, ``k`` and, if given, ``lse``.
+
+    With P the attention map and t the logits' tangent, that of P is P (t - P t) by the softmax, and
+    P (t - lse's) where the log-sum-exp is an input.
+    """
+    dtype = _compute_dtype(q, k)
+    keys, of_keys = k.to(dtype), k_tangent.to(dtype)
+    blocks = _blocks(q)
+
+    def tangent(block: slice) -> torch.Tensor:
+        queries = q[:, :, block].to(dtype)
+        attention = _attention(queries, keys, scale, lse, cu_seqlens, block)
+        logits = (q_tangent[:, :, block].to(dtype) @ keys.mT + queries @ of_keys.mT) * scale
+        if lse is None:
+            row = (attention * logits).sum(dim=-1, keepdim=True)
+        else:
+            assert lse_tangent is not None
+            row = lse_tangent[:, :, block, None].to(dtype)
+        return (attention * (logits - row)).sum(dim=(1, 2))
+
+    total = tangent(next(blocks))
+    for block in blocks:
+        total = total + tangent(block)
+    return total * _weight(q, dtype, cu_seqlens)
 
 
 def _compute_dtype(q: torch.Tensor, k: torch.Tensor) -> torch.dtype:

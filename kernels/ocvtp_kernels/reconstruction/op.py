@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ocvtp_kernels._device import without_autocast
-from ocvtp_kernels._library import define, handle_function
+from ocvtp_kernels._library import define, fold_images, handle_function
+from ocvtp_kernels._transforms import tangent_rule, transformed
 from ocvtp_kernels.reconstruction import reference
 
 __all__ = ["area_weighted_mse"]
@@ -132,7 +133,8 @@ class _AreaWeightedMse(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
         wants_reconstruction, wants_features = ctx.needs_input_grad[:2]
         arguments = grad, *ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again: by autograd, through the formula
+        # To be differentiated again, by autograd or with dual numbers: through the formula.
+        if torch.is_grad_enabled() or transformed(*arguments):
             with without_autocast(grad.device):
                 grads = reference.area_weighted_mse_backward(*arguments)
         else:
@@ -145,6 +147,47 @@ class _AreaWeightedMse(torch.autograd.Function):
 handle_function(_AreaWeightedMse, _flops)
 
 
+class _AreaWeightedMseTransformed(_AreaWeightedMse):
+    """The same for torch.func and dual numbers; derivatives by the formulas."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        reconstruction: torch.Tensor,
+        features: torch.Tensor,
+        slot_attention: torch.Tensor,
+        exclude_empty: bool,
+        power: float,
+        cap: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return _area_weighted_mse(reconstruction, features, slot_attention, exclude_empty, power, cap)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, weights, total = output
+        ctx.mark_non_differentiable(weights, total)
+        ctx.save_for_backward(*inputs[:2], weights, total)
+        ctx.save_for_forward(*inputs[:2], weights, total)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: torch.Tensor, *_: None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
+        return _AreaWeightedMse.backward(ctx, grad)
+
+    @staticmethod
+    @tangent_rule
+    def jvp(
+        ctx: Any, saved: list[Any], reconstruction: torch.Tensor, features: torch.Tensor, *_: None
+    ) -> tuple[torch.Tensor, None, None]:
+        with without_autocast(reconstruction.device):
+            tangent = reference.area_weighted_mse_jvp(reconstruction, features, *saved)
+        return tangent, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        return fold_images(_AreaWeightedMseTransformed.apply, info, in_dims, *arguments)
+
+
 def area_weighted_mse(
     reconstruction: torch.Tensor,
     features: torch.Tensor,
@@ -155,6 +198,9 @@ def area_weighted_mse(
 ) -> torch.Tensor:
     """Loss of each image; see :func:`ocvtp_kernels.reconstruction.area_weighted_mse`."""
     options = slot_attention.detach(), exclude_empty, power, cap
+    if transformed(reconstruction, features, slot_attention):
+        loss: torch.Tensor = _AreaWeightedMseTransformed.apply(reconstruction, features, *options)[0]
+        return loss
     if torch.is_grad_enabled() and (reconstruction.requires_grad or features.requires_grad):
         if reconstruction is features:  # Dynamo can't pass one tensor twice to an autograd.Function
             features = features.view_as(features)

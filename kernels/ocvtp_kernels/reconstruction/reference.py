@@ -64,3 +64,21 @@ def area_weighted_mse_backward(
     difference = reconstruction.to(dtype) - features.to(dtype)
     gradient = difference * (token_weights * scale[:, None])[:, :, None]
     return gradient.to(reconstruction.dtype), (-gradient).to(features.dtype)
+
+
+def area_weighted_mse_jvp(
+    reconstruction_tangent: torch.Tensor,
+    features_tangent: torch.Tensor,
+    reconstruction: torch.Tensor,
+    features: torch.Tensor,
+    token_weights: torch.Tensor,
+    total: torch.Tensor,
+) -> torch.Tensor:
+    """Tangent of the losses, ``[B]``, of those of ``reconstruction`` and ``features``; other arguments as in
+    :func:`area_weighted_mse_backward`.
+    """
+    dtype = torch.promote_types(reconstruction.dtype, torch.float32)
+    difference = reconstruction.to(dtype) - features.to(dtype)
+    tangent = reconstruction_tangent.to(dtype) - features_tangent.to(dtype)
+    error = 2.0 * (difference * tangent).mean(dim=2)
+    return (token_weights * error).sum(dim=1) / total.clamp_min(EPS)

@@ -44,7 +44,7 @@ def select_tokens(
         TypeError, ValueError: a wrong type, rank, shape or budget.
         BackendUnavailableError: an explicit backend that can't run; says why.
     """
-    fill_scores = _checked(slot_attention, keep, fill_scores)
+    keep, fill_scores = _checked(slot_attention, keep, fill_scores)
     if _resolve(backend, slot_attention, fill_scores) == "triton":
         return op.select_tokens(slot_attention, keep, fill_scores)
     return reference.select_tokens(slot_attention, keep, fill_scores)
@@ -75,7 +75,7 @@ def select_rows(
         TypeError, ValueError: a wrong type, rank, shape or budget.
         BackendUnavailableError: an explicit backend that can't run; says why.
     """
-    fill_scores = _checked(slot_attention, keep, fill_scores)
+    keep, fill_scores = _checked(slot_attention, keep, fill_scores)
     require_shape("x", x, (slot_attention.shape[0], slot_attention.shape[2], None), "[B, N, C]")
     if x.device != slot_attention.device:
         raise ValueError(f"x is on {x.device}, slot_attention on {slot_attention.device}")
@@ -118,7 +118,7 @@ def select_from_keys(
         raise ValueError(
             f"keys need a slot and a token; got keys {list(keys.shape)}, scores {list(scores.shape)}"
         )
-    require_count("keep", keep, scores.shape[1], "the number of tokens")
+    keep = require_count("keep", keep, scores.shape[1], "the number of tokens")
     if x is not None:
         require_shape("x", x, (*scores.shape, None), "[B, N, C]")
     for name, tensor in (("scores", scores), ("x", keys if x is None else x)):
@@ -159,19 +159,19 @@ def gather_tokens(x: torch.Tensor, indices: torch.Tensor, *, backend: str = "aut
 
 def _checked(
     slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Raise for bad arguments; the fill scores on the right device."""
+) -> tuple[int, torch.Tensor | None]:
+    """Raise for bad arguments; how many to keep, and the fill scores on the right device."""
     require_floating("slot_attention", slot_attention)
     require_shape("slot_attention", slot_attention, (None, None, None), "[B, K, N]")
     batch, slots, tokens = slot_attention.shape
     if slots == 0 or tokens == 0:
         raise ValueError(f"slot_attention needs a slot and a token; got shape {[batch, slots, tokens]}")
-    require_count("keep", keep, tokens, "the number of tokens")
+    keep = require_count("keep", keep, tokens, "the number of tokens")
     if fill_scores is None:
-        return None
+        return keep, None
     require_floating("fill_scores", fill_scores)
     require_shape("fill_scores", fill_scores, (batch, tokens), "[B, N]")
-    return fill_scores.to(slot_attention.device)
+    return keep, fill_scores.to(slot_attention.device)
 
 
 def _resolve(

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ocvtp_kernels._library import define, handle_function
+from ocvtp_kernels._library import define, fold_images, handle_function, map_images
+from ocvtp_kernels._transforms import tangent_rule, transformed
 
 __all__ = ["gather_tokens", "select_from_keys", "select_rows", "select_tokens"]
 
@@ -129,6 +130,10 @@ _scatter_tokens = define(
 )
 
 
+for _operator in (_select_tokens, _select_from_keys):
+    map_images(_operator)
+
+
 class _GatherTokens(torch.autograd.Function):
     """The gather, whose gradient puts rows back where they came from."""
 
@@ -141,7 +146,7 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (indices,) = ctx.saved_tensors
-        return _ScatterTokens.apply(grad, indices, ctx.tokens), None
+        return scatter_tokens(grad, indices, ctx.tokens), None
 
 
 class _ScatterTokens(torch.autograd.Function):
@@ -155,7 +160,7 @@ class _ScatterTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (indices,) = ctx.saved_tensors
-        return _GatherTokens.apply(grad, indices), None, None
+        return gather_tokens(grad, indices), None, None
 
 
 class _SelectRows(torch.autograd.Function):
@@ -182,7 +187,81 @@ class _SelectRows(torch.autograd.Function):
         ctx: Any, _: None, __: None, grad: torch.Tensor
     ) -> tuple[None, None, None, None, torch.Tensor]:
         (indices,) = ctx.saved_tensors
-        return None, None, None, None, _ScatterTokens.apply(grad, indices, ctx.tokens)
+        return None, None, None, None, scatter_tokens(grad, indices, ctx.tokens)
+
+
+# The same for torch.func and dual numbers, which want `forward` without a context and a rule for everything.
+# Not always, for `apply` costs more then, and torch.compile takes no `jvp`.
+
+
+class _GatherTokensTransformed(_GatherTokens):
+    @staticmethod
+    def forward(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return _gather_tokens(x, indices)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, indices = inputs
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+        ctx.tokens = x.shape[1]
+
+    @staticmethod
+    @tangent_rule
+    def jvp(ctx: Any, saved: list[Any], x: torch.Tensor, _: None) -> torch.Tensor:
+        return gather_tokens(x, *saved)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        return fold_images(gather_tokens, info, in_dims, *arguments)
+
+
+class _ScatterTokensTransformed(_ScatterTokens):
+    @staticmethod
+    def forward(rows: torch.Tensor, indices: torch.Tensor, tokens: int) -> torch.Tensor:  # type: ignore[override]
+        return _scatter_tokens(rows, indices, tokens)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, indices, ctx.tokens = inputs
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+
+    @staticmethod
+    @tangent_rule
+    def jvp(ctx: Any, saved: list[Any], rows: torch.Tensor, *_: None) -> torch.Tensor:
+        (indices,) = saved
+        return scatter_tokens(rows, indices, ctx.tokens)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        return fold_images(scatter_tokens, info, in_dims, *arguments)
+
+
+class _SelectRowsTransformed(_SelectRows):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        from_keys: bool, source: torch.Tensor, keep: int, scores: torch.Tensor | None, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        operator = _rows_from_keys if from_keys else _select_rows
+        return operator(source, keep, scores, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        indices, from_slots, _ = output
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+        ctx.tokens = inputs[-1].shape[1]
+        ctx.mark_non_differentiable(indices, from_slots)
+
+    @staticmethod
+    @tangent_rule
+    def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> tuple[None, None, torch.Tensor]:
+        return None, None, gather_tokens(tangents[-1], *saved)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        return fold_images(_SelectRowsTransformed.apply, info, in_dims, *arguments)
 
 
 for _function in (_GatherTokens, _ScatterTokens, _SelectRows):
@@ -201,6 +280,8 @@ def select_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`ocvtp_kernels.selection.select_rows`."""
     arguments = slot_attention.detach(), keep, _detached(fill_scores), x
+    if transformed(slot_attention, fill_scores, x):
+        return _SelectRowsTransformed.apply(False, *arguments)
     # Without a gradient to come, the Function would only cost its overhead.
     if torch.is_grad_enabled() and x.requires_grad:
         return _SelectRows.apply(False, *arguments)
@@ -213,6 +294,8 @@ def select_from_keys(
     """See :func:`ocvtp_kernels.selection.select_from_keys`."""
     if x is None:
         return (*_select_from_keys(keys, keep, scores.detach()), None)
+    if transformed(keys, scores, x):
+        return _SelectRowsTransformed.apply(True, keys, keep, scores.detach(), x)
     if torch.is_grad_enabled() and x.requires_grad:
         return _SelectRows.apply(True, keys, keep, scores.detach(), x)
     return _rows_from_keys(keys, keep, scores.detach(), x)
@@ -220,9 +303,20 @@ def select_from_keys(
 
 def gather_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """See :func:`ocvtp_kernels.selection.gather_tokens`."""
+    if transformed(x, indices):
+        return _GatherTokensTransformed.apply(x, indices)
     if torch.is_grad_enabled() and x.requires_grad:
         return _GatherTokens.apply(x, indices)
     return _gather_tokens(x, indices)
+
+
+def scatter_tokens(rows: torch.Tensor, indices: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The transpose: ``[B, keep, C]`` to where they came from, ``[B, tokens, C]``, added up."""
+    if transformed(rows, indices):
+        return _ScatterTokensTransformed.apply(rows, indices, tokens)
+    if torch.is_grad_enabled() and rows.requires_grad:
+        return _ScatterTokens.apply(rows, indices, tokens)
+    return _scatter_tokens(rows, indices, tokens)
 
 
 def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:

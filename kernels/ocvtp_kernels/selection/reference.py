@@ -22,7 +22,8 @@ def select_from_keys(
 
 def _select(top_token: torch.Tensor, keep: int, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank tokens by (is in ``top_token`` ``[B, K]``, score ``[B, N]``, lower index); the first ``keep``."""
-    picked = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top_token, True)
+    # What is written to is made like the indices: under vmap either may be the same for all.
+    picked = top_token.new_zeros(scores.shape, dtype=torch.bool).scatter_(1, top_token, True)
 
     # A stable sort by score puts equal scores in index order; moving the picks to the front of that
     # order is a partition, so two running counts give every token its final rank without a second sort.
@@ -33,7 +34,7 @@ def _select(top_token: torch.Tensor, keep: int, scores: torch.Tensor) -> tuple[t
     total_picks = picks_so_far[:, -1:]
     rank = torch.where(picked_in_order, picks_so_far, total_picks + others_so_far) - 1
 
-    order = torch.empty_like(by_score).scatter_(1, rank, by_score)
+    order = torch.empty_like(rank).scatter_(1, rank, by_score)
     indices = order[:, :keep].sort(dim=1).values
     return indices, total_picks[:, 0].clamp(max=keep)
 

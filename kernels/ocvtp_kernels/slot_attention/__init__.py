@@ -9,6 +9,7 @@ import torch
 from ocvtp_kernels._backend import BackendUnavailableError, resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
 from ocvtp_kernels._launch import MAX_IMAGES
+from ocvtp_kernels._transforms import differentiated, transformed
 from ocvtp_kernels.slot_attention import folded, op, reference, shapes, training
 from ocvtp_kernels.slot_attention.folded import FoldedWeights, SlotStart, fold, start_from_slots
 from ocvtp_kernels.slot_attention.reference import SlotAttentionWeights
@@ -67,12 +68,14 @@ def slot_attention(
         TypeError, ValueError: a wrong type or shape.
         BackendUnavailableError: an explicit backend that can't run.
     """
-    _check(features, slots, weights.encoder_fc1_weight, weights.query_weight, num_iters)
+    num_iters = _check(features, slots, weights.encoder_fc1_weight, weights.query_weight, num_iters)
 
     def unsupported() -> str | None:
         dtype = weights.query_weight.dtype
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"it multiplies in float32, float16 and bfloat16, and the weights are {dtype}"
+        if transformed(features, slots, *weights):
+            return "it has no rules for torch.func and dual numbers"
         images = features.shape[0]
         return f"it takes up to {MAX_IMAGES} images; got {images}" if images > MAX_IMAGES else None
 
@@ -130,7 +133,8 @@ def slot_assignment(
         TypeError, ValueError: a wrong type or shape.
         BackendUnavailableError: an explicit backend, or a precision, that can't run.
     """
-    if _resolve(backend, features, start, weights, num_iters, tf32) == "triton":
+    resolved, num_iters = _resolve(backend, features, start, weights, num_iters, tf32)
+    if resolved == "triton":
         return op.assign(features, start, weights, num_iters, eps, tf32, True).attention
     return folded.slot_assignment(features, start, weights, num_iters, eps)
 
@@ -154,7 +158,8 @@ def top_tokens(
         TypeError, ValueError: a wrong type or shape.
         BackendUnavailableError: an explicit backend, or a precision, that can't run.
     """
-    if _resolve(backend, features, start, weights, num_iters, tf32) == "triton":
+    resolved, num_iters = _resolve(backend, features, start, weights, num_iters, tf32)
+    if resolved == "triton":
         found = op.assign(features, start, weights, num_iters, eps, tf32, False)
         return TopTokens(found.keys, found.largest, found.finite)
     return TopTokens(*folded.top_tokens(folded.slot_assignment(features, start, weights, num_iters, eps)))
@@ -174,8 +179,9 @@ def _resolve(
     weights: FoldedWeights,
     num_iters: int,
     tf32: bool,
-) -> str:
-    _check(features, start.slots, weights.encoder_fc1_weight, weights.query_weight, num_iters)
+) -> tuple[str, int]:
+    """What runs, and the number of iterations; raises for bad arguments."""
+    num_iters = _check(features, start.slots, weights.encoder_fc1_weight, weights.query_weight, num_iters)
     dtype = weights.query_weight.dtype
     if start.queries.dtype != dtype:
         raise TypeError(
@@ -196,10 +202,7 @@ def _resolve(
             return f"it takes features in float32, float16 and bfloat16, not {features.dtype}"
         if (reason := why_no_kernel(features.shape[0], features.shape[2])) is not None:
             return reason
-        wanted = False
-        for tensor in (features, *start, *weights):  # no generator: torch 2.7 can't trace one
-            wanted = wanted or tensor.requires_grad
-        if wanted and torch.is_grad_enabled():
+        if differentiated(features, *start, *weights):
             return "it has no gradient: use torch.no_grad(), or slot_attention to train"
         return None
 
@@ -209,7 +212,7 @@ def _resolve(
         raise BackendUnavailableError(
             f"{asked} need the Triton kernels, which can't run here; use float32 weights without tf32"
         )
-    return resolved
+    return resolved, num_iters
 
 
 def _check(
@@ -218,7 +221,8 @@ def _check(
     encoder_weight: torch.Tensor,  # [H, C]
     query_weight: torch.Tensor,  # [D or D + 1, D]
     num_iters: int,
-) -> None:
+) -> int:
+    """Raise for bad arguments; the number of iterations."""
     require_floating("features", features)
     require_floating("slots", slots)
     require_shape("features", features, (None, None, encoder_weight.shape[1]), "[B, N, C]")
@@ -229,4 +233,4 @@ def _check(
         )
     if slots.shape[0] not in (1, features.shape[0]):
         raise ValueError(f"slots must have batch size 1 or {features.shape[0]}; got {slots.shape[0]}")
-    require_count("num_iters", num_iters, _MAX_ITERATIONS, "a sane number of iterations")
+    return require_count("num_iters", num_iters, _MAX_ITERATIONS, "a sane number of iterations")

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ocvtp_kernels._transforms import is_traced
 from ocvtp_kernels.slot_attention.reference import SlotAttentionWeights, gru_gates, layer_norm
 
 
@@ -98,6 +99,7 @@ def fold(weights: SlotAttentionWeights, dtype: torch.dtype = torch.float32) -> F
     )
     # Compiled code, and tensors without values, can't look.
     looks = dtype == torch.float16 and device.type != "meta" and not torch.compiler.is_compiling()
+    looks = looks and not is_traced(rounded.query_weight)
     if looks and not all(bool(tensor.isfinite().all()) for tensor in rounded):
         raise ValueError('a weight of this checkpoint is too large for float16; use precision="fp32"')
     return rounded

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ocvtp.pruner.budget import check_budgets, share_of
-from ocvtp_kernels._checks import require_count
+from ocvtp_kernels._checks import as_float, require_count
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,16 @@ class Budget:
     budgets: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, float):
-            check_budgets(0, self.max_error, self.budgets)
-            share_of(self.keep, 1)
-        elif not check_budgets(self.keep, self.max_error, self.budgets):
-            require_count("keep", self.keep, 2**31, "any image has")
+        share = as_float(self.keep)
+        own = check_budgets(self.keep if share is None else share, self.max_error, self.budgets)
+        if own is not None:
+            object.__setattr__(self, "max_error", own[0])
+            object.__setattr__(self, "budgets", tuple(own[1]))
+        elif share is not None:
+            share_of(share, 1)
+            object.__setattr__(self, "keep", share)
+        else:
+            object.__setattr__(self, "keep", require_count("keep", self.keep, 2**31, "any image has"))
 
     def check(self, tokens: int) -> None:
         """Raise ``ValueError`` if images that all have ``tokens`` can't keep that many."""
