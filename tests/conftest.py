@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: more thread
     torch.set_num_threads(1)
 
 from ocvtp import OCPruner, PrunerConfig
+from tests.fickle import Fickle
 from tests.rehearsal import Rehearsal
 
 DATA = Path(__file__).parent / "data"
@@ -27,6 +30,19 @@ SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 # Timings vary on shared machines; examples are derandomised so that CI and a laptop test the same ones.
 settings.register_profile("ocvtp", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("ocvtp")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("what PyTorch multiplies with")
+    group.addoption("--threads", type=int, help="of PyTorch; default: one with -n, else as many as it takes")
+    group.addoption("--without-onednn", action="store_true")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (threads := config.getoption("--threads")) is not None:
+        torch.set_num_threads(threads)
+    if config.getoption("--without-onednn"):
+        torch.backends.mkldnn.set_flags(False)
 
 
 class Golden(NamedTuple):
@@ -95,6 +111,13 @@ def pruner() -> OCPruner:
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm())
+
+
+@pytest.fixture(params=["this library", "a fickle one"])
+def library(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What multiplies and adds, for tests that want the same bits of any."""
+    with Fickle() if request.param == "a fickle one" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from ocvtp.checks import NOT_FINITE, check_fill_scores, check_finite, require_finite
 from ocvtp.pruner.refinement import Refinement
 from ocvtp.selection import Selection
+from ocvtp_kernels._alike import image_by_image, laid_out
 from ocvtp_kernels._checks import require, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
@@ -103,28 +104,20 @@ class Plan:
     def _torch(self, features: torch.Tensor) -> torch.Tensor:
         """The map, image by image unless the batch may be computed at once."""
         check_finite("features", features)
-        x = features.to(self.start.slots.dtype)
-        images = x.split(1) if self.batch_invariant else (x,)
-        starts = _per_image(self.start, len(images))
-        return torch.cat(
-            [
-                slot_assignment(
-                    image,
-                    start,
-                    self.weights,
-                    num_iters=self.num_iters,
-                    eps=self.eps,
-                    backend="torch",
-                )
-                for image, start in zip(images, starts, strict=True)
-            ]
-        )
+        x = laid_out(features, self.start.slots.dtype)
 
+        def assign(x: torch.Tensor, *start: torch.Tensor) -> tuple[torch.Tensor]:
+            found = slot_assignment(
+                x,
+                SlotStart(*start),
+                self.weights,
+                num_iters=self.num_iters,
+                eps=self.eps,
+                backend="torch",
+            )
+            return (found,)
 
-def _per_image(start: SlotStart, images: int) -> list[SlotStart]:
-    if start.slots.shape[0] == 1 or images == 1:
-        return [start] * images
-    return [SlotStart(*(tensor[i : i + 1] for tensor in start)) for i in range(images)]
+        return (image_by_image(assign, x, *self.start) if self.batch_invariant else assign(x, *self.start))[0]
 
 
 @dataclass(frozen=True)

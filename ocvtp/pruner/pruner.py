@@ -533,8 +533,10 @@ class OCPruner(
         with torch.device("meta"):
             pruner = cls(config)
         checkpoint.check_state(state, pruner.state_dict(), official_names=official_names)
-        # Copies, so that the caller's tensors are not the module's parameters.
-        pruner.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
+        # Copies, so that the caller's tensors are not the module's parameters; laid out alike, so that they
+        # multiply to the same bits whatever a file or a caller did.
+        copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+        pruner.load_state_dict(copies, assign=True)
         for parameter in pruner.parameters():
             parameter.requires_grad_(True)
         return pruner.eval()

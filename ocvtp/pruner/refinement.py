@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ocvtp_kernels._alike import image_by_image
 from ocvtp_kernels.coverage import refine_measured
 
 
@@ -32,14 +33,11 @@ class Refinement:
         if self.backend == "triton" and features.dtype == torch.float64:
             features = features.float()
         with torch.no_grad():
-            if self.backend == "triton" or not self.batch_invariant or len(features) == 1:
-                return self._at_once(features, indices)
-            parts = [self._at_once(features[i : i + 1], indices[i : i + 1]) for i in range(features.shape[0])]
-            coverage = [error for _, error in parts if error is not None]
-            return torch.cat([kept for kept, _ in parts]), torch.cat(coverage) if coverage else None
-
-    def _at_once(
-        self, features: torch.Tensor, indices: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        indices, error = refine_measured(features, indices, self.rounds, backend=self.backend)
+            if self.backend == "triton" or not self.batch_invariant:
+                indices, error = self._refined(features, indices)
+            else:
+                indices, error = image_by_image(self._refined, features, indices)
         return indices, error if self.coverage else None
+
+    def _refined(self, features: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return refine_measured(features, indices, self.rounds, backend=self.backend)

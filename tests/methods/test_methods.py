@@ -195,8 +195,9 @@ def test_a_grid_of_other_shapes() -> None:
 
 
 def test_farthest_point_on_a_line() -> None:
-    x = torch.tensor([0.0, 1.0, 4.9, 5.1, 9.0, 10.0])[None, :, None].repeat(1, 1, 3)
-    # the mean is 5.0: of 4.9 and 5.1, as near, the first; then both ends, then the middles
+    x = torch.tensor([0.0, 1.0, 4.75, 5.25, 9.0, 10.0])[None, :, None].repeat(1, 1, 3)
+    # No order of a sum rounds quarters. The mean is 5.0: of 4.75 and 5.25, as near, the first; then both
+    # ends, then the middles.
     assert methods.farthest_point(x, 1).indices.tolist() == [[2]]
     assert methods.farthest_point(x, 2).indices.tolist() == [[2, 5]]
     assert methods.farthest_point(x, 3).indices.tolist() == [[0, 2, 5]]

@@ -64,6 +64,7 @@ def by_hand(model: Any, made: Any, row: list[int], images: torch.Tensor, positio
     return model(inputs_embeds=embeds, position_ids=ids, attention_mask=mask).logits
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_keeping_all_changes_no_bit(attention: str, positions: str, route: str, oc_pruner: Any) -> None:
     model = llava(attention)
@@ -163,6 +164,7 @@ def test_no_layer_after_the_consumed_one_runs(layer: Any, ran: int) -> None:
     assert calls == list(range(ran))
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 @pytest.mark.parametrize("strategy", ["default", "full"])
 @pytest.mark.parametrize("layer", [-2, [2, -2]])

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ocvtp_kernels._alike import laid_out
+
 #: To replace a kept token, another's squared distance to their mean must be less than this share of its own.
 #: Of two tokens both are equally near, and rounding must not decide.
 STEADY = 1.0 - 2.0**-16
@@ -29,7 +31,7 @@ class Covered(NamedTuple):
 
 def centred(x: torch.Tensor) -> torch.Tensor:
     """``x`` in at least float32, without each image's mean: distances are the same, and lose fewer digits."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = laid_out(x, torch.promote_types(x.dtype, torch.float32))
     return x - x.mean(dim=1, keepdim=True)
 
 

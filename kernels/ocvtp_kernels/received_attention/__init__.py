@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ocvtp_kernels._alike import image_by_image
 from ocvtp_kernels._backend import interpreted, resolve_backend
 from ocvtp_kernels._checks import require, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
@@ -49,7 +50,8 @@ def received_attention(
     Returns:
         ``[B, N]`` in float32 (float64 for float64 inputs). Averaging half-precision maps would leave
         about a hundred distinct scores for 576 tokens, so the accumulation is never in half precision,
-        under autocast neither. Differentiable in ``q``, ``k`` and ``lse``.
+        under autocast neither. An image's scores have the same bits whatever the strides and the batch around
+        it, except from compiled PyTorch. Differentiable in ``q``, ``k`` and ``lse``.
 
     Raises:
         TypeError, ValueError: a wrong type, rank, shape or scale; segments that don't cover the tokens (on a
@@ -77,8 +79,15 @@ def received_attention(
     chosen = resolve_backend(backend, "received_attention", q.device, lambda: _unsupported(q, k, cu_seqlens))
     if chosen == "triton":
         return op.received_attention(q, k, float(scale), lse, cu_seqlens)
+    factor = scale
+
+    def received(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor | None) -> tuple[torch.Tensor]:
+        return (reference.received_attention(q, k, factor, lse, cu_seqlens),)
+
     with without_autocast(q.device):
-        return reference.received_attention(q, k, scale, lse, cu_seqlens)
+        if torch.compiler.is_compiling():  # one graph for any number of images
+            return received(q, k, lse)[0]
+        return image_by_image(received, q, k, lse)[0]
 
 
 def _unsupported(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> str | None:

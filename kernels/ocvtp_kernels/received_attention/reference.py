@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ocvtp_kernels._alike import laid_out
+
 # Queries per block: bounds the live attention map to [B, H, 128, N] whatever the image size.
 _BLOCK = 128
 
@@ -19,11 +21,11 @@ def received_attention(
 ) -> torch.Tensor:
     """See :func:`ocvtp_kernels.received_attention.received_attention`."""
     dtype = _compute_dtype(q, k)
-    keys = k.to(dtype)
+    queries, keys = laid_out(q, dtype), laid_out(k, dtype)
     blocks = _blocks(q)
 
     def received(block: slice) -> torch.Tensor:
-        attention = _attention(q[:, :, block].to(dtype), keys, scale, lse, cu_seqlens, block)
+        attention = _attention(queries[:, :, block], keys, scale, lse, cu_seqlens, block)
         return attention.sum(dim=(1, 2))
 
     total = received(next(blocks))  # not zeros: under vmap they would be the same for all

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ocvtp_kernels._alike import image_by_image, laid_out
 from ocvtp_kernels._transforms import is_traced
 from ocvtp_kernels.slot_attention.reference import SlotAttentionWeights, gru_gates, layer_norm
 
@@ -73,7 +74,7 @@ def fold(weights: SlotAttentionWeights, dtype: torch.dtype = torch.float32) -> F
         raise ValueError(f"dtype must be float64, float32 or float16; got {dtype}")
     device = weights.query_weight.device
     exact = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
-    w = SlotAttentionWeights(*(tensor.detach().to(exact, torch.float64) for tensor in weights))
+    w = SlotAttentionWeights(*(laid_out(tensor.detach().to(exact), torch.float64) for tensor in weights))
     query_key = w.query_weight.T @ w.key_weight * w.query_weight.shape[0] ** -0.5  # [slot side, token side]
     value_gates = w.gru_input_weight @ w.value_weight
     folded = FoldedWeights(
@@ -106,16 +107,23 @@ def fold(weights: SlotAttentionWeights, dtype: torch.dtype = torch.float32) -> F
 
 
 def start_from_slots(slots: torch.Tensor, w: FoldedWeights) -> SlotStart:
-    """First-iteration constants of ``slots`` ``[B or 1, K, D]``, in at least float32."""
+    """First-iteration constants of ``slots`` ``[B or 1, K, D]``, in at least float32.
+
+    Image by image: the kernels' bits depend neither on the batch nor on strides, so these may not either.
+    """
     exact = w.mlp_fc2_bias.dtype
-    slots = slots.to(exact)
-    normed = layer_norm(slots)
-    return SlotStart(
-        slots.contiguous(),
-        F.linear(normed, w.query_weight.to(exact)).to(w.query_weight.dtype),
-        normed @ w.query_bias_weight,
-        F.linear(slots, w.gru_hidden_weight.to(exact), w.gru_hidden_bias),
-    )
+    query, hidden = w.query_weight.to(exact), w.gru_hidden_weight.to(exact)
+
+    def start(slots: torch.Tensor) -> SlotStart:
+        normed = layer_norm(slots)
+        return SlotStart(
+            slots,
+            F.linear(normed, query).to(w.query_weight.dtype),
+            normed @ w.query_bias_weight,
+            F.linear(slots, hidden, w.gru_hidden_bias),
+        )
+
+    return SlotStart(*image_by_image(start, laid_out(slots, exact)))
 
 
 def slot_assignment(

@@ -228,12 +228,13 @@ class Pictures:
         return None if self.hold or len(self._consumed) > 1 else self.all_outputs()
 
     def all_outputs(self) -> torch.Tensor:
-        """``[pictures, N, C of all consumed layers]``: candidates as the projector reads them."""
-        layers = [self.done.outputs[layer][:, self.prefix :] for layer in self._consumed]
+        """``[pictures, tokens, C of all consumed layers]``: all that the projector reads, class rows too."""
+        first = self.prefix - self.class_rows
+        layers = [self.done.outputs[layer][:, first:] for layer in self._consumed]
         return layers[0] if len(layers) == 1 else torch.cat(layers, dim=-1)
 
     def all_projected(self) -> torch.Tensor:
-        """``[pictures, N, D]``: all candidates through the projector, which runs once a call."""
+        """``[pictures, tokens, D]``: :meth:`all_outputs` through the projector, which runs once a call."""
         if self._projected is None:
             self._projected = self.project(self.all_outputs())
         return self._projected
@@ -299,6 +300,8 @@ class _Images(Pictures):
         slots = indices
         if self.class_rows:
             slots = torch.cat([indices.new_zeros(indices.shape[0], 1), indices + 1], dim=1)
+        if indices.shape[1] == self.patches and not self.hold:  # as upstream does, to the bit
+            return [Piece(_of(self.all_projected(), which), slots)]
         if taken is None:
             taken = self.taken(which, slots + (self.prefix - self.class_rows))
         return [Piece(self.project(taken), slots)]
