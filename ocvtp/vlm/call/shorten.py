@@ -121,13 +121,16 @@ def shorten(
     else:
         positions = _positions(settings, frame, index, given, ids, generating=generating)
     text = _text_positions(adapter, frame, given)
-    packed = None if same else documents_of(adapter, frame, text, arguments)
+    packed, apart = None if same else documents_of(adapter, frame, text, arguments), None
     if packed is not None:
         _check_packed(adapter, arguments, prefix, generating=generating)
         packed = packed.short(index)
         text = packed.renumbered()
         if not adapter.mrope:
-            text = positions = positions if settings.positions == "original" else text
+            text = positions = text if positions is None or settings.positions == "compact" else positions
+        types = short.get("token_type_ids")
+        types = None if types is None else take(_like_ids("token_type_ids", types, ids), index, 0)
+        apart = mask_of(adapter, packed, text, types)
     long = frame.long_start + frame.ids.shape[1]
     whole = index if prefix is None else torch.cat([prefix.index, _shift(index, prefix.long)], dim=1)
     mask = _short_mask(frame, index)
@@ -168,8 +171,8 @@ def shorten(
     # A mask also says that gaps in the positions are no boundaries of packed sequences.
     gaps = positions is not None and not (adapter.mrope and same)
     short["attention_mask"] = mask if has_mask or padded or gaps or prefix is not None else None
-    if packed is not None and text is not None:
-        short["attention_mask"] = mask_of(adapter, packed, text, short.get("token_type_ids"))
+    if packed is not None:
+        short["attention_mask"] = apart
     if kept:
         start = prefix.index.shape[1] if generating and prefix is not None else 0
         hand_over(short, adapter, settings, short_ids, kept, start, calling)
