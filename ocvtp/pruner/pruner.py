@@ -631,7 +631,10 @@ class OCPruner(
         share = as_float(keep)
         if share is not None:
             return share_of(share, features.shape[1])
-        return require_count("keep", keep, features.shape[1], "the number of tokens")
+        count = as_int(keep)
+        if count is None:
+            raise TypeError(f"keep must be an int, or a float for a share; got {type(keep).__name__}")
+        return count  # too many or too few: see _check_inputs
 
     def _check_inputs(
         self,
