@@ -100,6 +100,24 @@ def test_a_replaced_forward(model: Any, oc_pruner: Any, one: dict[str, torch.Ten
 
 
 @torch.no_grad()
+def test_trl_itself(model: Any, oc_pruner: Any) -> None:
+    needs_mm_route()
+    trl = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(trl, "add_fused_lm_head"):
+        pytest.skip("a TRL without the fused head")
+    batch, _ = mixed()
+    labels = labels_of(batch)
+    ocvtp.apply(model, oc_pruner, keep=KEEP)
+    want = model(**batch, labels=labels).loss
+    trl.add_fused_lm_head(model)
+    out = model(**batch, labels=labels, fused_lm_head=True)
+    torch.testing.assert_close(out.loss, want, atol=1e-5, rtol=1e-5)
+    assert out.log_probs.shape[1] == labels.shape[1] - 1
+    ocvtp.remove(model)
+    assert model(**batch).logits.shape[1] == labels.shape[1]
+
+
+@torch.no_grad()
 def test_states_of_every_column(model: Any, oc_pruner: Any) -> None:
     """A column gets the states of the last kept one at or before it; text columns their own."""
     needs_mm_route()
