@@ -49,6 +49,12 @@ def holds(module: Any) -> bool:
 
 
 def sharded(model: Any, wrapping: str) -> Any:
+    if wrapping == "zero3":
+        import deepspeed
+
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        return deepspeed.initialize(model=model, config=settings)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for unit in list(units(model, wrapping)):
         fully_shard(unit, mesh=mesh)
@@ -75,7 +81,8 @@ def differences(family: Family, wrapping: str) -> Iterator[str]:
                 yield f"forward, {chosen if isinstance(chosen, str) else 'pruner'} {option}"
         if not torch.equal(*(select(model, **vision).indices for model in both)):
             yield "select"
-    yield from trained_otherwise(family, one, shards)
+    if wrapping != "zero3":
+        yield from trained_otherwise(family, one, shards)
 
 
 def trained_otherwise(family: Family, one: Any, shards: Any) -> Iterator[str]:

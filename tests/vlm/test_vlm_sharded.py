@@ -58,6 +58,22 @@ def test_half_a_model_each(case: str, found: list[dict[str, list[str]]]) -> None
         assert not found[rank][case], "\n".join(found[rank][case])
 
 
+@pytest.mark.slow  # DeepSpeed compiles something the first time
+def test_half_a_model_each_of_zero3(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    for one in two_processes(tmp_path, ["llava/zero3", "qwen2_5_vl/zero3"], 600):
+        assert not {case: said for case, said in one.items() if said}
+
+
+def test_newlines_that_deepspeed_holds_in_parts() -> None:
+    family = next(family for family in families() if family.name == "llava_next")
+    model = family.model()
+    model.model.image_newline.data = torch.empty(0)
+    ocvtp.apply(model, "attention", keep=family.keep)
+    with pytest.raises(ValueError, match=r"ZeRO-3.*use ZeRO-2 or FSDP2"):
+        model(**family.batch())
+
+
 @pytest.mark.slow
 def test_half_a_model_each_of_every_family(tmp_path: Path) -> None:
     for one in two_processes(tmp_path, SLOW, 1800):

@@ -102,6 +102,21 @@ class LlavaNextAdapter(LlavaAdapter):
         return [packing(int(h), int(w), grids, tile, tile // patch, device) for h, w in sizes]
 
 
+def newline_of(model: Any) -> torch.Tensor:
+    """``[D]``, the row that ends a line of tokens.
+
+    Raises:
+        ValueError: it has no values, since it is no part of a module that DeepSpeed would gather it for.
+    """
+    newline: torch.Tensor = model.model.image_newline
+    if not newline.numel():
+        raise ValueError(
+            f"DeepSpeed's ZeRO-3 holds image_newline of this {type(model).__name__} in parts, and pruning "
+            "reads it outside of the call that would bring it: use ZeRO-2 or FSDP2"
+        )
+    return newline
+
+
 class Tiled(Pictures):
     """Images cut into tiles (:class:`~ocvtp.vlm.contracts.adapter.Vision`).
 
@@ -119,7 +134,7 @@ class Tiled(Pictures):
     ) -> None:
         super().__init__(adapter, pixel_values, arguments, settings)
         adapter.check_square(arguments)
-        self._newline: torch.Tensor = adapter.model.model.image_newline
+        self._newline = newline_of(adapter.model)
         self._newlines: Newlines = settings.newlines
         self._official = settings.layout == "official"
         self.packings = packings

@@ -12,7 +12,7 @@ from ocvtp.vlm.contracts.adapter import Vision
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Segment
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.families.llava import Pictures
-from ocvtp.vlm.families.llava_next import LlavaNextAdapter, Tiled
+from ocvtp.vlm.families.llava_next import LlavaNextAdapter, Tiled, newline_of
 from ocvtp.vlm.families.tiles import Packing, packing, whole_picture
 
 
@@ -139,7 +139,7 @@ class _Videos(Pictures):
         super().__init__(adapter, pixel_values.flatten(0, 1), arguments, settings)
         if self.shape is None:
             raise ValueError("frames can be shrunk if their features are those of all patches")
-        self._newline: torch.Tensor = adapter.model.model.image_newline
+        self._newline = newline_of(adapter.model)
         self._shrunk: torch.Tensor | None = None  # projected candidates of all segments
         videos, frames = pixel_values.shape[:2]
         self._side = math.ceil(self.shape[0] / 2)
