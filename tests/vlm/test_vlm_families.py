@@ -65,6 +65,7 @@ def assert_rows_answer_alike(
             torch.testing.assert_close(step_alone[0], step[i], atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("family", CASES)
 @torch.no_grad()
 def test_keeping_all_changes_no_bit(family: Family, models: Any, any_route: str) -> None:
