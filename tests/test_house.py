@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,16 @@ def test_the_kernels_folder_does_not_shadow_hugging_faces_package(tmp_path: Path
     assert found.name == "__init__.py"
     assert ROOT / "kernels" not in found.parents
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_line_on_other_tools_names_a_test_that_is_there() -> None:
+    text = (ROOT / "docs/models.md").read_text().split("## Beside other tools")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) > 10
+    for line in lines:
+        named = re.findall(r"`(test_\w+\.py)`", line.rsplit("|", 2)[1])
+        assert named, line
+        assert all((ROOT / "tests/vlm" / name).is_file() for name in named), line
 
 
 def test_the_wheel_holds_our_two_packages_and_works(tmp_path: Path) -> None:
