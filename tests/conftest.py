@@ -120,6 +120,13 @@ def library(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def gradients_as_they_were() -> Iterator[None]:
+    """A test that leaves gradients switched off would break those that follow in its process."""
+    yield
+    assert torch.is_grad_enabled()
+
+
 @pytest.fixture
 def lanes(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsal]:
     """Lanes made during the test, all of them rehearsals."""

@@ -2,7 +2,7 @@
 
 A field's annotation says all: ``Annotated[int, Within(1, 4096)]``, ``Literal["a", "b"]``, ``str | None``,
 ``tuple[Record, ...]`` of another dataclass. Nothing is converted but lists to tuples, objects to
-dataclasses and NumPy's numbers to Python's: ``8.0``, ``"8"`` and ``true`` are no ints.
+dataclasses and NumPy's numbers and arrays to Python's: ``8.0``, ``"8"`` and ``true`` are no ints.
 """
 
 from __future__ import annotations
@@ -136,6 +136,8 @@ def check_value(hint: Any, value: Any, name: str) -> Any:
 
 
 def _check_row(kind: Any, hint: Any, within: Within | None, value: Any, name: str) -> Any:
+    if not isinstance(value, (list, tuple)) and hasattr(value, "tolist"):  # an array of somebody's
+        value = value.tolist()
     if not isinstance(value, (list, tuple)):
         raise Refused(f"{name} must be a list; got {shown(value)}")
     if within is not None and not within.holds(len(value)):

@@ -95,9 +95,10 @@ def apply(
             ``input_ids`` the column that it has in the short sequence, and so in ``logits`` and
             ``hidden_states``; -1 if it was dropped. :func:`ocvtp.vlm.lengthen` takes a tensor back to the
             caller's columns by it. ``forward`` puts it on calls without pixels too, where nothing moves,
-            unless they go on with a cache that nothing was pruned in. On the output of ``generate`` with
-            ``return_dict_in_generate`` it is of the whole prompt, before that is copied for beams; new tokens
-            follow without gaps. Tuples (``return_dict=False``) and plain tensors have no place for it.
+            if they bring ``input_ids`` and no cache that nothing was pruned in. On the output of ``generate``
+            with pixels and ``return_dict_in_generate`` it is of the whole prompt, before that is copied for
+            beams; new tokens follow without gaps. Tuples (``return_dict=False``) and plain tensors have no place
+            for it.
 
     Returns:
         A :class:`~ocvtp.vlm.PruneReport`; print it.

@@ -712,7 +712,7 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
 
     rows = {key for key in table() if key[1] == arch}
     modules = (selection_kernels, attention_kernels, reconstruction_kernels, coverage_kernels)
-    for module in (*modules, slot_kernels, slot_op, training_kernels):
+    for module in (*modules, slot_kernels, slot_shapes, training_kernels):
         monkeypatch.setattr(module, "tile", tile)
     monkeypatch.setattr("bench.launches.kinds_of", lambda _: {})  # reads what only compiled kernels have
     launches.__wrapped__(arch)

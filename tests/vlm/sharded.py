@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 
 import ocvtp
 from ocvtp.vlm import options, select
+from ocvtp.vlm.call.controller import controller_of
 from ocvtp.vlm.families import adapter_for
 from tests.vlm.family import Family, Inputs, families
 
@@ -32,16 +35,29 @@ def units(model: Any, wrapping: str) -> Iterator[Any]:
     """Modules to shard by themselves, inner ones first.
 
     ``layers`` is what accelerate does without being told; ``tower`` is that and the tower; ``whole_tower`` is
-    the tower in one piece; ``every`` is every module there is.
+    the tower in one piece; ``every`` is every module there is (in it, ``model.model``).
     """
     inner_first = list(model.modules())[:0:-1]
     if wrapping == "every":
-        yield from (m for m in inner_first if type(m).forward is not torch.nn.Module.forward and holds(m))
+        tied = tied_outside(model)
+        for module in inner_first:
+            if type(module).forward is not torch.nn.Module.forward and holds(module) and not tied(module):
+                yield module
         return
     if wrapping != "whole_tower":
         yield from (m for m in inner_first if type(m).__name__ in model._no_split_modules)
     if wrapping != "layers":
         yield adapter_for(model).tower
+
+
+def tied_outside(model: Any) -> Callable[[Any], bool]:
+    """Whether a module shares a parameter with one beside it: FSDP2 takes the two together only."""
+
+    def owned(module: Any) -> Counter[int]:
+        return Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
+
+    everywhere = owned(model)
+    return lambda module: any(count < everywhere[p] for p, count in owned(module).items())
 
 
 def holds(module: Any) -> bool:
@@ -81,13 +97,26 @@ def differences(family: Family, wrapping: str) -> Iterator[str]:
                 yield f"forward, {chosen if isinstance(chosen, str) else 'pruner'} {option}"
         if not torch.equal(*(select(model, **vision).indices for model in both)):
             yield "select"
+        served = controller_of(one).settings.route == "mm_encoder_outputs" and wrapping != "zero3"
+        if served and not torch.equal(*(called_around(model, batch) for model in both)):
+            yield "around forward"
     if wrapping != "zero3":
-        yield from trained_otherwise(family, one, shards)
+        yield from trained_otherwise(family, one, shards, wrapping)
 
 
-def trained_otherwise(family: Family, one: Any, shards: Any) -> Iterator[str]:
-    """Each process learns from a prompt of its own; the model in one piece from both."""
-    rows = [family.rows()[kind] for kind in ("one", "two")]
+def called_around(model: Any, batch: Inputs) -> torch.Tensor:
+    """What a trainer's own ``forward`` on the instance gets of the model inside."""
+    patched = model.__dict__["forward"]
+    model.forward = types.MethodType(lambda self, **given: self.model(**given).last_hidden_state, model)
+    states: torch.Tensor = model(**batch)
+    model.forward = patched
+    return states
+
+
+def trained_otherwise(family: Family, one: Any, shards: Any, wrapping: str) -> Iterator[str]:
+    """Each process learns from a prompt of its own, if it may; the model in one piece from both."""
+    # A projector that is a unit of its own is gathered as often as a process calls it.
+    rows = [family.rows()[kind] for kind in (("two", "two") if wrapping == "every" else ("one", "two"))]
     for row in rows:
         row["labels"] = torch.where(row["input_ids"] >= 100, -100, row["input_ids"])
         one(**row).loss.backward()

@@ -235,3 +235,43 @@ def test_what_cannot_be_served_is_named(
         around(model, **one, return_dict=False)
     with pytest.raises(ValueError, match="exactly one of"):  # upstream's own words
         around(model, pixel_values=one["pixel_values"])
+
+
+@torch.no_grad()
+def test_a_cache_that_a_failed_call_filled_is_refused(
+    model: Any, oc_pruner: Any, one: dict[str, torch.Tensor]
+) -> None:
+    needs_mm_route()
+    ocvtp.apply(model, oc_pruner, keep=KEEP)
+    cache = DynamicCache()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the last layer")
+
+    handle = model.model.language_model.norm.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the last layer"):
+        model.model(**one, past_key_values=cache)
+    handle.remove()
+    assert cache.get_seq_length() == len(ONE) - TOKENS + KEEP
+    with pytest.raises(ValueError, match="a call that failed"):
+        model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)
+
+
+def test_arguments_are_bound_as_python_binds_them(
+    model: Any, oc_pruner: Any, one: dict[str, torch.Tensor]
+) -> None:
+    needs_mm_route()
+    ocvtp.apply(model, oc_pruner, keep=KEEP)
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        model.model(one["input_ids"], **one)
+    with pytest.raises(TypeError, match="at most"):
+        model.model(*[None] * 40, **one)
+
+
+def test_router_logits_are_those_of_the_short_sequence(
+    model: Any, oc_pruner: Any, one: dict[str, torch.Tensor]
+) -> None:
+    needs_mm_route()
+    ocvtp.apply(model, oc_pruner, keep=KEEP)
+    with pytest.raises(ocvtp.PatchError, match="output_router_logits=False"):
+        model.model(**one, output_router_logits=True)

@@ -77,3 +77,35 @@ def test_rows_that_lose_as_many_columns(models: Any) -> None:
     for i, one in enumerate((row, longer)):
         want = model(**one).logits[0]
         torch.testing.assert_close(got[i, -len(want) :], want, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_columns_and_a_cache_in_one_graph() -> None:
+    family = next(family for family in families() if family.name == "llava")
+    model, row = family.model(), family.rows()["one"]
+    ocvtp.apply(model, family.pruner(), keep=family.keep, columns=True)
+
+    def call(**inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out = model(**inputs, use_cache=True)
+        return out.logits, out.columns
+
+    got = torch.compile(call, fullgraph=True, backend="eager", dynamic=False)(**row)
+    want = call(**row)
+    torch.testing.assert_close(got[0], want[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(got[1], want[1])
+
+
+@torch.no_grad()
+def test_positions_that_the_caller_passes() -> None:
+    """They may say that a row holds several documents, which a graph can't look for."""
+    family = next(family for family in families() if family.name == "llava")
+    model, row = family.model(), family.rows()["one"]
+    positions = torch.arange(row["input_ids"].shape[1])[None]
+    ocvtp.apply(model, family.pruner(), keep=family.keep)
+    row = {name: value for name, value in row.items() if name != "attention_mask"}
+    compiled = torch.compile(Logits(model), fullgraph=True, backend="eager", dynamic=False)
+    got = compiled(**row, position_ids=positions)
+    want = model(**row, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="one document per row"):
+        compiled(**row, position_ids=positions % 5)

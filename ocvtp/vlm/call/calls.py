@@ -16,6 +16,7 @@ from ocvtp.vlm.call.columns import with_columns
 from ocvtp.vlm.call.controller import Controller
 from ocvtp.vlm.call.custom import prompt_in
 from ocvtp.vlm.call.embeddings import ids_behind, short_embeddings
+from ocvtp.vlm.call.generation import effective, pad_token_id
 from ocvtp.vlm.call.memory import CacheNote, cached_length, note_of, prefix_of, write_note
 from ocvtp.vlm.call.prompt import identity, restore_prompt
 from ocvtp.vlm.call.shorten import ShortCall, shorten
@@ -40,7 +41,7 @@ def forward(
     ids, embeddings = arguments.pop("input_ids", None), None
     if pixels and ids is None and isinstance(arguments.get("inputs_embeds"), torch.Tensor):
         embeddings = arguments.pop("inputs_embeds")
-        ids = ids_behind(controller.adapter, embeddings)
+        ids = ids_behind(controller.adapter, embeddings, (controller.model,))
     if _is_upstreams_business(ids, arguments, pixels):
         return original(input_ids=ids, **arguments)
     prefix = prefix_of(cache, ids.shape[0], ids.device)
@@ -52,7 +53,8 @@ def forward(
         prefix,
         controller.clock,
         generating=False,
-        pad_token_id=_pad_token_id(controller.model, arguments),
+        calling=(controller.model,),
+        pad_token_id=pad_token_id(controller.model, arguments),
     )
     write_note(cache, None)
     if embeddings is not None:
@@ -88,7 +90,7 @@ def generate(
         return original(*args, **kwargs)
     arguments = controller.by_name("generate", args, kwargs)
     ids, inputs = arguments.pop("input_ids", None), arguments.pop("inputs", None)
-    paged = _effective(controller.model, arguments, "cache_implementation") == "paged"
+    paged = effective(controller.model, arguments, "cache_implementation") == "paged"
     if paged or (ids is not None and inputs is not None):
         return original(inputs, input_ids=ids, **arguments)
     # Under the caller's name: functions behind custom_generate have parameters of their own.
@@ -112,7 +114,7 @@ def generate(
             prefix,
             controller.clock,
             generating=True,
-            pad_token_id=_pad_token_id(controller.model, arguments),
+            pad_token_id=pad_token_id(controller.model, arguments),
             guard=_may_run_without_cache(controller.model, arguments),
         )
     if call.note is None:
@@ -197,31 +199,12 @@ def _cache_in(output: Any) -> Any:
     return getattr(output, "past_key_values", None)
 
 
-def _effective(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
-    """A generation parameter: argument before ``generation_config`` before the model's default."""
-    for value in (
-        arguments.get(name),
-        getattr(arguments.get("generation_config"), name, None),
-        getattr(getattr(model, "generation_config", None), name, None),
-    ):
-        if value is not None:
-            return value
-    return None
-
-
-def _pad_token_id(model: Any, arguments: Mapping[str, Any]) -> int:
-    pad = _effective(model, arguments, "pad_token_id")
-    if pad is None:
-        pad = model.config.get_text_config().pad_token_id
-    return 0 if pad is None else int(pad)
-
-
 def _inferred_mask(model: Any, ids: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor | None:
     """The mask ``generate`` would infer: pad ids are padding unless they are end tokens as well."""
-    pad = _effective(model, arguments, "pad_token_id")
+    pad = effective(model, arguments, "pad_token_id")
     if pad is None:
         return None
-    ends = _effective(model, arguments, "eos_token_id")
+    ends = effective(model, arguments, "eos_token_id")
     ends = [ends] if isinstance(ends, int) else (list(ends) if ends is not None else [])
     if pad in ends or not bool((ids == pad).any()):
         return None
@@ -230,7 +213,7 @@ def _inferred_mask(model: Any, ids: torch.Tensor, arguments: Mapping[str, Any]) 
 
 def _may_run_without_cache(model: Any, arguments: Mapping[str, Any]) -> bool:
     """Whether transformers may attend without a cache: told to, or for gradient checkpointing."""
-    return model.training or _effective(model, arguments, "use_cache") is False
+    return model.training or effective(model, arguments, "use_cache") is False
 
 
 def _refuse_on_embeds_route(model: Any, arguments: Mapping[str, Any], cache: Any) -> None:
@@ -242,13 +225,13 @@ def _refuse_on_embeds_route(model: Any, arguments: Mapping[str, Any], cache: Any
             "generate takes no embeddings then, and token pruning can do without from transformers 5.18 on"
         )
     for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
-        value = arguments.get(name) if name == "assistant_model" else _effective(model, arguments, name)
+        value = arguments.get(name) if name == "assistant_model" else effective(model, arguments, name)
         if value is not None:
             raise ValueError(
                 f"{name} with token pruning needs transformers >= 5.18; older ones lose image tokens"
             )
     for name, nothing in (("encoder_repetition_penalty", 1.0), ("encoder_no_repeat_ngram_size", 0)):
-        if _effective(model, arguments, name) not in (None, nothing):
+        if effective(model, arguments, name) not in (None, nothing):
             raise ValueError(
                 f"{name} with token pruning needs transformers >= 5.18; older ones don't see the prompt's "
                 "tokens behind embeddings"
@@ -257,7 +240,7 @@ def _refuse_on_embeds_route(model: Any, arguments: Mapping[str, Any], cache: Any
 
 def _copies(model: Any, arguments: Mapping[str, Any]) -> int:
     """How often ``generate`` repeats each prompt."""
-    return max(_effective(model, arguments, name) or 1 for name in ("num_beams", "num_return_sequences"))
+    return max(effective(model, arguments, name) or 1 for name in ("num_beams", "num_return_sequences"))
 
 
 def _wrap_callbacks(model: Any, arguments: dict[str, Any], view: LongView) -> None:
@@ -270,7 +253,7 @@ def _wrap_callbacks(model: Any, arguments: dict[str, Any], view: LongView) -> No
         processors = [view.processor(item) for item in arguments["logits_processor"]]
         arguments["logits_processor"] = LogitsProcessorList(processors)
     if arguments.get("prefix_allowed_tokens_fn") is not None:
-        copies = _copies(model, arguments) // (_effective(model, arguments, "num_beams") or 1)
+        copies = _copies(model, arguments) // (effective(model, arguments, "num_beams") or 1)
         function = arguments["prefix_allowed_tokens_fn"]
         arguments["prefix_allowed_tokens_fn"] = view.prefix_function(function, copies)
     if arguments.get("streamer") is not None:
@@ -280,7 +263,7 @@ def _wrap_callbacks(model: Any, arguments: dict[str, Any], view: LongView) -> No
 def _shift_lengths(model: Any, arguments: dict[str, Any], dropped: int) -> None:
     """Let ``max_length`` and ``min_length`` go on counting the long prompt; never in the user's config."""
     for name, overruled_by in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if _effective(model, arguments, overruled_by) is not None:
+        if effective(model, arguments, overruled_by) is not None:
             continue
         if arguments.get(name) is not None:
             arguments[name] = max(0, arguments[name] - dropped)

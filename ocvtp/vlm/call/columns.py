@@ -57,8 +57,13 @@ def with_columns(output: Any, index: torch.Tensor, long: int) -> Any:
     return _with_field(kind)(**output, columns=short_columns(index, long))
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # a class can't be made while something traces
 def _with_field(kind: type) -> Any:
+    return _made(kind)
+
+
+@functools.cache
+def _made(kind: type) -> Any:
     """The class of an output with one more field: a real one, which survives pytrees and accelerate."""
     if "columns" in {field.name for field in dataclasses.fields(kind)}:
         return kind

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 import types
 from collections.abc import Iterable
@@ -11,9 +10,10 @@ from typing import Any
 
 import torch
 
+from ocvtp.vlm.call.named import by_name, positional_names
 from ocvtp.vlm.contracts.adapter import Adapter
 from ocvtp.vlm.contracts.errors import PatchError, UnsupportedModelError
-from ocvtp.vlm.contracts.pixels import is_pixels
+from ocvtp.vlm.contracts.pixels import pixels_in
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.encode.timing import Clock
 
@@ -48,14 +48,7 @@ class Controller:
         self.previous: dict[int, Any] = {}
         #: What catches calls that go around the patched methods.
         self.around: Any = None
-        self._names = {
-            name: tuple(
-                parameter.name
-                for parameter in inspect.signature(getattr(type(model), name)).parameters.values()
-                if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            )[1:]
-            for name in names
-        }
+        self._names = {name: positional_names(getattr(type(model), name)) for name in names}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         """For a copy of the model: it has a patch of its own."""
@@ -85,20 +78,11 @@ class Controller:
 
     def by_name(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a call, by name."""
-        names = self._names[method]
-        if len(args) > len(names):
-            raise TypeError(f"{method}() takes at most {len(names)} positional arguments; got {len(args)}")
-        given = {names[i]: value for i, value in enumerate(args)}  # torch 2.7 can't trace zip(strict=)
-        for name in given:
-            if name in kwargs:
-                raise TypeError(f"{method}() got multiple values for argument {name!r}")
-        return {**given, **kwargs}
+        return by_name(method, self._names[method], args, kwargs)
 
     def has_pixels(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call brings pixels along."""
-        return any(
-            is_pixels(self.argument(method, key, args, kwargs)) for key in self.adapter.pixel_keys.values()
-        )
+        return bool(pixels_in(self.adapter, self.by_name(method, args, kwargs)))
 
 
 def controller_of(model: Any) -> Controller:

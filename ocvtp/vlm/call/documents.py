@@ -73,6 +73,10 @@ def documents_of(
     step = torch.diff(positions, dim=1)
     # Where a cache is made, transformers reads no documents at all: then only a restart tells one.
     starts = step < 1 if _makes_cache(adapter, arguments) or is_flash(adapter) else step != 1
+    if torch.compiler.is_compiling():
+        message = "position_ids start over within a row, and a traced call takes one document per row"
+        torch._assert_async(~starts.any(), message)
+        return None
     if not bool(starts.any()):
         return None
     begins = torch.nn.functional.pad(starts, (1, 0), value=True)

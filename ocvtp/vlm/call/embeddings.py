@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
+from ocvtp.vlm.call.handover import embed
 from ocvtp.vlm.contracts.adapter import Adapter
 
 
-def ids_behind(adapter: Adapter, embeddings: torch.Tensor) -> torch.Tensor:
+def ids_behind(adapter: Adapter, embeddings: torch.Tensor, calling: Sequence[Any]) -> torch.Tensor:
     """Token ids ``[B, S]`` as far as pruning needs them: placeholders, and something else.
 
     Placeholders are found as transformers finds them: by the embedding of theirs.
@@ -15,14 +19,14 @@ def ids_behind(adapter: Adapter, embeddings: torch.Tensor) -> torch.Tensor:
     Args:
         adapter: of the model.
         embeddings: ``[B, S, D]``.
+        calling: modules whose calls are under way.
     """
-    embed = adapter.model.get_input_embeddings()
     tokens = {adapter.token_id(modality) for modality in adapter.pixel_keys}
     other = next(token for token in range(len(tokens) + 1) if token not in tokens)
     ids = torch.full(embeddings.shape[:2], other, device=embeddings.device)
     with torch.no_grad():
         for token in tokens:
-            own = embed(torch.tensor([token], device=embeddings.device)).to(embeddings)
+            own = embed(adapter, torch.tensor([token], device=embeddings.device), calling).to(embeddings)
             ids = ids.masked_fill((embeddings == own).all(-1), token)
     return ids
 

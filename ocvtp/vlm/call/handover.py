@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def hand_over(
     ids: torch.Tensor,
     kept: Mapping[str, KeptRows],
     start: int,
-    calling: Any,
+    calling: Sequence[Any],
 ) -> None:
     """Add the kept rows to ``arguments``.
 
@@ -42,19 +42,25 @@ def hand_over(
         ids: ``[B, S]`` short ids.
         kept: rows by modality.
         start: placeholders before this column are in the cache already.
-        calling: the model, if its own call is under way.
+        calling: modules whose calls are under way.
     """
     if settings.route == "mm_encoder_outputs":
         arguments["mm_encoder_outputs"] = {
             modality: adapter.output(rows, modality) for modality, rows in kept.items()
         }
         return
-    model = adapter.model
-    around = [model, model.model, model.get_decoder()]
-    embeddings = inside(around, model.get_input_embeddings(), ids, calling=calling)
+    embeddings = embed(adapter, ids, calling)
     for modality, rows in kept.items():
         where = ids == adapter.token_id(modality)
         where[:, :start] = False
         where = where[..., None].to(embeddings.device)
         embeddings = embeddings.masked_scatter(where, rows.flat().to(embeddings))
     arguments["inputs_embeds"] = embeddings
+
+
+def embed(adapter: Adapter, ids: torch.Tensor, calling: Sequence[Any]) -> torch.Tensor:
+    """Embeddings of ``ids``, inside of the calls that bring their weights but for those under way."""
+    model = adapter.model
+    around = [model, model.model, model.get_decoder()]
+    embeddings: torch.Tensor = inside(around, model.get_input_embeddings(), ids, calling=calling)
+    return embeddings

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.call.controller import Controller, unwrap
+from ocvtp.vlm.call.generation import pad_token_id
 from ocvtp.vlm.call.memory import CacheNote, note_of, prefix_of, write_note
-from ocvtp.vlm.call.prompt import short_columns
+from ocvtp.vlm.call.named import by_name, positional_names
+from ocvtp.vlm.call.prompt import identity, short_columns
 from ocvtp.vlm.call.shorten import shorten
 from ocvtp.vlm.call.wrappers import foreign_layer, is_transparent_module, label
 from ocvtp.vlm.contracts.errors import PatchError
+from ocvtp.vlm.contracts.pixels import pixels_in
 
 
 class Handed(dict[str, Any]):
@@ -49,7 +52,7 @@ class Around:
     def __init__(self, controller: Controller, inner: torch.nn.Module) -> None:
         self._controller = controller
         self.inner = inner
-        self._names = tuple(inspect.signature(type(inner).forward).parameters)[1:]
+        self._names = positional_names(type(inner).forward)
         self._handles = [inner.register_forward_hook(self.spread, with_kwargs=True)]
         try:
             self._handles.append(inner.register_forward_pre_hook(self.shorten, with_kwargs=True))
@@ -81,9 +84,9 @@ class Around:
         controller = self._controller
         if controller is None or not controller.enabled:
             return None
-        given = {**{self._names[i]: value for i, value in enumerate(args)}, **kwargs}
+        given = by_name(f"{type(self.inner).__name__}.forward", self._names, args, kwargs)
         adapter, settings = controller.adapter, controller.settings
-        pixels = any(given.get(key) is not None for key in adapter.pixel_keys.values())
+        pixels = bool(pixels_in(adapter, given))
         cache = given.get("past_key_values")
         note = note_of(cache)
         if (note is None and not pixels) or given.get("mm_encoder_outputs") is not None:
@@ -98,8 +101,11 @@ class Around:
         returned = given.get("return_dict")
         if not (controller.model.config.return_dict if returned is None else returned):
             raise _refusal(controller.model, "pass return_dict=True")
+        if given.get(
+            "output_router_logits"
+        ):  # those of the short sequence, which no mask of the long one fits
+            raise _refusal(controller.model, "pass output_router_logits=False")
         prefix = prefix_of(cache, ids.shape[0], ids.device)
-        pad = controller.model.config.get_text_config().pad_token_id
         call = shorten(
             adapter,
             settings,
@@ -108,13 +114,17 @@ class Around:
             prefix,
             controller.clock,
             generating=False,
-            pad_token_id=0 if pad is None else int(pad),
+            calling=(controller.model, self.inner),
+            pad_token_id=pad_token_id(controller.model, given),
         )
         handed = Handed(call.arguments.get("mm_encoder_outputs") or {})
         handed.note = call.note
         if call.note is not None:
             handed.columns = spread_columns(call.index, ids.shape[1])
-        # The cache keeps the note of what was in it until the call has come back: it may fail.
+        # Nobody tells of a call that fails. Until it is back, the cache keeps the note of what was in it, or
+        # one that lets nobody go on with what the call leaves there.
+        if cache is not None and prefix is None:
+            write_note(cache, CacheNote(identity(ids.shape[0], 0, 0, ids.device), 0, None))
         return (), {**call.arguments, "input_ids": call.ids, "mm_encoder_outputs": handed}
 
     def spread(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ocvtp.vlm.call.prompt import (
     take,
 )
 from ocvtp.vlm.contracts.adapter import Adapter
-from ocvtp.vlm.contracts.pixels import is_pixels
+from ocvtp.vlm.contracts.pixels import pixels_in
 from ocvtp.vlm.contracts.rows import KeptRows
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.encode.encode import encode
@@ -72,6 +72,7 @@ def shorten(
     generating: bool,
     pad_token_id: int,
     guard: bool = False,
+    calling: Sequence[Any] = (),
 ) -> ShortCall:
     """Encode the images, drop the columns of pruned tokens, hand the kept rows over.
 
@@ -87,6 +88,7 @@ def shorten(
         guard: put one column of padding in front of every row where positions have gaps. ``generate`` drops
             an attention mask of ones, and without mask and cache transformers takes gaps for packed
             sequences.
+        calling: modules whose calls are under way, which is none in ``generate``.
 
     Raises:
         ValueError: arguments that don't fit together, or that have no meaning on a pruned prompt.
@@ -97,9 +99,8 @@ def shorten(
     if prefix is not None and prefix.packed:
         raise ValueError("this cache holds several documents packed into one row: nothing can follow them")
     frame = frame_of(ids, arguments.get("attention_mask"), prefix, generating=generating)
-    if any(is_pixels(arguments.get(key)) for key in adapter.pixel_keys.values()):
+    if pixels_in(adapter, arguments):
         adapter.check_call(arguments, generating=generating)
-    calling = None if generating else adapter.model
     kept = encode(adapter, arguments, settings, clock, calling=calling)
     consumed = {*adapter.pixel_keys.values(), *adapter.vision_keys} if kept else set()
     short = {name: value for name, value in arguments.items() if name not in consumed}

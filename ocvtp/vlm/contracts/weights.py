@@ -18,7 +18,7 @@ _RUN = "_ocvtp_inside"
 
 
 def inside(
-    modules: Sequence[Any], run: Callable[..., Any], *tensors: torch.Tensor, calling: Any = None
+    modules: Sequence[Any], run: Callable[..., Any], *tensors: torch.Tensor, calling: Sequence[Any] = ()
 ) -> Any:
     """``run(*tensors)`` as a part of the calls of ``modules``, in which their weights are at hand.
 
@@ -30,13 +30,13 @@ def inside(
         run: takes the tensors, which may be moved or cast on the way, and returns a tensor or a tuple of
             tensors. Gradients reach sharded weights through these alone.
         tensors: what goes in.
-        calling: a module whose call is under way already.
+        calling: modules whose calls are under way already.
     """
     if not modules:
         return run(*tensors)
     module, rest = modules[0], modules[1:]
     if hasattr(module, "unshard"):
-        if module is not calling:
+        if not any(module is one for one in calling):
             return _unsharded(module, functools.partial(inside, rest, run, calling=calling), *tensors)
     else:
         hook = getattr(module, "_hf_hook", None)

@@ -11,7 +11,7 @@ import torch
 from ocvtp.selection import Selection
 from ocvtp.vlm.contracts.adapter import Adapter, Vision
 from ocvtp.vlm.contracts.budgets import Budget
-from ocvtp.vlm.contracts.pixels import is_pixels
+from ocvtp.vlm.contracts.pixels import pixels_in
 from ocvtp.vlm.contracts.rows import KeptRows, Segment, assemble
 from ocvtp.vlm.contracts.selector import Begun, Group
 from ocvtp.vlm.contracts.settings import Settings
@@ -25,7 +25,7 @@ def encode(
     settings: Settings,
     clock: Clock | None,
     *,
-    calling: Any = None,
+    calling: Sequence[Any] = (),
 ) -> dict[str, KeptRows]:
     """Encode and prune what ``arguments`` bring along, by modality.
 
@@ -34,12 +34,12 @@ def encode(
         arguments: of a call.
         settings: of the call.
         clock: times the stages, if one runs.
-        calling: the model, if its own call is under way (``generate`` is none).
+        calling: modules whose calls are under way (``generate`` is no call).
 
     Raises:
         ValueError: arguments that don't describe images of this model.
     """
-    keys = {m: key for m, key in adapter.pixel_keys.items() if is_pixels(arguments.get(key))}
+    keys = pixels_in(adapter, arguments)
     if not keys:
         return {}
     kept: dict[str, KeptRows] = {}
