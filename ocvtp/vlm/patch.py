@@ -97,7 +97,7 @@ def apply(
             caller's columns by it. ``forward`` puts it on calls without pixels too, where nothing moves,
             if they bring ``input_ids`` and no cache that nothing was pruned in. On the output of ``generate``
             with pixels and ``return_dict_in_generate`` it is of the whole prompt, before that is copied for
-            beams; new tokens follow without gaps. Tuples (``return_dict=False``) and tensors have no place for it.
+            beams; new tokens follow without gaps. Tuples (``return_dict=False``) have no place for it.
 
     Returns:
         A :class:`~ocvtp.vlm.PruneReport`; print it.
