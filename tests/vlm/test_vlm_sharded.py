@@ -15,6 +15,7 @@ import torch
 import ocvtp
 from ocvtp.vlm import PatchError
 from ocvtp.vlm.families import adapter_for
+from ocvtp.vlm.towers.clip import root
 from tests.vlm.family import Family, families
 from tests.vlm.skips import NATIVE_ROUTE
 from tests.vlm.tiny_llava import KEEP, ONE, llava, pixels, prompt, pruner
@@ -151,11 +152,12 @@ def test_a_pruner_whose_weights_come(whole: bool) -> None:
 def test_other_hooks_of_a_layer_see_its_calls_and_no_others() -> None:
     """What goes into a layer besides its own call is not shown to hooks that don't look after weights."""
     model, calls = offloaded(llava(), "layers"), []
-    for layer in model.model.vision_tower.encoder.layers:
+    layers = root(model.model.vision_tower).encoder.layers
+    for layer in layers:
         layer.register_forward_hook(lambda *_: calls.append(1))
     ocvtp.apply(model, pruner(), keep=KEEP)
     model(**prompt(ONE, pixels(1)))
-    assert len(calls) == len(model.model.vision_tower.encoder.layers) - 1  # the last is not consumed
+    assert len(calls) == len(layers) - 1  # the last is not consumed
 
 
 # --------------------------------------------------------------------------------------------- DataParallel
