@@ -85,7 +85,7 @@ def run(controller: Any, original: Any, args: Any, kwargs: Any) -> Any:
 
 def shorten(adapter: Any, settings: Any, ids: Any, arguments: Any, *_: Any, **__: Any) -> ShortCall:
     kept = {"kept": settings.keep}
-    return ShortCall(ids, {**arguments, "pixel_values": None, "mm_encoder_outputs": kept}, None)
+    return ShortCall(ids, {**arguments, "pixel_values": None, "mm_encoder_outputs": kept}, None, IDS)
 
 
 @pytest.fixture
