@@ -31,7 +31,7 @@ def image_by_image(
         What ``function`` makes, ``[B, ...]``.
     """
     images = max(len(x) for x in batched if x is not None)
-    if images == 1:
+    if images <= 1:
         return function(*batched)
     alone = [
         function(*(x if x is None or len(x) == 1 else x[image : image + 1] for x in batched))

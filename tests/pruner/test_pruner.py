@@ -480,3 +480,17 @@ def test_impossible_configs(change: dict) -> None:
 
 def test_default_is_the_official_architecture() -> None:
     assert sum(p.numel() for p in OCPruner().parameters()) == 7_616_512
+
+
+def test_one_graph_for_any_number_of_images_with_noise_of_their_own() -> None:
+    pruner = make_pruner()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, noise: pruner(x, 3, noise=noise, batch_invariant=False).indices,
+        dynamic=True,
+        fullgraph=True,
+        backend="eager",
+    )
+    for images in (2, 3):
+        x, noise = torch.randn(images, 9, 48), torch.randn(images, 3, 32)
+        assert torch.equal(compiled(x, noise), pruner(x, 3, noise=noise, batch_invariant=False).indices)

@@ -109,7 +109,8 @@ def fold(weights: SlotAttentionWeights, dtype: torch.dtype = torch.float32) -> F
 def start_from_slots(slots: torch.Tensor, w: FoldedWeights) -> SlotStart:
     """First-iteration constants of ``slots`` ``[B or 1, K, D]``, in at least float32.
 
-    Image by image: the kernels' bits depend neither on the batch nor on strides, so these may not either.
+    Image by image: the kernels' bits depend neither on the batch nor on strides, so these may not either,
+    but for compiled code.
     """
     exact = w.mlp_fc2_bias.dtype
     query, hidden = w.query_weight.to(exact), w.gru_hidden_weight.to(exact)
@@ -123,7 +124,10 @@ def start_from_slots(slots: torch.Tensor, w: FoldedWeights) -> SlotStart:
             F.linear(slots, hidden, w.gru_hidden_bias),
         )
 
-    return SlotStart(*image_by_image(start, laid_out(slots, exact)))
+    slots = laid_out(slots, exact)
+    if torch.compiler.is_compiling():  # one graph for any number of images
+        return start(slots)
+    return SlotStart(*image_by_image(start, slots))
 
 
 def slot_assignment(
