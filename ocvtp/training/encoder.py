@@ -38,6 +38,14 @@ class _Enough(Exception):
     """The layer's output is there: what follows it need not run."""
 
 
+def layer_of(layer: object, depth: int, source: str) -> int:
+    """``layer`` as an int, or :class:`EncoderError` unless the encoder has it."""
+    index = as_int(layer)
+    if index is None or not 0 <= index < depth:
+        raise EncoderError(f"layer must be between 0 and {depth - 1}, {source} has {depth}; got {layer}")
+    return index
+
+
 class FeatureEncoder:
     """Patch tokens of one layer of a vision encoder.
 
@@ -75,10 +83,7 @@ class FeatureEncoder:
         device = torch.device("cpu") if device is None else device
         config = vision_config(source)
         depth = config.num_hidden_layers
-        index = as_int(layer)
-        if index is None or not 0 <= index < depth:
-            raise EncoderError(f"layer must be between 0 and {depth - 1}, {source} has {depth}; got {layer}")
-        layer = index
+        layer = layer_of(layer, depth, source)
         self.name = os.path.basename(os.path.normpath(source))
         self.layer = layer
         self.width = int(config.hidden_size)

@@ -19,11 +19,11 @@ from ocvtp.training.encoder import (
     Squash,
     digest_json,
     digest_weights,
+    layer_of,
     plain,
     processor_settings,
     quiet,
 )
-from ocvtp_kernels._checks import as_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,13 +90,7 @@ class PictureEncoder:
         device = torch.device("cpu") if device is None else device
         self._adapter, config = _skeleton(source)
         facts = self._adapter.facts({})
-        index = as_int(layer)
-        if index is None or not 0 <= index < facts.num_layers:
-            raise EncoderError(
-                f"layer must be between 0 and {facts.num_layers - 1}, {source} has {facts.num_layers}; "
-                f"got {layer}"
-            )
-        layer = index
+        layer = layer_of(layer, facts.num_layers, source)
         own = self._adapter.picture_side
         if own is not None and side not in (None, own):
             raise EncoderError(f"pictures of {source} are {own} pixels wide; got {side}")
