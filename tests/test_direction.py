@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bench",),
 )
 # Operations share nothing but the files beside them.
-OPERATIONS = ("coverage", "received_attention", "reconstruction", "selection", "slot_attention")
+OPERATIONS = ("coverage", "merge", "received_attention", "reconstruction", "selection", "slot_attention")
 
 
 def modules() -> dict[str, Path]:

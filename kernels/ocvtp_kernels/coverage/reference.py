@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ocvtp_kernels._alike import laid_out
+from ocvtp_kernels._nearest_reference import centred, nearest, rows_at
 
 #: To replace a kept token, another's squared distance to their mean must be less than this share of its own.
 #: Of two tokens both are equally near, and rounding must not decide.
@@ -29,24 +29,14 @@ class Covered(NamedTuple):
     error: torch.Tensor
 
 
-def centred(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in at least float32, without each image's mean: distances are the same, and lose fewer digits."""
-    x = laid_out(x, torch.promote_types(x.dtype, torch.float32))
-    return x - x.mean(dim=1, keepdim=True)
-
-
 def cover(z: torch.Tensor, indices: torch.Tensor) -> Covered:
     """Assign every token of centred ``z`` ``[B, N, C]`` to its nearest kept one; ties go to the first.
 
     A kept token is its own, even if another is equal. Which is nearest is found by products, how far it is by
     differences.
     """
-    kept = _rows(z, indices)
-    scores = kept.square().sum(dim=2)[:, None, :] - 2.0 * z @ kept.transpose(1, 2)  # [B, N, T]
-    owner = scores.argmin(dim=2)
-    own = torch.arange(indices.shape[1], device=z.device).expand_as(indices)
-    owner = owner.scatter(1, indices, own)
-    distance = (z - _rows(kept, owner)).square().sum(dim=2)
+    owner = nearest(z, indices)
+    distance = (z - rows_at(rows_at(z, indices), owner)).square().sum(dim=2)
     total = z.square().sum(dim=(1, 2))
     error = torch.where(total > 0, distance.sum(dim=1) / torch.where(total > 0, total, 1.0), 0.0)
     return Covered(owner, distance, error)
@@ -62,7 +52,7 @@ def candidates(z: torch.Tensor, indices: torch.Tensor, owner: torch.Tensor) -> t
     kept = indices.shape[1]
     member = torch.nn.functional.one_hot(owner, kept).to(z.dtype)  # [B, N, T]
     means = member.transpose(1, 2) @ z / member.sum(dim=1)[:, :, None]
-    away = (z - _rows(means, owner)).square().sum(dim=2)
+    away = (z - rows_at(means, owner)).square().sum(dim=2)
     is_kept = torch.zeros_like(away, dtype=torch.bool).scatter(1, indices, True)
     away = torch.where(is_kept, away * STEADY - LEAST, away)
     of_cluster = torch.where(member > 0, away[:, :, None], torch.inf)  # [B, N, T]
@@ -87,7 +77,3 @@ def refine(x: torch.Tensor, indices: torch.Tensor, rounds: int) -> tuple[torch.T
             torch.where(better, after.error, covered.error),
         )
     return indices.sort(dim=1).values, covered.error
-
-
-def _rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    return x.gather(1, indices[:, :, None].expand(-1, -1, x.shape[2]))
