@@ -27,6 +27,10 @@ class Selection:
             fewer; ``None`` where all images keep as many.
         count: ``[B]`` int64, how many each image keeps; ``None`` with ``mask``.
         met: ``[B]`` bool, whether the image's coverage error is what was asked for; ``None`` with ``mask``.
+        mass: ``[B, keep]`` float32, how many tokens each kept one stands for, itself among them; ``None``
+            where kept tokens stand for nobody else.
+        owner: ``[B, N]`` int64, position among the kept of the token that stands for each; ``None`` with
+            ``mass``.
     """
 
     indices: torch.Tensor
@@ -37,6 +41,8 @@ class Selection:
     mask: torch.Tensor | None = None
     count: torch.Tensor | None = None
     met: torch.Tensor | None = None
+    mass: torch.Tensor | None = None
+    owner: torch.Tensor | None = None
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of ``x`` ``[B, N, C]`` at the kept tokens, ``[B, keep, C]``; differentiable.

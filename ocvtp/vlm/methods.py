@@ -15,6 +15,7 @@ from typing import Any
 
 from ocvtp.vlm.call.controller import ATTRIBUTE, Controller
 from ocvtp.vlm.call.inner import Around, inner_of
+from ocvtp.vlm.call.weighing import install_weights, uninstall_weights
 from ocvtp.vlm.call.wrappers import foreign_layer, label, layers, living, number, number_of
 from ocvtp.vlm.contracts.adapter import Adapter
 from ocvtp.vlm.contracts.errors import PatchError
@@ -50,9 +51,16 @@ def install(model: Any, adapter: Adapter, settings: Settings, runs: Mapping[str,
         if controller.around is not None:
             controller.around.remove()
     controller.previous, controller.around = previous, around
-    controller.adapter, controller.settings, controller.enabled = adapter, settings, True
+    controller.adapter, controller.enabled = adapter, True
     model.__dict__.update(installed)
+    resettle(model, controller, settings)
     refuse_replicas(model)
+
+
+def resettle(model: Any, controller: Controller, settings: Settings) -> None:
+    """Give a patched model other settings, whatever was put on top of it meanwhile."""
+    controller.settings = settings
+    (install_weights if settings.weigh else uninstall_weights)(model)
 
 
 def uninstall(model: Any) -> None:
@@ -70,6 +78,7 @@ def uninstall(model: Any) -> None:
     if controller.around is not None:
         controller.around.remove()
         controller.around = None
+    uninstall_weights(model)
     allow_replicas(model)
     for name in controller.originals:
         slot = model.__dict__.get(name)

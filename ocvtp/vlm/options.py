@@ -12,15 +12,17 @@ import torch
 from ocvtp.pruner.capture import SlotRunner
 from ocvtp.pruner.pruner import OCPruner, check_options
 from ocvtp.vlm.call.handover import route_of
+from ocvtp.vlm.call.weighing import why_no_weights
 from ocvtp.vlm.contracts.adapter import Adapter, TowerFacts
 from ocvtp.vlm.contracts.budgets import Budget
 from ocvtp.vlm.contracts.selector import Rule, Selector, reads_features
-from ocvtp.vlm.contracts.settings import Frames, Layout, Newlines, Positions, Settings, Tower
+from ocvtp.vlm.contracts.settings import Frames, Layout, Merge, Newlines, Positions, Settings, Tower
 from ocvtp.vlm.contracts.versions import transformers_older_than
 from ocvtp.vlm.encode.selectors import PrunerSelector, RuleSelector
 from ocvtp.vlm.families.fit import check_fit, check_layers
 from ocvtp.vlm.report import PruneReport
 from ocvtp_kernels._backend import resolve_backend
+from ocvtp_kernels._checks import as_int
 from ocvtp_kernels.coverage import check_rounds
 
 
@@ -43,12 +45,20 @@ class Options:
     frames: Frames = "each"
     tower: Tower = "exact"
     columns: bool = False
+    merge: Merge | Literal["auto"] = "off"
+    weigh: bool | Literal["auto"] = False
+    features: int | Literal["auto", "early", "consumed"] = "auto"
 
     def __post_init__(self) -> None:
         for name, kind in (("layout", Layout), ("newlines", Newlines), ("frames", Frames), ("tower", Tower)):
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(f'"{value}"' for value in get_args(kind))
                 raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}")
+        if self.merge not in (*get_args(Merge), "auto"):
+            known = ", ".join(f'"{value}"' for value in get_args(Merge))
+            raise ValueError(f'merge must be one of {known} or "auto"; got {self.merge!r}')
+        if not isinstance(self.weigh, bool) and self.weigh != "auto":
+            raise ValueError(f'weigh must be True, False or "auto"; got {self.weigh!r}')
         if self.keep == "auto" and isinstance(self.pruner, str):
             raise ValueError(f'keep="auto" compares coverage, which needs a pruner, not {self.pruner!r}')
 
@@ -73,6 +83,13 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
             raise TypeError(f"pruner must be an ocvtp.OCPruner; got {type(options.pruner).__name__}")
         check_fit(config, facts, model.config._name_or_path or "MODEL")
     selector = _selector(options, facts.consumed_layers)
+    if options.tower == "kept_rows" and selector.read_layer == max(facts.consumed_layers):
+        raise ValueError(
+            f'{_KEPT_ROWS}, and tokens are chosen by all of it: use features="early", or a pruner trained on '
+            "an earlier layer"
+        )
+    merge, no_merge = _merge(adapter, options)
+    weigh, no_weights = _weigh(adapter, options)
     settings = Settings(
         selector=selector,
         budget=budget,
@@ -85,23 +102,80 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         frames=options.frames,
         tower=options.tower,
         columns=options.columns,
+        merge=merge,
+        weigh=weigh,
     )
     if adapter.needs_mm_route and settings.route == "inputs_embeds":
         raise ValueError(f"pruning {model.config.model_type} needs transformers >= 5.18")
     adapter.check(settings)
-    return settings, _report(adapter, facts, options, settings)
+    reasons = tuple(reason for reason in (no_merge, no_weights) if reason is not None)
+    return settings, _report(adapter, facts, options, settings, reasons)
+
+
+_KEPT_ROWS = 'tower="kept_rows" computes the consumed layer for kept tokens only'
+
+
+def _merge(adapter: Adapter, options: Options) -> tuple[Merge, str | None]:
+    """Where rows are averaged, and why not where ``"auto"`` would."""
+    kept_rows = f"{_KEPT_ROWS}, so others can't be averaged"
+    if options.merge == "auto":
+        return ("off", kept_rows) if options.tower == "kept_rows" else ("projected", None)
+    if options.merge != "off" and options.tower == "kept_rows":
+        raise ValueError(f'{kept_rows}: use tower="exact", or merge="off"')
+    if options.merge == "features" and not adapter.projects_tokens:
+        raise ValueError(
+            f"the projector of {adapter.model.config.model_type} doesn't take tokens one by one, so their "
+            'means can\'t be taken before it: use merge="projected"'
+        )
+    return options.merge, None
+
+
+def _weigh(adapter: Adapter, options: Options) -> tuple[bool, str | None]:
+    """Whether the language model is told masses, and why not where ``"auto"`` would."""
+    if options.weigh is False:
+        return False, None
+    reason = why_no_weights(adapter.model)
+    if reason is None and options.tower == "kept_rows":
+        reason = f'{_KEPT_ROWS}, so nobody knows for whom they stand: use tower="exact"'
+    if reason is not None and options.weigh is True:
+        raise ValueError(f"weigh=True is not possible here: {reason}; or weigh=False")
+    return reason is None, reason
+
+
+def _read_layer(features: object, consumed: tuple[int, ...]) -> int:
+    """The layer whose features a rule compares.
+
+    Raises:
+        TypeError, ValueError: none of the tower, or one that is computed too late.
+    """
+    if features in ("auto", "early"):
+        layer: int | None = _early(consumed)
+    elif features == "consumed":
+        layer = max(consumed)
+    else:
+        layer = as_int(features)
+        if layer is None:
+            raise TypeError(
+                f'features must be "early", "consumed", "auto" or an encoder layer, an int; got {features!r}'
+            )
+    assert layer is not None
+    check_layers(layer, consumed)
+    return layer
 
 
 def _selector(options: Options, consumed: tuple[int, ...]) -> Selector:
     pruner = options.pruner
+    compares = isinstance(pruner, str) and reads_features(pruner)
+    if options.features != "auto" and not compares:
+        who = repr(pruner) if isinstance(pruner, str) else "a pruner, which reads the layer it was trained on"
+        raise ValueError(f"features is for rules that compare features, not for {who}")
     if not isinstance(pruner, torch.nn.Module):
         if pruner not in get_args(Rule):
             known = ", ".join(f'"{rule}"' for rule in get_args(Rule))
             raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")
         if reads_features(pruner):
-            early = _early(consumed)
-            check_layers(early, consumed)
-            return RuleSelector(pruner, read_layer=early, rounds=options.refine, backend=options.backend)
+            layer = _read_layer(options.features, consumed)
+            return RuleSelector(pruner, read_layer=layer, rounds=options.refine, backend=options.backend)
         if options.refine:
             raise ValueError(f"refine needs features; {pruner!r} reads none")
         return RuleSelector(pruner, options.seed)
@@ -120,7 +194,9 @@ def _early(consumed: tuple[int, ...]) -> int:
     return round(max(consumed) * 8 / 22)
 
 
-def _report(adapter: Adapter, facts: TowerFacts, options: Options, settings: Settings) -> PruneReport:
+def _report(
+    adapter: Adapter, facts: TowerFacts, options: Options, settings: Settings, reasons: tuple[str, ...]
+) -> PruneReport:
     keep = settings.budget.of(facts.tokens) if facts.tokens is not None else None
     return PruneReport(
         family=adapter.model.config.model_type,
@@ -143,6 +219,9 @@ def _report(adapter: Adapter, facts: TowerFacts, options: Options, settings: Set
         positions=settings.positions,
         route=settings.route,
         kept_rows_only=settings.tower == "kept_rows",
+        merge=settings.merge,
+        weigh=settings.weigh,
+        reasons=reasons,
     )
 
 

@@ -12,10 +12,10 @@ from ocvtp.selection import Selection
 from ocvtp.vlm.call import calls
 from ocvtp.vlm.call.controller import ATTRIBUTE, controller_of, unwrap
 from ocvtp.vlm.contracts.selector import Rule
-from ocvtp.vlm.contracts.settings import Frames, Layout, Newlines, Settings, Tower
+from ocvtp.vlm.contracts.settings import Frames, Layout, Merge, Newlines, Settings, Tower
 from ocvtp.vlm.encode.encode import choose
 from ocvtp.vlm.families import adapter_for
-from ocvtp.vlm.methods import Run, install, uninstall
+from ocvtp.vlm.methods import Run, install, resettle, uninstall
 from ocvtp.vlm.options import Options, resolve
 from ocvtp.vlm.report import PruneReport
 
@@ -40,6 +40,9 @@ def apply(
     frames: Frames = "each",
     tower: Tower = "exact",
     columns: bool = False,
+    merge: Merge | Literal["auto"] = "off",
+    weigh: bool | Literal["auto"] = False,
+    features: int | Literal["auto", "early", "consumed"] = "auto",
 ) -> PruneReport:
     """Patch a vision-language model in place, so that ``forward`` and ``generate`` prune image tokens.
 
@@ -126,6 +129,9 @@ def apply(
         frames=frames,
         tower=tower,
         columns=columns,
+        merge=merge,
+        weigh=weigh,
+        features=features,
     )
     settings, report = resolve(adapter, options)
     before = _settings_of(target)
@@ -180,7 +186,7 @@ def pruned(
         if before is None:
             remove(target)
         elif controller is not None and controller.enabled:  # whatever was put on top meanwhile stays there
-            controller.settings = before
+            resettle(target, controller, before)
         else:
             install(target, adapter_for(target), before, _PATCHED)
         settings.selector.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ocvtp.vlm.contracts.settings import Positions, Route
+from ocvtp.vlm.contracts.settings import Merge, Positions, Route
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class PruneReport:
         route: how the kept rows reach the model: ``"mm_encoder_outputs"`` (transformers >= 5.18) or
             ``"inputs_embeds"``.
         kept_rows_only: whether the end of the consumed layer is computed for kept tokens only.
+        merge: where dropped tokens are averaged into their nearest kept one: ``"projected"`` after the
+            projector, ``"features"`` before it, or ``"off"``.
+        weigh: whether the language model adds log(how many tokens a kept one stands for) to its logits.
+        reasons: why merging or weights are off although ``"auto"`` would have them.
     """
 
     family: str
@@ -54,6 +58,9 @@ class PruneReport:
     positions: Positions
     route: Route
     kept_rows_only: bool = False
+    merge: Merge = "off"
+    weigh: bool = False
+    reasons: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         consumed = ", ".join(str(layer) for layer in self.consumed_layers)
@@ -65,11 +72,23 @@ class PruneReport:
             ("tower", f"{self.tower}, {self.num_layers} layers, {self.attention} attention"),
             ("chosen by", f"{self.selector}, which reads {reads}{rounds}"),
             ("model consumes", f"layer {consumed}{rest}; later layers are skipped"),
+            ("dropped tokens", self._dropped()),
+            *(("", f"({reason})") for reason in self.reasons),
             ("positions", self.positions),
             ("kernels", f"{self.backend}, {self.precision}{', CUDA graphs' if self.captured else ''}"),
             ("hand-over", self.route),
         ]
         return "\n".join([f"ocvtp on {self.family}", *(f"  {name:<15}{value}" for name, value in rows)])
+
+    def _dropped(self) -> str:
+        """What becomes of them."""
+        merged = {
+            "off": "",
+            "projected": "averaged into the nearest kept one",
+            "features": "averaged into the nearest kept one before the projector",
+        }[self.merge]
+        weighed = "weighed by proportional attention" if self.weigh else ""
+        return ", ".join(part for part in (merged, weighed) if part) or "thrown away"
 
     def _tokens(self) -> str:
         of = "" if self.unit == 1 else f", each {self.unit} x {self.unit} patches"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ocvtp.vlm.call.generation import effective, pad_token_id
 from ocvtp.vlm.call.memory import CacheNote, cached_length, note_of, prefix_of, write_note
 from ocvtp.vlm.call.prompt import identity, restore_prompt
 from ocvtp.vlm.call.shorten import ShortCall, shorten
+from ocvtp.vlm.call.weighing import KEY, forget_weights, weighing, weights_for, with_weights
 from ocvtp.vlm.contracts.versions import transformers_older_than
 
 
@@ -32,7 +32,7 @@ def forward(
     pixels = controller.has_pixels("forward", args, kwargs)
     settings = controller.settings
     if note is None and not pixels:
-        output = original(*args, **kwargs)
+        output = original(*args, **_weighed(controller, cache, args, kwargs))
         if settings.columns and cache is None:
             ids = controller.argument("forward", "input_ids", args, kwargs)
             return output if ids is None else with_columns(output, *_unchanged(ids))
@@ -65,7 +65,7 @@ def forward(
     if "inputs_embeds" not in call.arguments or call.arguments["inputs_embeds"] is None:
         call.arguments["input_ids"] = call.ids
     try:
-        output = original(**call.arguments)
+        output = original(**with_weights(call.arguments, call.note))
     except BaseException:
         _note_failure(cache, note, prefix, ids)
         raise
@@ -84,6 +84,7 @@ def generate(
     own_cache = getattr(controller.model, "_cache", None)
     if own_cache is not None and own_cache is not cache:
         write_note(own_cache, None)
+        forget_weights(own_cache)
     note = note_of(cache)
     pixels = controller.has_pixels("generate", args, kwargs)
     if note is None and not pixels:
@@ -125,11 +126,17 @@ def generate(
     _shift_lengths(controller.model, call.arguments, view.dropped)
     write_note(cache, None)
     try:
-        with compared_by_own_type(controller.model, call.arguments):
+        with (
+            compared_by_own_type(controller.model, call.arguments),
+            weighing(controller.model, call.note.bias),
+        ):
             output = original(**{name: call.ids}, **call.arguments)
     except BaseException:
         _note_failure(cache, note, prefix, ids)
         raise
+    finally:
+        if cache is not None:
+            forget_weights(cache)
     output = _restore(output, ids, call, cache)
     return with_columns(output, call.index, ids.shape[1]) if settings.columns else output
 
@@ -147,19 +154,13 @@ def _restore(output: Any, ids: torch.Tensor, call: ShortCall, cache: Any) -> Any
     full = torch.cat([sequences[:, :start], restore_prompt(sequences[:, start:], ids, short)], dim=1)
     for filled in (cache, _cache_in(output)):
         if filled is not None:
+            forget_weights(filled)
             rows = cached_batch(filled) or sequences.shape[0]  # of beams, not all are returned
-            write_note(filled, _grown(call.note, rows, sequences.shape[1] - start - short))
+            write_note(filled, call.note.grown(rows, sequences.shape[1] - start - short))
     if isinstance(output, torch.Tensor):
         return full
     output.sequences = full
     return output
-
-
-def _grown(note: CacheNote, rows: int, new: int) -> CacheNote:
-    """The note after ``new`` more tokens in each of ``rows`` sequences."""
-    note = note.repeated(rows // note.index.shape[0])
-    more = identity(rows, note.long, note.long + new, note.index.device)
-    return replace(note.moved(new), index=torch.cat([note.index, more], dim=1))
 
 
 def _note_failure(cache: Any, note: CacheNote | None, prefix: CacheNote | None, ids: torch.Tensor) -> None:
@@ -173,6 +174,18 @@ def _note_failure(cache: Any, note: CacheNote | None, prefix: CacheNote | None, 
         write_note(cache, note)
     elif cached_length(cache) != prefix.index.shape[1]:
         write_note(cache, prefix)
+
+
+def _weighed(
+    controller: Controller, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The keyword arguments of a call that may be one of ``generate``'s, with the weights of its prompt."""
+    if not controller.settings.weigh:
+        return kwargs
+    given = (controller.argument("forward", name, args, kwargs) for name in ("input_ids", "inputs_embeds"))
+    columns = next((each.shape[1] for each in given if isinstance(each, torch.Tensor)), 0)
+    weights = weights_for(controller.model, cache, columns)
+    return kwargs if weights is None else {**kwargs, KEY: weights}
 
 
 def _is_upstreams_business(ids: Any, arguments: Mapping[str, Any], pixels: bool) -> bool:

@@ -34,6 +34,8 @@ class CacheNote:
             nobody needs to know.
         packed: whether rows hold several documents that don't see each other.
         rows: what the cache held, row by row, when the note was put on it.
+        bias: ``[B, C]`` float32, log of how many tokens each cached one stands for; ``None`` where all stand
+            for themselves, or the language model was not told.
     """
 
     index: torch.Tensor
@@ -44,6 +46,7 @@ class CacheNote:
     live: torch.Tensor | None = None
     packed: bool = False
     rows: CachedRows | None = None
+    bias: torch.Tensor | None = None
 
     def cropped(self, length: int) -> CacheNote:
         """The note of a cache cropped to its first ``length`` columns.
@@ -60,10 +63,18 @@ class CacheNote:
                 f"{length}, perhaps from a call that failed; crop it to what it held, continue with the "
                 "cache as generate returned it, or start with an empty one"
             )
-        return replace(self.moved(-lost), index=self.index[:, :length])
+        bias = None if self.bias is None else self.bias[:, :length]
+        return replace(self.moved(-lost), index=self.index[:, :length], bias=bias)
+
+    def grown(self, rows: int, new: int) -> CacheNote:
+        """After ``new`` more tokens of text in each of ``rows`` sequences."""
+        note = self.repeated(rows // len(self.index))
+        more = identity(rows, note.long, note.long + new, note.index.device)
+        bias = None if note.bias is None else torch.nn.functional.pad(note.bias, (0, new))
+        return replace(note.moved(new), index=torch.cat([note.index, more], dim=1), bias=bias)
 
     def moved(self, by: int) -> CacheNote:
-        """With ``by`` more columns of text at the end, but for the index."""
+        """With ``by`` more columns of text at the end, but for what has a value per column."""
         return replace(self._counts(lambda count: count + by), long=self.long + by)
 
     def repeated(self, copies: int) -> CacheNote:
@@ -74,7 +85,8 @@ class CacheNote:
     def of_rows(self, rows: torch.Tensor) -> CacheNote:
         """The note of the sequences ``rows``, ``[n]``."""
         moved = self._counts(lambda count: count[rows.to(count.device)])
-        return replace(moved, index=self.index[rows.to(self.index.device)])
+        bias = None if self.bias is None else self.bias[rows.to(self.bias.device)]
+        return replace(moved, index=self.index[rows.to(self.index.device)], bias=bias)
 
     def of_prompts(self, batch: int) -> CacheNote | None:
         """One row for each of ``batch`` prompts, whose rows follow each other; ``None`` if they differ."""
@@ -85,6 +97,7 @@ class CacheNote:
             (self.index, again.index),
             (self.next_position, again.next_position),
             (self.live, again.live),
+            (self.bias, again.bias),
         )
         same = all(a is None or b is None or torch.equal(a, b) for a, b in pairs)
         return shared if same else None
@@ -101,7 +114,8 @@ class CacheNote:
 
     def to(self, device: torch.device) -> CacheNote:
         """The note on another device."""
-        return replace(self._counts(lambda count: count.to(device)), index=self.index.to(device))
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self._counts(lambda count: count.to(device)), index=self.index.to(device), bias=bias)
 
 
 def cached_length(cache: Any) -> int:

@@ -98,6 +98,7 @@ def shorten(
             raise ValueError(f"{name} can't be combined with token pruning")
     if prefix is not None and prefix.packed:
         raise ValueError("this cache holds several documents packed into one row: nothing can follow them")
+    _check_alike(settings, prefix)
     frame = frame_of(ids, arguments.get("attention_mask"), prefix, generating=generating)
     if pixels_in(adapter, arguments):
         adapter.check_call(arguments, generating=generating)
@@ -135,11 +136,13 @@ def shorten(
     long = frame.long_start + frame.ids.shape[1]
     whole = index if prefix is None else torch.cat([prefix.index, _shift(index, prefix.long)], dim=1)
     mask = _short_mask(frame, index)
+    bias = _bias(adapter, frame, index, kept)
     if guard and positions is not None and prefix is None and not adapter.mrope:
         whole, mask, positions = (
             torch.nn.functional.pad(tensor, (1, 0), value=value)
             for tensor, value in ((whole, -1), (mask, 0), (positions, 0))
         )
+        bias = None if bias is None else torch.nn.functional.pad(bias, (1, 0))
         padded = True
 
     columns = whole if generating else index
@@ -178,8 +181,41 @@ def shorten(
         start = prefix.index.shape[1] if generating and prefix is not None else 0
         hand_over(short, adapter, settings, short_ids, kept, start, calling)
     live = mask.sum(1, keepdim=True) if adapter.mrope else None
-    note = CacheNote(whole, long, following, pruned=not same, live=live, packed=packed is not None)
+    note = CacheNote(whole, long, following, pruned=not same, live=live, packed=packed is not None, bias=bias)
     return ShortCall(short_ids, short, note, columns)
+
+
+def _check_alike(settings: Settings, prefix: CacheNote | None) -> None:
+    """Raise ``ValueError`` for a cache that the language model read with other weights than it will now."""
+    if prefix is None or not prefix.pruned or (prefix.bias is not None) == settings.weigh:
+        return
+    before, now = ("with", "without") if prefix.bias is not None else ("without", "with")
+    raise ValueError(
+        f"this cache was filled {before} weights for kept tokens that stand for others, and can't be "
+        f"continued {now} them: apply(..., weigh={prefix.bias is not None}), or start with an empty cache"
+    )
+
+
+def _bias(
+    adapter: Adapter, frame: Frame, index: torch.Tensor, kept: Mapping[str, KeptRows]
+) -> torch.Tensor | None:
+    """``[B, cached + new]`` float32: log of how many tokens a short column stands for; ``None``: one each."""
+    prefix = frame.prefix
+    before = None if prefix is None else prefix.bias
+    if before is None and all(rows.mass is None for rows in kept.values()):
+        return None
+    new = torch.zeros(index.shape, dtype=torch.float32, device=index.device)
+    if kept:
+        ids = take(frame.ids, index, -1)
+        for modality, rows in kept.items():
+            if rows.mass is not None:
+                where = ids == adapter.token_id(modality)
+                new = new.masked_scatter(where, rows.mass.log().to(new.device))
+    if prefix is None:
+        return new
+    if before is None:
+        before = torch.zeros(prefix.index.shape, dtype=torch.float32, device=new.device)
+    return torch.cat([before, new], dim=1)
 
 
 def _following(

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ocvtp.vlm.contracts.rows import KeptRows, Piece, Segment
+from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
 
 
@@ -79,6 +79,30 @@ class Vision(Protocol):
             taken: rows of :meth:`source` at ``indices``, if there was one.
         """
 
+    def projected(self, which: Sequence[int]) -> Projected:
+        """Rows for the language model of all candidates, ``n = N``, in their order."""
+
+    def sources(self, which: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """``[segments, N, C]`` that the projector reads of each candidate; then the same of DeepStack layers.
+
+        Only if the adapter :attr:`~Adapter.projects_tokens`.
+        """
+
+    def project(self, which: Sequence[int], sources: tuple[torch.Tensor, ...]) -> Projected:
+        """Rows for the language model of :meth:`sources`, or of means of them, ``[segments, n, C]``."""
+
+    def place(
+        self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
+    ) -> list[Piece]:
+        """Pieces of given rows, with what the model adds to them.
+
+        Args:
+            which: segments.
+            indices: ``[segments, k]``, ascending: the candidates whose places the rows take.
+            made: the rows, ``n = k``.
+            mass: ``[segments, k]`` float32, how many candidates each stands for.
+        """
+
 
 class Adapter(Protocol):
     """One model family. Holds the model; everything else is passed in."""
@@ -106,6 +130,10 @@ class Adapter(Protocol):
     @property
     def masks_by_layer(self) -> bool:
         """Whether ``forward`` takes a mask per kind of layer."""
+
+    @property
+    def projects_tokens(self) -> bool:
+        """Whether the projector reads candidates one by one, so that their means can be taken before it."""
 
     @property
     def model(self) -> Any:
@@ -190,6 +218,7 @@ class Family:
     first_position = 0
     needs_mm_route = False
     masks_by_layer = True
+    projects_tokens = True
     #: Options of :func:`ocvtp.apply` that not every family has, which this one has.
     options: frozenset[str] = frozenset()
 

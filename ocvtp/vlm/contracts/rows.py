@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -32,10 +33,24 @@ class Piece:
         rows: ``[segments, k, D]`` in prompt order.
         slots: ``[segments, k]`` int64: which of its item's placeholders each row belongs to, ascending.
         deep: DeepStack features of the same tokens, one ``[segments, k, D]`` per layer that adds some.
+        mass: ``[segments, k]`` float32, how many candidates each row stands for; ``None``: one each.
     """
 
     rows: torch.Tensor
     slots: torch.Tensor
+    deep: tuple[torch.Tensor, ...] = ()
+    mass: torch.Tensor | None = None
+
+
+class Projected(NamedTuple):
+    """What the language model reads of candidates.
+
+    Attributes:
+        rows: ``[segments, n, D]``.
+        deep: DeepStack features, one ``[segments, n, D]`` per layer that adds some.
+    """
+
+    rows: torch.Tensor
     deep: tuple[torch.Tensor, ...] = ()
 
 
@@ -48,12 +63,14 @@ class KeptRows:
         slots: ``[all k]`` int64: which of its item's placeholders each row belongs to.
         totals: placeholders per item in the unpruned prompt.
         deep: per layer that adds DeepStack features, one ``[k, D]`` per item.
+        mass: ``[all k]`` float32, how many candidates each row stands for; ``None``: one each.
     """
 
     rows: tuple[torch.Tensor, ...]
     slots: torch.Tensor
     totals: tuple[int, ...]
     deep: tuple[tuple[torch.Tensor, ...], ...] = ()
+    mass: torch.Tensor | None = None
 
     @property
     def complete(self) -> bool:
@@ -102,22 +119,37 @@ def assemble(
         rows[segment.item].append(piece.rows[i])
         for level in range(levels):
             deep[level][segment.item].append(piece.deep[level][i])
-    in_order = [slots for number in range(len(segments)) for slots in _slots(where, number)]
+    weighed = any(piece.mass is not None for _, piece in made)
+    numbers = range(len(segments))
+    mass = [part for number in numbers for part in _in_order(where, number, _mass)] if weighed else None
     return KeptRows(
         tuple(_joined(parts) for parts in rows),
-        torch.cat(in_order) if len(in_order) > 1 else in_order[0],
+        _joined([part for number in numbers for part in _in_order(where, number, _slots)]),
         tuple(totals),
         tuple(tuple(_joined(parts) for parts in layer) for layer in deep),
+        None if mass is None else _joined(mass),
     )
 
 
-def _slots(where: dict[int, tuple[Piece, int]], number: int) -> list[torch.Tensor]:
-    """Slots of a segment; of all segments of a piece at once where it holds them one after another."""
+def _in_order(
+    where: dict[int, tuple[Piece, int]], number: int, of: Callable[[Piece], torch.Tensor]
+) -> list[torch.Tensor]:
+    """A segment's row of ``of(piece)``; all rows at once where a piece holds segments one after another."""
     piece, i = where[number]
     whole = all(where.get(number - i + j) == (piece, j) for j in range(len(piece.slots)))
     if not whole:
-        return [piece.slots[i]]
-    return [piece.slots.flatten()] if i == 0 else []
+        return [of(piece)[i]]
+    return [of(piece).flatten()] if i == 0 else []
+
+
+def _slots(piece: Piece) -> torch.Tensor:
+    return piece.slots
+
+
+def _mass(piece: Piece) -> torch.Tensor:
+    if piece.mass is not None:
+        return piece.mass
+    return torch.ones(piece.slots.shape, dtype=torch.float32, device=piece.rows.device)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -9,12 +9,12 @@ import torch
 
 from ocvtp.selection import Selection
 
-Rule = Literal["attention", "random", "grid", "farthest_point"]
+Rule = Literal["attention", "random", "grid", "farthest_point", "greedy_dpp"]
 
 
 def reads_features(rule: str) -> bool:
-    """Whether a rule compares the features of an early layer, so that its choice can be refined."""
-    return rule == "farthest_point"
+    """Whether a rule compares the features of an encoder layer, so that its choice can be refined."""
+    return rule in ("farthest_point", "greedy_dpp")
 
 
 @dataclass(frozen=True)

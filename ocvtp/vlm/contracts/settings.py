@@ -14,6 +14,7 @@ Layout = Literal["layout", "official"]
 Newlines = Literal["last", "rows", "all"]
 Frames = Literal["each", "all"]
 Tower = Literal["exact", "kept_rows"]
+Merge = Literal["off", "projected", "features"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Settings:
         frames: whether each frame of a video has a budget of its own, or all together one.
         tower: ``"kept_rows"`` computes the consumed layer for kept rows only, which rounds differently.
         columns: whether outputs say where the caller's columns went.
+        merge: where dropped tokens are averaged into their nearest kept one: not at all, after the projector,
+            or before it.
+        weigh: whether the language model knows how many tokens a kept one stands for.
     """
 
     selector: Selector
@@ -45,6 +49,13 @@ class Settings:
     frames: Frames = "each"
     tower: Tower = "exact"
     columns: bool = False
+    merge: Merge = "off"
+    weigh: bool = False
+
+    @property
+    def standing(self) -> bool:
+        """Whether kept tokens stand for others, so that somebody has to find out for which."""
+        return self.merge != "off" or self.weigh
 
     @classmethod
     def default(cls, name: str) -> object:

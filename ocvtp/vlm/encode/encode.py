@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from ocvtp.vlm.contracts.rows import KeptRows, Segment, assemble
 from ocvtp.vlm.contracts.selector import Begun, Group
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.weights import inside
+from ocvtp.vlm.encode.standing import owners, stand_for
 from ocvtp.vlm.encode.timing import Clock, stage
 
 
@@ -64,7 +67,9 @@ def choose(
     def choice(pixels: torch.Tensor) -> tuple[()]:
         vision = adapter.vision("image", {**arguments, key: pixels}, settings)
         run = _Run(vision, settings, None, return_attention=return_attention)
-        found.extend(run.choice(i).select(run.scores(i)) for i in range(len(run.groups)))
+        for i, group in enumerate(run.groups):
+            selection = run.choice(i).select(run.scores(i))
+            found.append(_with_owners(vision, group, selection, settings) if settings.standing else selection)
         return ()
 
     key = adapter.pixel_keys["image"]
@@ -84,14 +89,25 @@ def _encode(vision: Vision, settings: Settings, clock: Clock | None) -> KeptRows
             else:
                 selection, taken = choice.select_rows(scores, source)
             chosen.append((group, selection, taken))
+    rows_of = functools.partial(stand_for, vision, settings=settings) if settings.standing else vision.rows
     with stage(clock, "projector", vision.device):
         made = [
             (which, piece)
             for group, selection, taken in chosen
             for part, indices, rows in _split(group, selection, taken)
-            for which, piece in _matched(part, vision.rows(part, indices, rows))
+            for which, piece in _matched(part, rows_of(part, indices, rows))
         ]
     return assemble(vision.segments, vision.totals, made)
+
+
+def _with_owners(vision: Vision, group: Group, selection: Selection, settings: Settings) -> Selection:
+    """The same, and for whom its tokens stand. Of kept tokens that are none, as ``mask`` says, for nobody."""
+    if selection.indices.shape[1] == group.tokens and selection.mask is None:
+        batch, tokens = selection.indices.shape
+        every = torch.arange(tokens, device=selection.indices.device).expand(batch, -1)
+        return replace(selection, mass=torch.ones_like(every, dtype=torch.float32), owner=every)
+    found = owners(vision, group.which, selection.indices, settings, selection.mask)
+    return replace(selection, mass=found.mass, owner=found.owner)
 
 
 class _Run:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from ocvtp.methods import attention_top_k, grid, k_medoids, random_tokens
+from ocvtp.methods import attention_top_k, greedy_dpp, grid, k_medoids, random_tokens
 from ocvtp.pruner import OCPruner
 from ocvtp.pruner.capture import SlotRunner
 from ocvtp.selection import Selection
 from ocvtp.vlm.contracts.selector import Begun, Group, Rule, reads_features
 from ocvtp.vlm.contracts.weights import inside, is_minded
+from ocvtp_kernels.coverage import refine
 from ocvtp_kernels.selection import gather_tokens
 
 _moving = threading.Lock()
@@ -111,11 +112,11 @@ class RuleSelector:
 
     Attributes:
         name: ``"attention"``: the tokens that receive most in the layer the language model reads;
-            ``"random"``: by ``seed`` alone; ``"grid"``: evenly spread; ``"farthest_point"``: the features of
-            ``read_layer`` least alike (:func:`ocvtp.methods.farthest_point`).
+            ``"random"``: by ``seed`` alone; ``"grid"``: evenly spread; ``"farthest_point"`` and
+            ``"greedy_dpp"``: features of ``read_layer`` unlike each other (:mod:`ocvtp.methods`).
         seed: for ``"random"``.
-        read_layer: for ``"farthest_point"``, as a pruner's.
-        rounds: of refinement, after ``"farthest_point"``.
+        read_layer: of rules that compare features, as a pruner's.
+        rounds: of refinement, after such rules.
         backend: of the refinement.
     """
 
@@ -143,19 +144,23 @@ class RuleSelector:
             raise ValueError(f"{self.name!r} has no slots, so there is no slot attention to return")
         if reads_features(self.name):
             assert features is not None
-            return Later(functools.partial(self._farthest, group, features.detach()))
+            return Later(functools.partial(self._unlike, group, features.detach()))
         return Later(functools.partial(self._select, group, device))
 
-    def _farthest(self, group: Group, features: torch.Tensor, fill_scores: torch.Tensor | None) -> Selection:
+    def _unlike(self, group: Group, features: torch.Tensor, fill_scores: torch.Tensor | None) -> Selection:
         """Segment by segment: sums over a batch may round otherwise than alone."""
         keep = group.keep
         assert isinstance(keep, int)
-        found = [
-            k_medoids(features[i : i + 1], keep, rounds=self.rounds, backend=self.backend)
-            for i in range(len(features))
-        ]
-        indices = torch.cat([one.indices for one in found])
-        return Selection(indices, torch.cat([one.from_slots for one in found]), tokens=group.tokens)
+        found = [self._unlike_in(features[i : i + 1], keep) for i in range(len(features))]
+        indices = torch.cat(found)
+        return Selection(indices, indices.new_zeros(len(indices)), tokens=group.tokens)
+
+    def _unlike_in(self, features: torch.Tensor, keep: int) -> torch.Tensor:
+        """``[1, keep]``, of one segment."""
+        if self.name == "farthest_point":
+            return k_medoids(features, keep, rounds=self.rounds, backend=self.backend).indices
+        kept = greedy_dpp(features, keep).indices
+        return refine(features, kept, self.rounds, backend=self.backend) if self.rounds else kept
 
     def _select(self, group: Group, device: torch.device, fill_scores: torch.Tensor | None) -> Selection:
         keep = group.keep

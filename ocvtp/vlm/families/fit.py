@@ -27,14 +27,14 @@ def check_fit(config: PrunerConfig, facts: TowerFacts, model: str = "MODEL") -> 
             f"the pruner reads tokens of {config.unit} x {config.unit} patches, this model chooses among "
             f"tokens of {facts.unit} x {facts.unit}; {how_to_train(facts, model)}"
         )
-    if not 0 <= config.layer < max(facts.consumed_layers):
+    if not 0 <= config.layer <= max(facts.consumed_layers):
         too_late = _too_late("the pruner reads", config.layer, facts.consumed_layers)
         raise ValueError(f"{too_late}; {how_to_train(facts, model)}")
 
 
 def check_layers(read: int | None, consumed: tuple[int, ...]) -> None:
-    """Raise ``ValueError`` unless tokens are chosen by a layer below the deepest one a call consumes."""
-    if read is not None and not 0 <= read < max(consumed):
+    """Raise ``ValueError`` if tokens are chosen by a layer beyond the deepest one a call consumes."""
+    if read is not None and not 0 <= read <= max(consumed):
         raise ValueError(
             f"{_too_late('tokens are chosen by', read, consumed)}; use another vision_feature_layer, or a "
             "pruner trained on an earlier layer"
@@ -43,8 +43,8 @@ def check_layers(read: int | None, consumed: tuple[int, ...]) -> None:
 
 def _too_late(who: str, layer: int, consumed: tuple[int, ...]) -> str:
     return (
-        f"{who} encoder layer {layer}, which must be below the deepest layer the language model consumes "
-        f"({max(consumed)})"
+        f"{who} encoder layer {layer}, which must not be beyond the deepest layer that the language model "
+        f"consumes ({max(consumed)})"
     )
 
 

@@ -56,7 +56,7 @@ class Gemma3Adapter(MergedFamily):
     """
 
     needs_mm_route = True  # its generate takes no embeddings
-    projects_units = False
+    projects_tokens = False
 
     @property
     def unit(self) -> int:

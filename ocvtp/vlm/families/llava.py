@@ -10,7 +10,7 @@ import torch
 
 from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision, device_of
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
-from ocvtp.vlm.contracts.rows import Piece, Segment
+from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.families.fit import check_layers
 from ocvtp.vlm.towers.clip import TOWERS, TowerRun, root, run_tower
@@ -236,7 +236,7 @@ class Pictures:
     def all_projected(self) -> torch.Tensor:
         """``[pictures, tokens, D]``: :meth:`all_outputs` through the projector, which runs once a call."""
         if self._projected is None:
-            self._projected = self.project(self.all_outputs())
+            self._projected = self.run_projector(self.all_outputs())
         return self._projected
 
     def taken(self, which: Sequence[int], indices: torch.Tensor) -> torch.Tensor:
@@ -261,10 +261,14 @@ class Pictures:
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
-    def project(self, features: torch.Tensor) -> torch.Tensor:
+    def run_projector(self, features: torch.Tensor) -> torch.Tensor:
         """``[..., C of all consumed layers] -> [..., D]``."""
         rows: torch.Tensor = self._projector(features)
         return rows
+
+    def project(self, which: Sequence[int], sources: tuple[torch.Tensor, ...]) -> Projected:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        return Projected(self.run_projector(sources[0]))
 
 
 class _Images(Pictures):
@@ -297,14 +301,41 @@ class _Images(Pictures):
 
     def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        slots = indices
-        if self.class_rows:
-            slots = torch.cat([indices.new_zeros(indices.shape[0], 1), indices + 1], dim=1)
+        slots = self._slots(indices)
         if indices.shape[1] == self.patches and not self.hold:  # as upstream does, to the bit
             return [Piece(_of(self.all_projected(), which), slots)]
         if taken is None:
             taken = self.taken(which, slots + (self.prefix - self.class_rows))
-        return [Piece(self.project(taken), slots)]
+        return [Piece(self.run_projector(taken), slots)]
+
+    def projected(self, which: Sequence[int]) -> Projected:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        return Projected(_of(self.all_projected(), which)[:, self.class_rows :])
+
+    def sources(self, which: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        return (_of(self.all_outputs(), which)[:, self.class_rows :],)
+
+    def place(
+        self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
+    ) -> list[Piece]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        rows = made.rows
+        if self.class_rows:
+            rows = torch.cat([self._class(which), rows], dim=1)
+            mass = None if mass is None else torch.nn.functional.pad(mass, (self.class_rows, 0), value=1.0)
+        return [Piece(rows, self._slots(indices), mass=mass)]
+
+    def _slots(self, indices: torch.Tensor) -> torch.Tensor:
+        if not self.class_rows:
+            return indices
+        return torch.cat([indices.new_zeros(indices.shape[0], 1), indices + 1], dim=1)
+
+    def _class(self, which: Sequence[int]) -> torch.Tensor:
+        """``[pictures, class rows, D]``."""
+        if self._projected is not None:
+            return _of(self._projected, which)[:, : self.class_rows]
+        return self.run_projector(_of(self.all_outputs(), which)[:, : self.class_rows])
 
 
 def _of(tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision
-from ocvtp.vlm.contracts.rows import Piece, Segment
+from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Newlines, Settings
 from ocvtp.vlm.families.llava import LlavaAdapter, Pictures, tower_tokens
 from ocvtp.vlm.families.tiles import Packing, packing
@@ -176,8 +176,26 @@ class Tiled(Pictures):
             packed = self.all_projected()  # as upstream does, to the bit
             return [self.piece(i, self.packed(packed, i), None) for i in which]
         kept = [self._tokens(i, None if whole else indices[j]) for j, i in enumerate(which)]
-        projected = self.project(self.taken_flat(torch.cat(kept))).split([len(tokens) for tokens in kept])
+        taken_rows = self.run_projector(self.taken_flat(torch.cat(kept)))
+        projected = taken_rows.split([len(tokens) for tokens in kept])
         return [self.piece(i, projected[j], None if whole else indices[j]) for j, i in enumerate(which)]
+
+    def projected(self, which: Sequence[int]) -> Projected:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        return Projected(torch.stack([self._of(self.all_projected(), i) for i in which]))
+
+    def sources(self, which: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        return (torch.stack([self._of(self.all_outputs(), i) for i in which]),)
+
+    def place(
+        self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
+    ) -> list[Piece]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        return [
+            self.piece(i, made.rows[j], indices[j], None if mass is None else mass[j])
+            for j, i in enumerate(which)
+        ]
 
     def _of(self, tokens: torch.Tensor, image: int) -> torch.Tensor:
         """Candidates of an image: ``[tiles, N, C] -> [candidates, C]``."""
@@ -204,12 +222,19 @@ class Tiled(Pictures):
         tile = self._first[image] + torch.div(flat, self.patches, rounding_mode="floor")
         return tile * (self.patches + self.prefix) + self.prefix + flat % self.patches
 
-    def piece(self, image: int, rows: torch.Tensor, indices: torch.Tensor | None) -> Piece:
+    def piece(
+        self,
+        image: int,
+        rows: torch.Tensor,
+        indices: torch.Tensor | None,
+        mass: torch.Tensor | None = None,
+    ) -> Piece:
         """An image's rows with its newlines; ``indices``: candidates they are of, ``None`` for all."""
         one = self.packings[image]
         if indices is not None and self._official:
             slots = torch.arange(len(rows) + 1, device=rows.device)  # only their number matters
-            return Piece(torch.cat([rows, self._lines(rows, 1)])[None], slots[None])
+            masses = None if mass is None else _alone(mass, 1)[None]
+            return Piece(torch.cat([rows, self._lines(rows, 1)])[None], slots[None], mass=masses)
         if indices is None:
             slots, newlines = one.slots, one.newlines
         else:
@@ -217,10 +242,12 @@ class Tiled(Pictures):
             slots, newlines = one.slots[indices], self._kept_newlines(one, indices)
         slots = torch.cat([slots, newlines])
         rows = torch.cat([rows, self._lines(rows, len(newlines))])
+        mass = None if mass is None else _alone(mass, len(newlines))
         if indices is None or self._newlines != "last":
             slots, order = slots.sort()
             rows = rows[order.to(rows.device)]
-        return Piece(rows[None], slots[None])
+            mass = None if mass is None else mass[order.to(mass.device)]
+        return Piece(rows[None], slots[None], mass=None if mass is None else mass[None])
 
     def _kept_newlines(self, one: Packing, indices: torch.Tensor) -> torch.Tensor:
         if self._newlines == "last":
@@ -235,3 +262,8 @@ class Tiled(Pictures):
     def _lines(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """``[count, D]`` newlines."""
         return self._newline.to(rows).expand(count, -1)
+
+
+def _alone(mass: torch.Tensor, more: int) -> torch.Tensor:
+    """``[k + more]``: rows that the model adds stand for nobody but themselves."""
+    return torch.nn.functional.pad(mass, (0, more), value=1.0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.contracts.adapter import Vision
-from ocvtp.vlm.contracts.rows import KeptRows, Piece, Segment
+from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.families.llava import Pictures
 from ocvtp.vlm.families.llava_next import LlavaNextAdapter, Tiled, newline_of
@@ -32,6 +32,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         "image_sizes_videos",
     )
     options = frozenset({"newlines", "frames"})
+    projects_tokens = False
 
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
@@ -164,10 +165,36 @@ class _Videos(Pictures):
 
     def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        shrunk = self._all_shrunk()
+        found = []
+        for j, i in enumerate(which):
+            index = indices[j].to(shrunk.device)
+            found.append(self._piece(i, shrunk[i][index], index, None))
+        return found
+
+    def projected(self, which: Sequence[int]) -> Projected:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        shrunk = self._all_shrunk()
+        return Projected(shrunk if len(which) == len(shrunk) else shrunk[list(which)])
+
+    def sources(self, which: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; there are none."""
+        raise NotImplementedError("frames are shrunk after the projector")
+
+    def place(
+        self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
+    ) -> list[Piece]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        return [
+            self._piece(i, made.rows[j], indices[j], None if mass is None else mass[j])
+            for j, i in enumerate(which)
+        ]
+
+    def _all_shrunk(self) -> torch.Tensor:
+        """Projected candidates of all segments, once a call."""
         if self._shrunk is None:
             self._shrunk = self._of(self.all_projected(), range(len(self.segments)))
-        shrunk = self._shrunk
-        return [self._piece(i, shrunk[i], indices[j].to(shrunk.device)) for j, i in enumerate(which)]
+        return self._shrunk
 
     def _of(self, tokens: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         """Candidates: ``[frames, N, C] -> [segments, n, C]``."""
@@ -176,13 +203,17 @@ class _Videos(Pictures):
         parts = small.reshape(len(self.segments), -1, tokens.shape[2])
         return parts if len(which) == len(parts) else parts[list(which)]
 
-    def _piece(self, segment: int, rows: torch.Tensor, indices: torch.Tensor) -> Piece:
+    def _piece(
+        self, segment: int, rows: torch.Tensor, indices: torch.Tensor, mass: torch.Tensor | None
+    ) -> Piece:
+        """Rows of a segment at its candidates ``indices``, and behind the last segment the newline."""
         part = segment % self._parts
-        rows, slots = rows[indices], indices + part * self.segments[0].tokens
+        slots = indices + part * self.segments[0].tokens
         if part == self._parts - 1:  # the video's newline
             rows = torch.cat([rows, self._newline.to(rows)[None]])
             slots = torch.cat([slots, slots.new_full((1,), self.totals[0] - 1)])
-        return Piece(rows[None], slots[None])
+            mass = None if mass is None else torch.nn.functional.pad(mass, (0, 1), value=1.0)
+        return Piece(rows[None], slots[None], mass=None if mass is None else mass[None])
 
 
 def _shrink(tokens: torch.Tensor, shape: tuple[int, int], to: tuple[int, int]) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision, device_of
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
-from ocvtp.vlm.contracts.rows import KeptRows, Piece, Segment
+from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.weights import inside
 from ocvtp.vlm.families.fit import check_layers
@@ -29,11 +29,9 @@ class MergedFamily(Family):
 
     Attributes:
         tower_name: of the vision tower in ``model.model``.
-        projects_units: whether kept units can be projected without the rest of their picture.
     """
 
     tower_name = "vision_tower"
-    projects_units = True
 
     @property
     def stacked(self) -> bool:
@@ -189,7 +187,7 @@ class MergedFamily(Family):
         raise NotImplementedError
 
     def project(self, units: torch.Tensor) -> torch.Tensor:
-        """``[pictures, k, unit * unit, C] -> [pictures, k, D]``, if :attr:`projects_units`."""
+        """``[pictures, k, unit * unit, C] -> [pictures, k, D]``, if :attr:`projects_tokens`."""
         raise NotImplementedError
 
 
@@ -263,14 +261,37 @@ class Units:
         assert self._last is not None
         patches = self._of(self._last, which)[:, self._prefix :]
         index = indices.to(patches.device)
-        if self._family.projects_units and indices.shape[1] < len(self._members):
+        if self._family.projects_tokens and indices.shape[1] < len(self._members):
             members = self._members.to(patches.device, non_blocking=True)[index].flatten(1)
             kept = patches.gather(1, members[:, :, None].expand(-1, -1, patches.shape[2]))
             units = self._family.norm(kept, self._arguments).unflatten(1, (index.shape[1], -1))
             return [Piece(self._family.project(units), indices)]
-        # As upstream does, to the bit.
-        rows = self._family.project_all(self._family.norm(patches, self._arguments))
+        rows = self.projected(which).rows  # as upstream does, to the bit
         return [Piece(rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2])), indices)]
+
+    def projected(self, which: Sequence[int]) -> Projected:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        return Projected(self._family.project_all(self._normed(which)))
+
+    def sources(self, which: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`: a unit's patches, side by side."""
+        units = grouped(self._normed(which), self._family.side, self._family.unit)
+        return (units.flatten(2),)
+
+    def project(self, which: Sequence[int], sources: tuple[torch.Tensor, ...]) -> Projected:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        return Projected(self._family.project(sources[0].unflatten(2, (self._family.unit**2, -1))))
+
+    def place(
+        self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
+    ) -> list[Piece]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        return [Piece(made.rows, indices, mass=mass)]
+
+    def _normed(self, which: Sequence[int]) -> torch.Tensor:
+        """``[pictures, patches, C]`` as the projector reads them."""
+        assert self._last is not None
+        return self._family.norm(self._of(self._last, which)[:, self._prefix :], self._arguments)
 
     def _grouped(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[pictures, tokens, C] -> [pictures, units, unit * unit, C]``."""

@@ -12,7 +12,7 @@ import torch
 
 from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision, device_of
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
-from ocvtp.vlm.contracts.rows import KeptRows, Piece, Segment
+from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.versions import transformers_older_than
 from ocvtp.vlm.families.fit import check_layers
@@ -242,18 +242,43 @@ class _Units:
     def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         assert self._run is not None
-        offsets = torch.tensor([self._offsets[i] for i in which])
-        slots = indices + offsets[:, None].to(indices.device, non_blocking=True)
         if indices.shape[1] == self.segments[which[0]].tokens:  # as upstream does, to the bit
-            if self._all is None:  # the merger sees all units, once a call
-                self._all = self._run.merged(), self._run.deepstack()
-            rows, deeper = self._all
-            return [Piece(self._of(rows, which), slots, tuple(self._of(deep, which) for deep in deeper))]
+            return self.place(which, indices, self.projected(which), None)
         starts = torch.tensor([self._starts[i] for i in which])
         units = (indices + starts[:, None].to(indices.device, non_blocking=True)).flatten()
         rows = self._run.merged(units).unflatten(0, (len(which), -1))
         deep = tuple(deep.unflatten(0, (len(which), -1)) for deep in self._run.deepstack(units))
-        return [Piece(rows, slots, deep)]
+        return self.place(which, indices, Projected(rows, deep), None)
+
+    def projected(self, which: Sequence[int]) -> Projected:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        assert self._run is not None
+        if self._all is None:  # the merger sees all units, once a call
+            self._all = self._run.merged(), self._run.deepstack()
+        rows, deeper = self._all
+        return Projected(self._of(rows, which), tuple(self._of(deep, which) for deep in deeper))
+
+    def sources(self, which: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`: a unit's patches, side by side."""
+        assert self._run is not None
+        return tuple(self._of(units, which) for units in self._run.units())
+
+    def project(self, which: Sequence[int], sources: tuple[torch.Tensor, ...]) -> Projected:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        assert self._run is not None
+        rows, *deep = (
+            made.unflatten(0, (len(which), -1))
+            for made in self._run.merge_units([units.flatten(0, 1) for units in sources])
+        )
+        return Projected(rows, tuple(deep))
+
+    def place(
+        self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
+    ) -> list[Piece]:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+        offsets = torch.tensor([self._offsets[i] for i in which])
+        slots = indices + offsets[:, None].to(indices.device, non_blocking=True)
+        return [Piece(made.rows, slots, made.deep, mass)]
 
     def _of(self, units: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         """``[units, ...] -> [segments, N, ...]``; without a copy where they follow one another."""

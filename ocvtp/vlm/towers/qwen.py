@@ -102,6 +102,25 @@ class QwenTowerRun:
             for layer, output in self._stacked.items()
         )
 
+    def units(self) -> tuple[torch.Tensor, ...]:
+        """``[units, merge**2 * C]`` that the mergers read, a unit's patches side by side: the last block's
+        output, and those that DeepStack takes."""
+        assert self._last is not None
+        return tuple(
+            self._original(patches.unflatten(0, (-1, self.merge**2)).flatten(1))
+            for patches in (self._last, *self._stacked.values())
+        )
+
+    def merge_units(self, units: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the mergers make of :meth:`units`, or of means of them, ``[n, merge**2 * C] -> [n, D]``."""
+        layers = _stacked_layers(self._tower)
+        mergers = getattr(self._tower, "deepstack_merger_list", ())
+        each = [self._tower.merger, *(mergers[layers.index(layer)] for layer in self._stacked)]
+        return [
+            merger(one.unflatten(1, (self.merge**2, -1)).flatten(0, 1))
+            for merger, one in zip(each, units, strict=True)
+        ]
+
     def _merge(self, merger: Any, patches: torch.Tensor, units: torch.Tensor | None) -> torch.Tensor:
         if units is None:
             everything: torch.Tensor = merger(patches)

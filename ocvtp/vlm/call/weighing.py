@@ -1,0 +1,258 @@
+"""Weights inside the language model: log(how many tokens it stands for) on the logits of a kept token.
+
+A call brings the weights of its columns along as one more keyword argument, which every model passes down to
+its attention modules. A hook there takes it off again and adds it to the mask, whatever that is: nothing,
+booleans, numbers, another one per kind of layer. So weights go where the arguments go: through gradient
+checkpointing, ``torch.compile`` and several threads.
+
+``generate`` makes the cache, and no argument of ours would pass it. The first call that it makes learns of
+its weights from a context variable and writes them on the cache, where later calls find them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ocvtp.vlm.call.controller import unwrap
+from ocvtp.vlm.call.memory import CacheNote
+
+#: The argument under which weights travel.
+KEY = "ocvtp_weights"
+_ON_CACHE = "_ocvtp_weights"
+_SERVED = ("sdpa", "eager", "flex_attention")
+
+
+class Weights:
+    """What to add to the attention logits of a call's keys.
+
+    Args:
+        bias: ``[B, columns]`` float32, from the first cached column on; further columns weigh nothing. A call
+            of more rows has those of each prompt one after another.
+    """
+
+    def __init__(self, bias: torch.Tensor) -> None:
+        self.bias = bias
+        #: The last mask made and what it was made of: most layers get the same.
+        self._last: tuple[Any, tuple[Any, ...], torch.Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
+        return Weights(self.bias)
+
+    def added(self, module: Any, hidden: torch.Tensor, mask: Any, cache: Any) -> torch.Tensor:
+        """A mask of numbers ``[B, 1, queries, keys]`` in the place of ``mask``.
+
+        Args:
+            module: the attention module.
+            hidden: its input ``[B, queries, D]``.
+            mask: as it would get it.
+            cache: before it is updated.
+        """
+        queries = hidden.shape[1]
+        keys, offset = _keys(module, queries, mask, cache)
+        of = (hidden.shape[0], queries, keys, offset, hidden.dtype, hidden.device)
+        tracing = torch.compiler.is_compiling()
+        if not tracing and self._last is not None and self._last[0] is mask and self._last[1] == of:
+            return self._last[2]
+        bias = self._columns(hidden, keys, offset)
+        if mask is None:
+            made = bias
+            if queries > 1 and getattr(module, "is_causal", True):
+                made = torch.where(_causal(queries, hidden.device), bias, torch.finfo(hidden.dtype).min)
+        else:
+            if not isinstance(mask, torch.Tensor):
+                mask = _dense(mask, hidden, keys)
+            if mask.dtype == torch.bool:
+                made = torch.where(mask, bias, torch.finfo(hidden.dtype).min)
+            else:
+                made = mask + bias.to(mask.dtype)
+        if not tracing:
+            self._last = (mask, of, made)
+        return made
+
+    def _columns(self, hidden: torch.Tensor, keys: int, offset: int) -> torch.Tensor:
+        """``[B, 1, 1, keys]`` in the precision of ``hidden``."""
+        bias = self.bias[:, offset : offset + keys].to(hidden.device, hidden.dtype)
+        bias = torch.nn.functional.pad(bias, (0, keys - bias.shape[1]))
+        copies = hidden.shape[0] // bias.shape[0]
+        if copies * bias.shape[0] != hidden.shape[0]:
+            raise ValueError(
+                f"the language model was called with {hidden.shape[0]} rows, which {bias.shape[0]} prompts "
+                "can't be repeated to: their tokens' weights would be lost. Use apply(..., weigh=False)"
+            )
+        return bias.repeat_interleave(copies, 0)[:, None, None] if copies > 1 else bias[:, None, None]
+
+
+def install_weights(model: Any) -> None:
+    """Have the language model's attention modules take weights; does nothing where they do.
+
+    The hook is one plain function without a state: a copy of the model has it too, and without weights it
+    does nothing.
+    """
+    for module in attentions_of(model):
+        if not any(hook is _take for hook in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(_take, with_kwargs=True)
+
+
+def uninstall_weights(model: Any) -> None:
+    """Undo :func:`install_weights`."""
+    for module in attentions_of(model):
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if hook is _take:
+                del module._forward_pre_hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def why_no_weights(model: Any) -> str | None:
+    """Why a model's attention can't be told of weights, with what to do; ``None`` if it can."""
+    attention = str(model.config.get_text_config()._attn_implementation)
+    if attention not in _SERVED:
+        return (
+            f"{attention} attention takes no numbers to add to its logits: load the model with "
+            'attn_implementation="sdpa"'
+        )
+    decoder = unwrap(model.get_decoder())
+    layers = [unwrap(layer) for layer in getattr(decoder, "layers", ())]
+    modules = [getattr(layer, "self_attn", None) for layer in layers]
+    name = type(decoder).__name__
+    if not layers or any(module is None for module in modules):
+        return f"not every layer of the language model, a {name}, has attention (self_attn)"
+    inner = [unwrap(child) for child in model.children() if child is not decoder]
+    for part in (model, *(one for one in inner if _holds(one, decoder)), decoder, *layers[:1], *modules[:1]):
+        parameters = inspect.signature(type(unwrap(part)).forward).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return f"forward of its {type(part).__name__} passes no further arguments down"
+    return None
+
+
+def attentions_of(model: Any) -> list[torch.nn.Module]:
+    """The language model's attention modules."""
+    layers = getattr(unwrap(model.get_decoder()), "layers", ())
+    found = (getattr(unwrap(layer), "self_attn", None) for layer in layers)
+    return [unwrap(module) for module in found if module is not None]
+
+
+def with_weights(arguments: Mapping[str, Any], note: CacheNote | None) -> dict[str, Any]:
+    """Arguments of a call, with the weights of what the cache will hold after it, if there are any."""
+    if note is None or note.bias is None:
+        return dict(arguments)
+    return {**arguments, KEY: Weights(note.bias)}
+
+
+# ---------------------------------------------------------------------------------------- while generate runs
+
+
+class _Running:
+    """A ``generate`` under way: its weights, and whether its first call was made."""
+
+    def __init__(self, owner: Any, bias: torch.Tensor) -> None:
+        self.owner, self.bias, self.begun = owner, bias, False
+
+
+_running: contextvars.ContextVar[tuple[_Running, ...]] = contextvars.ContextVar("ocvtp_running", default=())
+
+
+@contextlib.contextmanager
+def weighing(owner: Any, bias: torch.Tensor | None) -> Iterator[None]:
+    """Calls of ``owner``'s ``forward`` that its ``generate`` makes inside have these weights, if any.
+
+    Args:
+        owner: the patched model.
+        bias: ``[prompts, columns]``.
+    """
+    if bias is None:
+        yield
+        return
+    token = _running.set((*_running.get(), _Running(owner, bias)))
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def weights_for(owner: Any, cache: Any, columns: int) -> Weights | None:
+    """Weights of a call that ``generate`` makes.
+
+    Args:
+        owner: whose ``forward`` is called.
+        cache: of the call. Others that generate uses, as guidance by a second prompt does, hold no weights.
+        columns: of the call.
+    """
+    bias = None if cache is None else getattr(cache, _ON_CACHE, None)
+    if bias is not None:
+        return Weights(bias)
+    for one in reversed(_running.get()):
+        if one.owner is not owner:
+            continue
+        if cache is None:
+            return Weights(one.bias) if columns >= one.bias.shape[1] else None
+        if one.begun:
+            return None
+        one.begun = True
+        setattr(cache, _ON_CACHE, one.bias)
+        return Weights(one.bias)
+    return None
+
+
+def forget_weights(cache: Any) -> None:
+    """Take what :func:`weights_for` wrote off a cache."""
+    if hasattr(cache, _ON_CACHE):
+        delattr(cache, _ON_CACHE)
+
+
+# ------------------------------------------------------------------------------------------------ in the hook
+
+
+def _take(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before an attention module runs: weights off its arguments, and into its mask."""
+    if KEY not in kwargs:
+        return None
+    kwargs = dict(kwargs)
+    weights = kwargs.pop(KEY)
+    attention = module.config._attn_implementation
+    if attention not in _SERVED:
+        raise ValueError(
+            f"the attention implementation was changed to {attention!r} since ocvtp.apply, and it takes no "
+            "weights: apply again"
+        )
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    kwargs["attention_mask"] = weights.added(
+        module, hidden, kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    )
+    return args, kwargs
+
+
+def _keys(module: Any, queries: int, mask: Any, cache: Any) -> tuple[int, int]:
+    """How many keys the attention will see, and the column of the first."""
+    layers = getattr(cache, "layers", ())
+    number = module.layer_idx
+    known = number < len(layers)
+    sliding = known and bool(getattr(layers[number], "is_sliding", False))
+    if mask is None:
+        # transformers leaves a mask out for a whole causal square or a single query, never behind a window
+        # that has begun to slide.
+        return (queries + int(cache.get_seq_length(number)) if queries == 1 and known else queries), 0
+    keys = int(mask.shape[-1])
+    if not sliding:
+        return keys, 0
+    return keys, max(0, int(cache.get_seq_length(number)) + queries - keys)
+
+
+def _causal(queries: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(queries, queries, dtype=torch.bool, device=device).tril()
+
+
+def _dense(mask: Any, hidden: torch.Tensor, keys: int) -> torch.Tensor:
+    """flex attention's mask as booleans: what it adds to logits, it takes instead of a mask."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    return create_mask(mask.mask_mod, hidden.shape[0], 1, hidden.shape[1], keys, device=str(hidden.device))
+
+
+def _holds(module: Any, part: Any) -> bool:
+    return any(part is child for child in module.modules())
