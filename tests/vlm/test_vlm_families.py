@@ -368,7 +368,7 @@ def test_what_does_not_fit_is_refused(family: Family, models: Any) -> None:
         ocvtp.apply(model, family.pruner(in_dim=family.width + 8), keep=2)
     with pytest.raises(ValueError, match=rf"tokens of 7 x 7 patches, .*{training}"):
         ocvtp.apply(model, family.pruner(unit=7), keep=2)
-    with pytest.raises(ValueError, match="layer 40, which must be below"):
+    with pytest.raises(ValueError, match="layer 40, which must not be beyond"):
         ocvtp.apply(model, family.pruner(layer=40), keep=2)
     with pytest.raises(TypeError, match="one of"):
         ocvtp.apply(model, "entropy", keep=2)  # type: ignore[arg-type]

@@ -63,7 +63,7 @@ class Weights:
         if mask is None:
             made = bias
             if queries > 1 and getattr(module, "is_causal", True):
-                made = torch.where(_causal(queries, hidden.device), bias, torch.finfo(hidden.dtype).min)
+                made = torch.where(_causal(queries, keys, hidden.device), bias, torch.finfo(hidden.dtype).min)
         else:
             if not isinstance(mask, torch.Tensor):
                 mask = _dense(mask, hidden, keys)
@@ -231,20 +231,21 @@ def _keys(module: Any, queries: int, mask: Any, cache: Any) -> tuple[int, int]:
     """How many keys the attention will see, and the column of the first."""
     layers = getattr(cache, "layers", ())
     number = module.layer_idx
-    known = number < len(layers)
-    sliding = known and bool(getattr(layers[number], "is_sliding", False))
+    layer = layers[number] if number < len(layers) else None
     if mask is None:
-        # transformers leaves a mask out for a whole causal square or a single query, never behind a window
-        # that has begun to slide.
-        return (queries + int(cache.get_seq_length(number)) if queries == 1 and known else queries), 0
+        # transformers leaves a mask out for what begins the sequence, where a static cache shows all of its
+        # room, and for a single query behind a growing cache; never behind a window that has begun to slide.
+        if queries == 1 and layer is not None:
+            return 1 + int(cache.get_seq_length(number)), 0
+        return max(queries, getattr(layer, "max_cache_len", 0)), 0
     keys = int(mask.shape[-1])
-    if not sliding:
+    if not getattr(layer, "is_sliding", False):
         return keys, 0
     return keys, max(0, int(cache.get_seq_length(number)) + queries - keys)
 
 
-def _causal(queries: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(queries, queries, dtype=torch.bool, device=device).tril()
+def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
 
 
 def _dense(mask: Any, hidden: torch.Tensor, keys: int) -> torch.Tensor:
