@@ -45,8 +45,8 @@ class Options:
     frames: Frames = "each"
     tower: Tower = "exact"
     columns: bool = False
-    merge: Merge | Literal["auto"] = "off"
-    weigh: bool | Literal["auto"] = False
+    merge: Merge | Literal["auto"] = "auto"
+    weigh: bool | Literal["auto"] = "auto"
     features: int | Literal["auto", "early", "consumed"] = "auto"
 
     def __post_init__(self) -> None:
@@ -142,15 +142,15 @@ def _weigh(adapter: Adapter, options: Options) -> tuple[bool, str | None]:
     return reason is None, reason
 
 
-def _read_layer(features: object, consumed: tuple[int, ...]) -> int:
+def _read_layer(features: object, consumed: tuple[int, ...], tower: Tower) -> int:
     """The layer whose features a rule compares.
 
     Raises:
         TypeError, ValueError: none of the tower, or one that is computed too late.
     """
-    if features in ("auto", "early"):
+    if features == "early" or (features == "auto" and tower == "kept_rows"):
         layer: int | None = _early(consumed)
-    elif features == "consumed":
+    elif features in ("auto", "consumed"):
         layer = max(consumed)
     else:
         layer = as_int(features)
@@ -174,7 +174,7 @@ def _selector(options: Options, consumed: tuple[int, ...]) -> Selector:
             known = ", ".join(f'"{rule}"' for rule in get_args(Rule))
             raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")
         if reads_features(pruner):
-            layer = _read_layer(options.features, consumed)
+            layer = _read_layer(options.features, consumed, options.tower)
             return RuleSelector(pruner, read_layer=layer, rounds=options.refine, backend=options.backend)
         if options.refine:
             raise ValueError(f"refine needs features; {pruner!r} reads none")

@@ -11,7 +11,7 @@ import torch
 from ocvtp.selection import Selection
 from ocvtp.vlm.call import calls
 from ocvtp.vlm.call.controller import ATTRIBUTE, controller_of, unwrap
-from ocvtp.vlm.contracts.selector import Rule
+from ocvtp.vlm.contracts.selector import DEFAULT_RULE, Rule
 from ocvtp.vlm.contracts.settings import Frames, Layout, Merge, Newlines, Settings, Tower
 from ocvtp.vlm.encode.encode import choose
 from ocvtp.vlm.families import adapter_for
@@ -24,7 +24,7 @@ _PATCHED: dict[str, Run] = {"forward": calls.forward, "generate": calls.generate
 
 def apply(
     model: Any,
-    pruner: torch.nn.Module | Rule = "farthest_point",
+    pruner: torch.nn.Module | Rule = DEFAULT_RULE,
     keep: int | float | Literal["auto"] = 64,
     positions: Literal["compact", "original", "auto"] = "auto",
     *,
@@ -40,8 +40,8 @@ def apply(
     frames: Frames = "each",
     tower: Tower = "exact",
     columns: bool = False,
-    merge: Merge | Literal["auto"] = "off",
-    weigh: bool | Literal["auto"] = False,
+    merge: Merge | Literal["auto"] = "auto",
+    weigh: bool | Literal["auto"] = "auto",
     features: int | Literal["auto", "early", "consumed"] = "auto",
 ) -> PruneReport:
     """Patch a vision-language model in place, so that ``forward`` and ``generate`` prune image tokens.
@@ -59,10 +59,9 @@ def apply(
         model: a ``...ForConditionalGeneration`` of a family in ``docs/models.md``, or a PEFT or
             ``torch.compile`` wrapper around one.
         pruner: an :class:`~ocvtp.OCPruner` for the tower's width and token unit, moved to the tower's device
-            on use; or a rule without training: ``"attention"``, ``"random"``, ``"grid"``, or
-            ``"farthest_point"``, which compares features a third of the way up the tower. The latter answered
-            best of all at 11 % of the tokens where we could measure it (``docs/accuracy.md``), so it is the
-            default.
+            on use; or a rule without training: ``"attention"``, ``"random"``, ``"grid"``, or one that
+            compares ``features``: ``"farthest_point"`` or ``"greedy_dpp"``. The last answered best of all
+            where we could measure it (``docs/accuracy.md``), so it is the default.
         keep: image tokens to keep per image, all its tiles together: a number, or a share of them such as
             ``0.25``, or ``"auto"``: for each image the smallest of ``budgets`` whose coverage error is at
             most ``max_error``, for which a pruner must be given. Where images differ in size, one of fewer
@@ -80,8 +79,8 @@ def apply(
             a shape on. A few shapes are kept; :func:`remove` frees them. On a GPU the loop runs beside the
             tower's remaining layers in either case.
         refine: rounds that move kept tokens to where they cover more, see :class:`~ocvtp.pruner.OCPruner`;
-            after ``"farthest_point"`` as well, which makes it k-medoids. ``docs/accuracy.md`` on what they do
-            to answers.
+            after rules that compare features as well, which makes ``"farthest_point"`` k-medoids.
+            ``docs/accuracy.md`` on what they do to answers.
             They follow the tower, so each adds to the time to the first token.
         max_error: for ``keep="auto"``.
         budgets: for ``keep="auto"``, ascending numbers of tokens.
@@ -94,6 +93,7 @@ def apply(
             leave frames empty.
         tower: ``"kept_rows"`` computes the end of the consumed layer for kept tokens only. It saves a few
             per cent of the tower and rounds differently from the unpatched model, even if all are kept.
+            Nothing can be merged or weighed then.
         columns: put ``columns`` on every output: ``[B, long]`` int64, for each column of the call's
             ``input_ids`` the column that it has in the short sequence, and so in ``logits`` and
             ``hidden_states``; -1 if it was dropped. :func:`ocvtp.vlm.lengthen` takes a tensor back to the
@@ -101,6 +101,18 @@ def apply(
             if they bring ``input_ids`` and no cache that nothing was pruned in. On the output of ``generate``
             with pixels and ``return_dict_in_generate`` it is of the whole prompt, before that is copied for
             beams; new tokens follow without gaps. Tuples (``return_dict=False``) have no place for it.
+        merge: what becomes of dropped tokens. ``"projected"``: each is averaged into its nearest kept one, by
+            what the language model reads of them; the projector runs on all tokens for that.
+            ``"features"``: the same before the projector, by what that reads, which spares its work on
+            dropped tokens and is a little worse. ``"off"``: they are thrown away. ``"auto"`` is
+            ``"projected"``, unless ``tower`` is ``"kept_rows"``.
+        weigh: add log(how many tokens a kept one stands for) to its attention logits in the language model,
+            in every layer, so that it counts as many: ToMe's proportional attention (arXiv 2210.09461).
+            ``"auto"`` does where the attention implementation can, sdpa, eager and flex_attention; the report
+            says why where it can't. What the model adds, a class token or newlines, stands for itself.
+        features: of rules that compare features: ``"consumed"``, the layer that the projector reads, which
+            ``"auto"`` is; ``"early"``, one a third of the way up, as the published pruner's, which on a GPU
+            overlaps with the layers that follow; or the 0-based index of an encoder layer.
 
     Returns:
         A :class:`~ocvtp.vlm.PruneReport`; print it.
@@ -159,7 +171,7 @@ def remove(model: Any) -> None:
 
 @contextlib.contextmanager
 def pruned(
-    model: Any, pruner: torch.nn.Module | Rule = "farthest_point", *args: Any, **options: Any
+    model: Any, pruner: torch.nn.Module | Rule = DEFAULT_RULE, *args: Any, **options: Any
 ) -> Iterator[PruneReport]:
     """:func:`apply` for the length of a ``with`` block; afterwards the model is as it was before.
 

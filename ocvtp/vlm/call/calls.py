@@ -128,15 +128,12 @@ def generate(
     try:
         with (
             compared_by_own_type(controller.model, call.arguments),
-            weighing(controller.model, call.note.bias),
+            weighing(controller.model, call.note.bias, cache),
         ):
             output = original(**{name: call.ids}, **call.arguments)
     except BaseException:
         _note_failure(cache, note, prefix, ids)
         raise
-    finally:
-        if cache is not None:
-            forget_weights(cache)
     output = _restore(output, ids, call, cache)
     return with_columns(output, call.index, ids.shape[1]) if settings.columns else output
 
@@ -182,9 +179,9 @@ def _weighed(
     """The keyword arguments of a call that may be one of ``generate``'s, with the weights of its prompt."""
     if not controller.settings.weigh:
         return kwargs
-    given = (controller.argument("forward", name, args, kwargs) for name in ("input_ids", "inputs_embeds"))
-    columns = next((each.shape[1] for each in given if isinstance(each, torch.Tensor)), 0)
-    weights = weights_for(controller.model, cache, columns)
+    names = ("mm_encoder_outputs", "inputs_embeds")
+    rows = any(controller.argument("forward", name, args, kwargs) is not None for name in names)
+    weights = weights_for(controller.model, cache, brings_rows=rows)
     return kwargs if weights is None else {**kwargs, KEY: weights}
 
 

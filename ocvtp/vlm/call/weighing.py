@@ -5,8 +5,9 @@ its attention modules. A hook there takes it off again and adds it to the mask, 
 booleans, numbers, another one per kind of layer. So weights go where the arguments go: through gradient
 checkpointing, ``torch.compile`` and several threads.
 
-``generate`` makes the cache, and no argument of ours would pass it. The first call that it makes learns of
-its weights from a context variable and writes them on the cache, where later calls find them.
+``generate`` takes no argument of ours, and mostly makes the cache itself. The call in which it hands kept
+rows over learns of their weights from a context variable and writes them on the cache, where later calls
+find them.
 """
 
 from __future__ import annotations
@@ -147,56 +148,49 @@ def with_weights(arguments: Mapping[str, Any], note: CacheNote | None) -> dict[s
 # ---------------------------------------------------------------------------------------- while generate runs
 
 
-class _Running:
-    """A ``generate`` under way: its weights, and whether its first call was made."""
-
-    def __init__(self, owner: Any, bias: torch.Tensor) -> None:
-        self.owner, self.bias, self.begun = owner, bias, False
-
-
-_running: contextvars.ContextVar[tuple[_Running, ...]] = contextvars.ContextVar("ocvtp_running", default=())
+#: Models whose ``generate`` is under way in this thread, innermost last, and their weights.
+_running: contextvars.ContextVar[tuple[tuple[Any, torch.Tensor], ...]] = contextvars.ContextVar(
+    "ocvtp_running", default=()
+)
 
 
 @contextlib.contextmanager
-def weighing(owner: Any, bias: torch.Tensor | None) -> Iterator[None]:
+def weighing(owner: Any, bias: torch.Tensor | None, cache: Any) -> Iterator[None]:
     """Calls of ``owner``'s ``forward`` that its ``generate`` makes inside have these weights, if any.
 
     Args:
         owner: the patched model.
         bias: ``[prompts, columns]``.
+        cache: that the caller passed.
     """
     if bias is None:
         yield
         return
-    token = _running.set((*_running.get(), _Running(owner, bias)))
+    token = _running.set((*_running.get(), (owner, bias)))
+    if cache is not None:
+        setattr(cache, _ON_CACHE, bias)
     try:
         yield
     finally:
         _running.reset(token)
+        forget_weights(cache)
 
 
-def weights_for(owner: Any, cache: Any, columns: int) -> Weights | None:
+def weights_for(owner: Any, cache: Any, *, brings_rows: bool) -> Weights | None:
     """Weights of a call that ``generate`` makes.
 
     Args:
         owner: whose ``forward`` is called.
-        cache: of the call. Others that generate uses, as guidance by a second prompt does, hold no weights.
-        columns: of the call.
+        cache: of the call.
+        brings_rows: whether the call hands kept rows over. Others on a cache without weights are not about
+            the prompt, as those of guidance by a second one.
     """
-    bias = None if cache is None else getattr(cache, _ON_CACHE, None)
-    if bias is not None:
-        return Weights(bias)
-    for one in reversed(_running.get()):
-        if one.owner is not owner:
-            continue
-        if cache is None:
-            return Weights(one.bias) if columns >= one.bias.shape[1] else None
-        if one.begun:
-            return None
-        one.begun = True
-        setattr(cache, _ON_CACHE, one.bias)
-        return Weights(one.bias)
-    return None
+    bias = getattr(cache, _ON_CACHE, None)
+    if bias is None and brings_rows:
+        bias = next((bias for model, bias in reversed(_running.get()) if model is owner), None)
+        if bias is not None and cache is not None:
+            setattr(cache, _ON_CACHE, bias)
+    return None if bias is None else Weights(bias)
 
 
 def forget_weights(cache: Any) -> None:

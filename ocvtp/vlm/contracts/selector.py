@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 
 from ocvtp.selection import Selection
 
 Rule = Literal["attention", "random", "grid", "farthest_point", "greedy_dpp"]
+#: What chooses where nobody says who.
+DEFAULT_RULE: Final = "greedy_dpp"
 
 
 def reads_features(rule: str) -> bool:
