@@ -15,7 +15,7 @@ from typing import Any
 
 from ocvtp.vlm.call.controller import ATTRIBUTE, Controller
 from ocvtp.vlm.call.inner import Around, inner_of
-from ocvtp.vlm.call.weighing import install_weights, uninstall_weights
+from ocvtp.vlm.call.weighing import settle_weights
 from ocvtp.vlm.call.wrappers import foreign_layer, label, layers, living, number, number_of
 from ocvtp.vlm.contracts.adapter import Adapter
 from ocvtp.vlm.contracts.errors import PatchError
@@ -60,7 +60,7 @@ def install(model: Any, adapter: Adapter, settings: Settings, runs: Mapping[str,
 def resettle(model: Any, controller: Controller, settings: Settings) -> None:
     """Give a patched model other settings, whatever was put on top of it meanwhile."""
     controller.settings = settings
-    (install_weights if settings.weigh else uninstall_weights)(model)
+    settle_weights(model)
 
 
 def uninstall(model: Any) -> None:
@@ -78,7 +78,7 @@ def uninstall(model: Any) -> None:
     if controller.around is not None:
         controller.around.remove()
         controller.around = None
-    uninstall_weights(model)
+    settle_weights(model)
     allow_replicas(model)
     for name in controller.originals:
         slot = model.__dict__.get(name)

@@ -19,7 +19,13 @@ from ocvtp.vlm.call.generation import effective, pad_token_id
 from ocvtp.vlm.call.memory import CacheNote, cached_length, note_of, prefix_of, write_note
 from ocvtp.vlm.call.prompt import identity, restore_prompt
 from ocvtp.vlm.call.shorten import ShortCall, shorten
-from ocvtp.vlm.call.weighing import KEY, forget_weights, weighing, weights_for, with_weights
+from ocvtp.vlm.call.weighing import (
+    forget_weights,
+    hold_weights,
+    weighing,
+    with_running_weights,
+    with_weights,
+)
 from ocvtp.vlm.contracts.versions import transformers_older_than
 
 
@@ -44,7 +50,7 @@ def forward(
         ids = ids_behind(controller.adapter, embeddings, (controller.model,))
     if _is_upstreams_business(ids, arguments, pixels):
         return original(input_ids=ids, **arguments)
-    prefix = prefix_of(cache, ids.shape[0], ids.device)
+    prefix, hold = prefix_of(cache, ids.shape[0], ids.device), hold_weights(controller)
     call = shorten(
         controller.adapter,
         settings,
@@ -65,7 +71,7 @@ def forward(
     if "inputs_embeds" not in call.arguments or call.arguments["inputs_embeds"] is None:
         call.arguments["input_ids"] = call.ids
     try:
-        output = original(**with_weights(call.arguments, call.note))
+        output = original(**with_weights(call.arguments, call.note, hold))
     except BaseException:
         _note_failure(cache, note, prefix, ids)
         raise
@@ -105,7 +111,7 @@ def generate(
     if arguments.get("attention_mask") is None:
         arguments["attention_mask"] = _inferred_mask(controller.model, ids, arguments)
     copies = _copies(controller.model, arguments)
-    prefix = prefix_of(cache, ids.shape[0], ids.device, copies=copies)
+    prefix, hold = prefix_of(cache, ids.shape[0], ids.device, copies=copies), hold_weights(controller)
     with torch.no_grad():
         call = shorten(
             adapter,
@@ -128,7 +134,7 @@ def generate(
     try:
         with (
             compared_by_own_type(controller.model, call.arguments),
-            weighing(controller.model, call.note.bias, cache),
+            weighing(controller.model, call.note.bias, cache, hold),
         ):
             output = original(**{name: call.ids}, **call.arguments)
     except BaseException:
@@ -177,12 +183,12 @@ def _weighed(
     controller: Controller, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """The keyword arguments of a call that may be one of ``generate``'s, with the weights of its prompt."""
-    if not controller.settings.weigh:
+    if torch.compiler.is_compiling() and not controller.settings.weigh:  # it can't look at the context
         return kwargs
     names = ("mm_encoder_outputs", "inputs_embeds")
-    rows = any(controller.argument("forward", name, args, kwargs) is not None for name in names)
-    weights = weights_for(controller.model, cache, brings_rows=rows)
-    return kwargs if weights is None else {**kwargs, KEY: weights}
+    if all(controller.argument("forward", name, args, kwargs) is None for name in names):
+        return kwargs
+    return with_running_weights(controller.model, cache, kwargs)
 
 
 def _is_upstreams_business(ids: Any, arguments: Mapping[str, Any], pixels: bool) -> bool:

@@ -21,7 +21,7 @@ from ocvtp.vlm.call.memory import CacheNote, note_of, prefix_of, write_note
 from ocvtp.vlm.call.named import by_name, positional_names
 from ocvtp.vlm.call.prompt import identity, short_columns
 from ocvtp.vlm.call.shorten import shorten
-from ocvtp.vlm.call.weighing import with_weights
+from ocvtp.vlm.call.weighing import hold_weights, with_weights
 from ocvtp.vlm.call.wrappers import foreign_layer, is_transparent_module, label
 from ocvtp.vlm.contracts.errors import PatchError
 from ocvtp.vlm.contracts.pixels import pixels_in
@@ -106,7 +106,7 @@ class Around:
             "output_router_logits"
         ):  # those of the short sequence, which no mask of the long one fits
             raise _refusal(controller.model, "pass output_router_logits=False")
-        prefix = prefix_of(cache, ids.shape[0], ids.device)
+        prefix, hold = prefix_of(cache, ids.shape[0], ids.device), hold_weights(controller)
         call = shorten(
             adapter,
             settings,
@@ -126,7 +126,7 @@ class Around:
         # one that lets nobody go on with what the call leaves there.
         if cache is not None and prefix is None:
             write_note(cache, CacheNote(identity(ids.shape[0], 0, 0, ids.device), 0, None))
-        arguments = with_weights(call.arguments, call.note)
+        arguments = with_weights(call.arguments, call.note, hold)
         return (), {**arguments, "input_ids": call.ids, "mm_encoder_outputs": handed}
 
     def spread(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

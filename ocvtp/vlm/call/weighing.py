@@ -1,13 +1,13 @@
 """Weights inside the language model: log(how many tokens it stands for) on the logits of a kept token.
 
-A call brings the weights of its columns along as one more keyword argument, which every model passes down to
-its attention modules. A hook there takes it off again and adds it to the mask, whatever that is: nothing,
-booleans, numbers, another one per kind of layer. So weights go where the arguments go: through gradient
-checkpointing, ``torch.compile`` and several threads.
+A call of ``forward`` brings the weights of its columns along as one more keyword argument, which every
+model passes down to its attention modules. A hook there takes it off again and adds it to the mask, whatever
+that is: nothing, booleans, numbers, another one per kind of layer. So weights go where the arguments go:
+through gradient checkpointing, ``torch.compile`` and several threads.
 
 ``generate`` takes no argument of ours, and mostly makes the cache itself. The call in which it hands kept
-rows over learns of their weights from a context variable and writes them on the cache, where later calls
-find them.
+rows over learns of their weights from a context variable and leaves them on the cache, where the hooks find
+them from then on.
 """
 
 from __future__ import annotations
@@ -15,18 +15,44 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from ocvtp.vlm.call.controller import unwrap
+from ocvtp.vlm.call.controller import ATTRIBUTE, Controller, unwrap
 from ocvtp.vlm.call.memory import CacheNote
 
-#: The argument under which weights travel.
+#: The argument under which weights travel, and the attribute of a cache that holds them.
 KEY = "ocvtp_weights"
 _ON_CACHE = "_ocvtp_weights"
 _SERVED = ("sdpa", "eager", "flex_attention")
+
+
+class Hold:
+    """Keeps the hooks on a model while this lives: a call that began patched ends so, and a backward pass may
+    come after :func:`ocvtp.remove`.
+
+    Args:
+        owner: the model.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = weakref.ref(owner)
+        _held.setdefault(owner, weakref.WeakSet()).add(self)
+        weakref.finalize(self, _let_go, self.owner).atexit = False
+
+
+#: Holds that live, by model.
+_held: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Hold]] = weakref.WeakKeyDictionary()
+
+
+def hold_weights(controller: Controller) -> Hold | None:
+    """For a call that may have weights; nothing if they are off, or while something traces."""
+    if not controller.settings.weigh or torch.compiler.is_compiling():
+        return None
+    return Hold(controller.model)
 
 
 class Weights:
@@ -35,15 +61,17 @@ class Weights:
     Args:
         bias: ``[B, columns]`` float32, from the first cached column on; further columns weigh nothing. A call
             of more rows has those of each prompt one after another.
+        hold: of the model they are for.
     """
 
-    def __init__(self, bias: torch.Tensor) -> None:
+    def __init__(self, bias: torch.Tensor, hold: Hold | None) -> None:
         self.bias = bias
+        self._hold = hold
         #: The last mask made and what it was made of: most layers get the same.
         self._last: tuple[Any, tuple[Any, ...], torch.Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
-        return Weights(self.bias)
+        return Weights(self.bias, self._hold)  # of a cache's copy, not of the model's
 
     def added(self, module: Any, hidden: torch.Tensor, mask: Any, cache: Any) -> torch.Tensor:
         """A mask of numbers ``[B, 1, queries, keys]`` in the place of ``mask``.
@@ -58,8 +86,9 @@ class Weights:
         keys, offset = _keys(module, queries, mask, cache)
         of = (hidden.shape[0], queries, keys, offset, hidden.dtype, hidden.device)
         tracing = torch.compiler.is_compiling()
-        if not tracing and self._last is not None and self._last[0] is mask and self._last[1] == of:
-            return self._last[2]
+        last = None if tracing else self._last
+        if last is not None and last[0] is mask and last[1] == of:
+            return last[2]
         bias = self._columns(hidden, keys, offset)
         if mask is None:
             made = bias
@@ -89,24 +118,29 @@ class Weights:
         return bias.repeat_interleave(copies, 0)[:, None, None] if copies > 1 else bias[:, None, None]
 
 
-def install_weights(model: Any) -> None:
-    """Have the language model's attention modules take weights; does nothing where they do.
+def settle_weights(model: Any) -> None:
+    """Put the hooks on that take weights if the model is patched so, else off as soon as no call has any.
 
     The hook is one plain function without a state: a copy of the model has it too, and without weights it
     does nothing.
     """
+    controller = model.__dict__.get(ATTRIBUTE)
+    wanted = controller is not None and controller.enabled and controller.settings.weigh
+    if not wanted and _held.get(model):
+        return
     for module in attentions_of(model):
-        if not any(hook is _take for hook in module._forward_pre_hooks.values()):
+        numbers = [number for number, hook in module._forward_pre_hooks.items() if hook is _take]
+        if wanted and not numbers:
             module.register_forward_pre_hook(_take, with_kwargs=True)
+        for number in () if wanted else numbers:
+            module._forward_pre_hooks.pop(number, None)
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
-def uninstall_weights(model: Any) -> None:
-    """Undo :func:`install_weights`."""
-    for module in attentions_of(model):
-        for number, hook in list(module._forward_pre_hooks.items()):
-            if hook is _take:
-                del module._forward_pre_hooks[number]
-                module._forward_pre_hooks_with_kwargs.pop(number, None)
+def _let_go(owner: weakref.ref[Any]) -> None:
+    model = owner()
+    if model is not None:
+        settle_weights(model)
 
 
 def why_no_weights(model: Any) -> str | None:
@@ -138,37 +172,38 @@ def attentions_of(model: Any) -> list[torch.nn.Module]:
     return [unwrap(module) for module in found if module is not None]
 
 
-def with_weights(arguments: Mapping[str, Any], note: CacheNote | None) -> dict[str, Any]:
+def with_weights(arguments: Mapping[str, Any], note: CacheNote | None, hold: Hold | None) -> dict[str, Any]:
     """Arguments of a call, with the weights of what the cache will hold after it, if there are any."""
     if note is None or note.bias is None:
         return dict(arguments)
-    return {**arguments, KEY: Weights(note.bias)}
+    return {**arguments, KEY: Weights(note.bias, hold)}
 
 
 # ---------------------------------------------------------------------------------------- while generate runs
 
-
-#: Models whose ``generate`` is under way in this thread, innermost last, and their weights.
-_running: contextvars.ContextVar[tuple[tuple[Any, torch.Tensor], ...]] = contextvars.ContextVar(
+#: Models whose ``generate`` is under way in this thread, innermost last, and the weights of the prompt.
+_running: contextvars.ContextVar[tuple[tuple[Any, Weights], ...]] = contextvars.ContextVar(
     "ocvtp_running", default=()
 )
 
 
 @contextlib.contextmanager
-def weighing(owner: Any, bias: torch.Tensor | None, cache: Any) -> Iterator[None]:
+def weighing(owner: Any, bias: torch.Tensor | None, cache: Any, hold: Hold | None) -> Iterator[None]:
     """Calls of ``owner``'s ``forward`` that its ``generate`` makes inside have these weights, if any.
 
     Args:
         owner: the patched model.
+        hold: of it.
         bias: ``[prompts, columns]``.
         cache: that the caller passed.
     """
     if bias is None:
         yield
         return
-    token = _running.set((*_running.get(), (owner, bias)))
+    weights = Weights(bias, hold)
+    token = _running.set((*_running.get(), (owner, weights)))
     if cache is not None:
-        setattr(cache, _ON_CACHE, bias)
+        setattr(cache, _ON_CACHE, weights)
     try:
         yield
     finally:
@@ -176,27 +211,39 @@ def weighing(owner: Any, bias: torch.Tensor | None, cache: Any) -> Iterator[None
         forget_weights(cache)
 
 
-def weights_for(owner: Any, cache: Any, *, brings_rows: bool) -> Weights | None:
-    """Weights of a call that ``generate`` makes.
+def with_running_weights(owner: Any, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call that brings kept rows along, with their weights if ``generate`` makes it.
 
-    Args:
-        owner: whose ``forward`` is called.
-        cache: of the call.
-        brings_rows: whether the call hands kept rows over. Others on a cache without weights are not about
-            the prompt, as those of guidance by a second one.
+    Others that generate makes on caches of their own, as guidance by a second prompt does, are not about the
+    prompt.
     """
-    bias = getattr(cache, _ON_CACHE, None)
-    if bias is None and brings_rows:
-        bias = next((bias for model, bias in reversed(_running.get()) if model is owner), None)
-        if bias is not None and cache is not None:
-            setattr(cache, _ON_CACHE, bias)
-    return None if bias is None else Weights(bias)
+    if hasattr(cache, _ON_CACHE):
+        return kwargs
+    weights = next((weights for model, weights in reversed(_running.get()) if model is owner), None)
+    if weights is None:
+        return kwargs
+    if cache is None:
+        return {**kwargs, KEY: weights}
+    setattr(cache, _ON_CACHE, weights)
+    return kwargs
 
 
 def forget_weights(cache: Any) -> None:
-    """Take what :func:`weights_for` wrote off a cache."""
+    """Take what ``generate`` left off a cache."""
     if hasattr(cache, _ON_CACHE):
         delattr(cache, _ON_CACHE)
+
+
+def _of_a_call_whose_patch_is_gone(module: Any, cache: Any) -> Weights | None:
+    """Weights where :func:`ocvtp.remove` came after ``generate`` had begun, but before it used the cache."""
+    for owner, weights in reversed(_running.get()):
+        controller = owner.__dict__.get(ATTRIBUTE)
+        patched = controller is not None and controller.enabled
+        if not patched and any(module is one for one in attentions_of(owner)):
+            if cache is not None:
+                setattr(cache, _ON_CACHE, weights)
+            return weights
+    return None
 
 
 # ------------------------------------------------------------------------------------------------ in the hook
@@ -204,10 +251,15 @@ def forget_weights(cache: Any) -> None:
 
 def _take(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before an attention module runs: weights off its arguments, and into its mask."""
-    if KEY not in kwargs:
-        return None
+    cache = kwargs.get("past_key_values")
     kwargs = dict(kwargs)
-    weights = kwargs.pop(KEY)
+    weights = kwargs.pop(KEY, None)
+    if weights is None:
+        weights = getattr(cache, _ON_CACHE, None)
+    if weights is None and not torch.compiler.is_compiling() and _running.get():
+        weights = _of_a_call_whose_patch_is_gone(module, cache)
+    if weights is None:
+        return None
     attention = module.config._attn_implementation
     if attention not in _SERVED:
         raise ValueError(
@@ -215,9 +267,7 @@ def _take(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             "weights: apply again"
         )
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    kwargs["attention_mask"] = weights.added(
-        module, hidden, kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    )
+    kwargs["attention_mask"] = weights.added(module, hidden, kwargs.get("attention_mask"), cache)
     return args, kwargs
 
 
