@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ocvtp
+from ocvtp.vlm.call.weighing import Weights
 from tests.vlm.processor import write_processor
 from tests.vlm.skips import NATIVE_ROUTE
 from tests.vlm.tiny_llava import GREEDY, IMAGE, KEEP, ONE, TOKENS, llava, mixed, pixels, prompt
@@ -189,7 +190,8 @@ def test_a_decode_step_compiles_into_one_graph(
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
     out = model(**one, past_key_values=cache, use_cache=True)
     length = out.logits.shape[1]
-    cache.__dict__.pop("_ocvtp_note")  # as inside generate, which counts short columns
+    note = cache.__dict__.pop("_ocvtp_note")  # as inside generate, which counts short columns
+    cache._ocvtp_weights = Weights(note.bias, None)
     ids = one["input_ids"]
     for i in range(GREEDY["max_new_tokens"]):
         token = out.logits[:, -1:].argmax(-1)

@@ -16,6 +16,7 @@ from tests.vlm.tiny_llava import (
     LAYERS,
     NONE,
     ONE,
+    PLAIN,
     TOKENS,
     TWO,
     llava,
@@ -92,7 +93,7 @@ def test_pruned_logits_are_those_of_the_hand_built_prompt(
     images = pixels(row.count(IMAGE) // TOKENS)
     want = by_hand(model, oc_pruner, row, images, positions)
     unpruned = model(**prompt(row, images)).logits
-    ocvtp.apply(model, oc_pruner, keep=KEEP, positions=positions)
+    ocvtp.apply(model, oc_pruner, keep=KEEP, positions=positions, **PLAIN)
     got = model(**prompt(row, images)).logits
     assert got.shape == want.shape
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -180,10 +181,10 @@ def test_every_layout_against_transformers(
     row = [1, 5, *[IMAGE] * total, 7, *[IMAGE] * total, 8]
     want_all = model(**prompt(row, images)).logits
     class_rows = int((tower, strategy) == ("clip", "full"))
-    ocvtp.apply(model, oc_pruner, keep=total - class_rows)
+    ocvtp.apply(model, oc_pruner, keep=total - class_rows, **PLAIN)
     assert torch.equal(model(**prompt(row, images)).logits, want_all)
 
-    report = ocvtp.apply(model, oc_pruner, keep=KEEP)
+    report = ocvtp.apply(model, oc_pruner, keep=KEEP, **PLAIN)
     assert (report.tokens_before, report.tokens_after) == (total, KEEP + class_rows)
     indices = ocvtp.vlm.select(model, images).indices
     got = model(**prompt(row, images)).logits
@@ -209,7 +210,7 @@ def test_per_call_overrides(model: Any, oc_pruner: Any) -> None:
     assert model(**prompt(row, images), **options).logits.shape[1] == 3 + KEEP + 1
     generated = model.generate(**prompt(row, images), **options, **GREEDY)
     assert generated.shape[1] == len(row) + GREEDY["max_new_tokens"]
-    with pytest.raises(ValueError, match="below the deepest layer"):
+    with pytest.raises(ValueError, match="beyond the deepest layer"):
         model(**prompt(ONE, images), vision_feature_layer=2)
     with pytest.raises(ValueError, match="select_strategy"):
         model(**prompt(ONE, images), vision_feature_select_strategy="cls")

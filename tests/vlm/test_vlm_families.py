@@ -24,7 +24,7 @@ from tests.vlm.skips import (
     needs_mm_route,
     needs_original,
 )
-from tests.vlm.tiny_llava import GREEDY, PAD, text_config
+from tests.vlm.tiny_llava import GREEDY, PAD, PLAIN, text_config
 
 NEW = GREEDY["max_new_tokens"]
 CASES = [pytest.param(family, id=family.name) for family in families()]
@@ -106,7 +106,7 @@ def test_pruned_logits_are_those_of_the_hand_built_prompt(
             ocvtp.remove(model)
             want = by_hand(family, model, pruner, row, family.keep, positions, options)
             unpruned = model(**row).logits
-            ocvtp.apply(model, pruner, keep=family.keep, **{**options, "positions": positions})
+            ocvtp.apply(model, pruner, keep=family.keep, **{**options, "positions": positions}, **PLAIN)
             got = model(**row).logits
             assert got.shape == want.shape, kind
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
@@ -297,19 +297,20 @@ def test_remove_copies_and_folders(family: Family, models: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", CASES)
-@pytest.mark.parametrize("rule", ["attention", "random", "grid", "farthest_point"])
+@pytest.mark.parametrize("rule", ["attention", "random", "grid", "farthest_point", "greedy_dpp"])
 def test_rules_without_training(family: Family, models: Any, rule: str) -> None:
     model, rows = models(family), list(_rows(family).values())
-    report = ocvtp.apply(model, rule, keep=family.keep)
-    early = round(max(report.consumed_layers) * 8 / 22) if rule == "farthest_point" else None
-    assert (report.selector, report.read_layer) == (rule, early)
+    report = ocvtp.apply(model, rule, keep=family.keep, **PLAIN)
+    compares = rule in ("farthest_point", "greedy_dpp")
+    consumed = max(report.consumed_layers) if compares else None
+    assert (report.selector, report.read_layer) == (rule, consumed)
     assert rule in str(report)
     batch = family.batch()
     width = batch["input_ids"].shape[1]
     out = steps(model, batch)
     assert_rows_answer_alike(out, width, [steps(model, row) for row in rows], rows)
     with pytest.raises(ValueError, match="coverage"):
-        ocvtp.apply(model, rule, keep="auto", max_error=0.5, budgets=[2, 3])
+        ocvtp.apply(model, rule, keep="auto", max_error=0.5, budgets=[2, 3], **PLAIN)
 
 
 @pytest.mark.parametrize("family", CASES)

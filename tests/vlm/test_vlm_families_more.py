@@ -16,9 +16,10 @@ from transformers import StaticCache
 import ocvtp
 from ocvtp import OCPruner, methods
 from ocvtp.vlm.call.handover import route_of
+from ocvtp.vlm.call.weighing import Weights, attentions_of
 from tests.vlm.family import Family, Inputs, by_hand, families, made
 from tests.vlm.skips import needs_mm_route, needs_original
-from tests.vlm.tiny_llava import GREEDY
+from tests.vlm.tiny_llava import GREEDY, PLAIN
 
 NEW = GREEDY["max_new_tokens"]
 FAMILIES = families()
@@ -71,7 +72,7 @@ def test_the_first_token_is_that_of_the_hand_built_prompt(family: Family) -> Non
         if positions == "original" and not family.mrope:
             needs_original()
         model, pruner = fresh(family), family.pruner()
-        ocvtp.apply(model, pruner, keep=family.keep, positions=positions)
+        ocvtp.apply(model, pruner, keep=family.keep, positions=positions, **PLAIN)
         for row in images_of(family).values():
             want = hand(family, pruner, row, positions)[:, -1]
             out = model.generate(
@@ -119,7 +120,7 @@ def test_the_attention_rule_keeps_what_receives_most(family: Family) -> None:
     chooser = Chooser(family.pruner(), highest)
     want = {kind: hand(family, chooser, row, family.positions[0]) for kind, row in images_of(family).items()}
     model = fresh(family)
-    ocvtp.apply(model, "attention", keep=family.keep)
+    ocvtp.apply(model, "attention", keep=family.keep, **PLAIN)
     for kind, row in images_of(family).items():
         same(logits(model, row), want[kind])
 
@@ -131,18 +132,18 @@ def test_the_farthest_point_rule_keeps_features_least_alike(family: Family, roun
         return methods.k_medoids(features, keep, rounds=rounds).indices
 
     model = fresh(family)
-    report = ocvtp.apply(model, "farthest_point", keep=family.keep, refine=rounds)
+    report = ocvtp.apply(model, "farthest_point", keep=family.keep, refine=rounds, **PLAIN)
     assert "farthest_point" in str(report)
     assert ("2 rounds" in str(report)) == (rounds == 2)
     layer = SimpleNamespace(config=SimpleNamespace(layer=report.read_layer))
     chooser = Chooser(layer, unlike)  # type: ignore[arg-type]
     for row in images_of(family).values():
         same(logits(model, row), hand(family, chooser, row, family.positions[0]))
-    assert ocvtp.apply(model, keep=family.keep).selector == "farthest_point"  # where no pruner is given
-    with ocvtp.pruned(model, keep=family.keep) as inside:
-        assert inside.selector == "farthest_point"
+    assert ocvtp.apply(model, keep=family.keep, **PLAIN).selector == "greedy_dpp"  # where no pruner is given
+    with ocvtp.pruned(model, keep=family.keep, **PLAIN) as inside:
+        assert inside.selector == "greedy_dpp"
     with pytest.raises(ValueError, match="refine needs features"):
-        ocvtp.apply(model, "grid", keep=family.keep, refine=1)
+        ocvtp.apply(model, "grid", keep=family.keep, refine=1, **PLAIN)
 
 
 def test_rounds_after_farthest_points_run_on_the_backend_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +171,7 @@ def test_the_grid_rule_knows_the_shape_of_an_image(family: Family, options: Inpu
         return methods.grid(features, keep, shape=shapes[features.shape[1]]).indices
 
     chooser, model = Chooser(family.pruner(), spread), fresh(family)
-    ocvtp.apply(model, "grid", keep=family.keep, **options)
+    ocvtp.apply(model, "grid", keep=family.keep, **options, **PLAIN)
     for row in images_of(family).values():
         numbering = family.positions[0]
         want = by_hand(family, made(family), chooser, row, family.keep, numbering, options)
@@ -189,7 +190,7 @@ def test_a_share_of_each_image(family: Family, share: float) -> None:
     chooser = Chooser(pruner, part)
     want = {kind: hand(family, chooser, row, family.positions[0]) for kind, row in images_of(family).items()}
     model = fresh(family)
-    ocvtp.apply(model, pruner, keep=share)
+    ocvtp.apply(model, pruner, keep=share, **PLAIN)
     for kind, row in images_of(family).items():
         same(logits(model, row), want[kind])
 
@@ -226,7 +227,7 @@ def test_as_few_as_cover_an_image(family: Family) -> None:
     assert len(set(kept)) > 1
     model = fresh(family)
     try:
-        ocvtp.apply(model, pruner, keep="auto", max_error=most, budgets=budgets)
+        ocvtp.apply(model, pruner, keep="auto", max_error=most, budgets=budgets, **PLAIN)
     except ValueError as refusal:
         if "different numbers of tokens" not in str(refusal):
             raise
@@ -281,7 +282,8 @@ def test_a_decode_step_compiles_into_one_graph(family: Family) -> None:
     position = torch.tensor([[out.logits.shape[1]]])
     if family.mrope:
         position = (position + model.model.rope_deltas).expand(3, 1, 1)
-    cache.__dict__.pop("_ocvtp_note")  # as inside generate, which counts short columns
+    note = cache.__dict__.pop("_ocvtp_note")  # as inside generate, which counts short columns
+    cache._ocvtp_weights = Weights(note.bias, None)
     got = []
     for i in range(NEW):
         token = out.logits[:, -1:].argmax(-1)
@@ -302,8 +304,9 @@ def test_nothing_is_left_on_any_module(family: Family) -> None:
     model.generate(**row, **GREEDY)
     for name, module in model.named_modules():  # threads share them
         around = int(module is model.model)  # for calls that go around ours; holds nothing of a call
+        weighed = int(any(module is one for one in attentions_of(model)))  # nor does that
         assert len(module._forward_hooks) == hooks[name] + around
-        assert len(module._forward_pre_hooks) == around
+        assert len(module._forward_pre_hooks) == around + weighed
     ocvtp.remove(model)
     for name, module in model.named_modules():
         assert set(module.__dict__) == before[name]

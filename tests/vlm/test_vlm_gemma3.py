@@ -17,7 +17,7 @@ from transformers import (
 import ocvtp
 from tests.vlm.families.merged import FAMILIES, TEXT, VISION
 from tests.vlm.skips import NATIVE_ROUTE, needs_mm_route
-from tests.vlm.tiny_llava import GREEDY, IMAGE, sharpen
+from tests.vlm.tiny_llava import GREEDY, IMAGE, PLAIN, sharpen
 from tests.vlm.tiny_merged import compare, first_mask
 
 FAMILY = next(family for family in FAMILIES if family.name == "gemma3")
@@ -89,7 +89,7 @@ def test_each_image_attends_to_itself_both_ways(kept: int, side: str, generating
                     **options,
                 )[0, 0]
             )
-        ocvtp.apply(model, "grid", keep=kept)
+        ocvtp.apply(model, "grid", keep=kept, **PLAIN)
         mask = first_mask(model, layer, batch, **options)
         ocvtp.remove(model)
         width = mask.shape[-1]

@@ -16,7 +16,7 @@ from transformers import (
 
 import ocvtp
 from tests.vlm.families.merged import VISION
-from tests.vlm.tiny_llava import IMAGE, PAD, sharpen, text_config
+from tests.vlm.tiny_llava import IMAGE, PAD, PLAIN, sharpen, text_config
 from tests.vlm.tiny_merged import Probe, compare, ours
 
 KINDS = {
@@ -74,7 +74,7 @@ def test_masks_of_pixels(kind: str) -> None:
     mask = torch.zeros(1, 2, 112, 112, dtype=torch.long)
     mask[0, 0] = 1
     row = {"input_ids": torch.tensor([[1, *[IMAGE] * 16, 7]]), "pixel_values": pixels}
-    ocvtp.apply(model, "grid", keep=4)
+    ocvtp.apply(model, "grid", keep=4, **PLAIN)
     want = model(**row).logits
     assert torch.equal(model(**row, pixel_attention_mask=mask).logits, want)
     mask[0, 0, 100:] = 0
@@ -85,7 +85,7 @@ def test_masks_of_pixels(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_without_a_picture_are_refused(kind: str) -> None:
     model = builder(kind)("sdpa")
-    ocvtp.apply(model, "grid", keep=4)
+    ocvtp.apply(model, "grid", keep=4, **PLAIN)
     row = {"input_ids": torch.tensor([[1, 21, 22]]), "pixel_values": torch.zeros(1, 1, 3, 112, 112)}
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="nothing but tiles of zeros"):

@@ -10,7 +10,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 
 import ocvtp
 from tests.vlm.families.merged import SIDE, VISION
-from tests.vlm.tiny_llava import IMAGE, LAYERS, sharpen, text_config
+from tests.vlm.tiny_llava import IMAGE, LAYERS, PLAIN, sharpen, text_config
 from tests.vlm.tiny_merged import compare
 
 PIXELS = torch.randn(3, 3, SIDE * 14, SIDE * 14, generator=torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def test_layers_that_are_not_there(layer: int) -> None:
 
 def test_pictures_of_another_size_are_refused() -> None:
     model = internvl()
-    ocvtp.apply(model, "grid", keep=4)
+    ocvtp.apply(model, "grid", keep=4, **PLAIN)
     ids = torch.tensor([[1, *[IMAGE] * 16, 7]])
     with pytest.raises(ValueError, match="not pictures of 8 x 8 patches"):
         model(input_ids=ids, pixel_values=torch.randn(1, 3, SIDE * 14, SIDE * 28))

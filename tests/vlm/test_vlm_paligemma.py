@@ -20,7 +20,7 @@ import ocvtp
 from tests.vlm.families.merged import FAMILIES, TEXT, VISION
 from tests.vlm.family import Inputs, by_hand, joined
 from tests.vlm.skips import NATIVE_ROUTE, needs_mm_route
-from tests.vlm.tiny_llava import GREEDY, IMAGE, PAD, sharpen
+from tests.vlm.tiny_llava import GREEDY, IMAGE, PAD, PLAIN, sharpen
 from tests.vlm.tiny_merged import compare, first_mask
 
 FAMILY = next(family for family in FAMILIES if family.name == "paligemma")
@@ -93,7 +93,7 @@ def test_the_prompt_attends_both_ways_and_the_answer_back(side: str, generating:
     if generating and side == "right":
         pytest.skip("generate wants padding on the left")
     model, rows = paligemma("eager"), FAMILY.rows() if generating else answered()
-    ocvtp.apply(model, "grid", keep=5)
+    ocvtp.apply(model, "grid", keep=5, **PLAIN)
     batch = {name: value for name, value in joined(list(rows.values()), side).items() if name != "labels"}
     mask = first_mask(model, 0, batch, **(GREEDY if generating else {}))
     width = mask.shape[-1]
@@ -121,7 +121,7 @@ def test_the_prompt_attends_both_ways_and_the_answer_back(side: str, generating:
 def test_positions_start_at_one(positions: Literal["compact", "original"], generating: bool) -> None:
     needs_mm_route()
     model, row = paligemma(), FAMILY.rows()["two"]
-    ocvtp.apply(model, "grid", keep=5, positions=positions)
+    ocvtp.apply(model, "grid", keep=5, positions=positions, **PLAIN)
     seen: list[torch.Tensor] = []
 
     def look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Inputs) -> None:
@@ -150,7 +150,7 @@ def test_learning_from_answers() -> None:
         ocvtp.remove(model)
         plain = {key: value for key, value in row.items() if key != "labels"}
         want = by_hand(FAMILY, model, pruner, plain, 5, "compact", {}) if name != "text" else None
-        ocvtp.apply(model, pruner, keep=5)
+        ocvtp.apply(model, pruner, keep=5, **PLAIN)
         out = model(**row)
         losses.append(out.loss.detach())
         if want is not None:

@@ -47,6 +47,9 @@ class Model(torch.nn.Module):
         self.config.get_text_config = lambda: types.SimpleNamespace(pad_token_id=0)
         self.me = [0]
 
+    def get_decoder(self) -> Any:
+        return self.model
+
     def forward(self, input_ids: Any, pixel_values: Any = None, mm_encoder_outputs: Any = None) -> Any:
         out = self.model(
             input_ids=input_ids, pixel_values=pixel_values, mm_encoder_outputs=mm_encoder_outputs
@@ -68,6 +71,7 @@ class Family:
 
 class Settings:
     route = "mm_encoder_outputs"
+    weigh = False
 
     def __init__(self, keep: int) -> None:
         self.keep = keep

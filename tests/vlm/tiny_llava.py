@@ -21,6 +21,8 @@ LAYERS = 6
 WIDTH = 64
 KEEP = 5
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
+#: Dropped tokens are thrown away, as published: what was built by hand of kept tokens alone.
+PLAIN: dict[str, Any] = {"merge": "off", "weigh": False}
 
 _RUN = [IMAGE] * TOKENS
 ONE = [1, 5, 6, *_RUN, 7, 8, 9]

@@ -13,7 +13,7 @@ from ocvtp.vlm.encode.encode import encode
 from ocvtp.vlm.families import adapter_for
 from ocvtp.vlm.options import Options, resolve
 from tests.vlm.family import Inputs
-from tests.vlm.tiny_llava import WIDTH
+from tests.vlm.tiny_llava import PLAIN, WIDTH
 
 
 class Probe(torch.nn.Module):
@@ -101,7 +101,7 @@ def upstream(
 def ours(model: Any, pixels: torch.Tensor, probe: Probe) -> Sight:
     """What the adapter shows ``probe``, and the rows of what it keeps ``[pictures, k, D]``."""
     adapter = adapter_for(model)
-    settings, _ = resolve(adapter, Options(probe, keep=probe.indices.shape[1]))
+    settings, _ = resolve(adapter, Options(probe, keep=probe.indices.shape[1], **PLAIN))
     kept = encode(adapter, {"pixel_values": pixels}, settings, None)["image"]
     assert torch.equal(kept.slots, probe.indices.flatten())
     return Sight(probe.features, probe.scores, torch.stack(kept.rows))

@@ -38,7 +38,8 @@ def forward(
     pixels = controller.has_pixels("forward", args, kwargs)
     settings = controller.settings
     if note is None and not pixels:
-        output = original(*args, **_weighed(controller, cache, args, kwargs))
+        given = controller.by_name("forward", args, kwargs)
+        output = original(*args, **with_running_weights(controller, given, kwargs))
         if settings.columns and cache is None:
             ids = controller.argument("forward", "input_ids", args, kwargs)
             return output if ids is None else with_columns(output, *_unchanged(ids))
@@ -177,18 +178,6 @@ def _note_failure(cache: Any, note: CacheNote | None, prefix: CacheNote | None, 
         write_note(cache, note)
     elif cached_length(cache) != prefix.index.shape[1]:
         write_note(cache, prefix)
-
-
-def _weighed(
-    controller: Controller, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The keyword arguments of a call that may be one of ``generate``'s, with the weights of its prompt."""
-    if torch.compiler.is_compiling() and not controller.settings.weigh:  # it can't look at the context
-        return kwargs
-    names = ("mm_encoder_outputs", "inputs_embeds")
-    if all(controller.argument("forward", name, args, kwargs) is None for name in names):
-        return kwargs
-    return with_running_weights(controller.model, cache, kwargs)
 
 
 def _is_upstreams_business(ids: Any, arguments: Mapping[str, Any], pixels: bool) -> bool:

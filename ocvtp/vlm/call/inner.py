@@ -21,7 +21,7 @@ from ocvtp.vlm.call.memory import CacheNote, note_of, prefix_of, write_note
 from ocvtp.vlm.call.named import by_name, positional_names
 from ocvtp.vlm.call.prompt import identity, short_columns
 from ocvtp.vlm.call.shorten import shorten
-from ocvtp.vlm.call.weighing import hold_weights, with_weights
+from ocvtp.vlm.call.weighing import hold_weights, with_running_weights, with_weights
 from ocvtp.vlm.call.wrappers import foreign_layer, is_transparent_module, label
 from ocvtp.vlm.contracts.errors import PatchError
 from ocvtp.vlm.contracts.pixels import pixels_in
@@ -91,7 +91,8 @@ class Around:
         cache = given.get("past_key_values")
         note = note_of(cache)
         if (note is None and not pixels) or given.get("mm_encoder_outputs") is not None:
-            return None
+            weighed = with_running_weights(controller, given, kwargs)
+            return None if weighed is kwargs else (args, weighed)
         ids = given.pop("input_ids", None)
         if pixels and given.get("inputs_embeds") is not None:
             raise _refusal(controller.model, "pass input_ids instead of inputs_embeds")

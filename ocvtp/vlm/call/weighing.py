@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.call.controller import ATTRIBUTE, Controller, unwrap
-from ocvtp.vlm.call.memory import CacheNote
+from ocvtp.vlm.call.memory import CacheNote, cached_length
 
 #: The argument under which weights travel, and the attribute of a cache that holds them.
 KEY = "ocvtp_weights"
@@ -72,6 +72,10 @@ class Weights:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
         return Weights(self.bias, self._hold)  # of a cache's copy, not of the model's
+
+    def behind(self, columns: int) -> Weights:
+        """The same, of a sequence with that many columns more in front."""
+        return Weights(torch.nn.functional.pad(self.bias, (columns, 0)), self._hold) if columns else self
 
     def added(self, module: Any, hidden: torch.Tensor, mask: Any, cache: Any) -> torch.Tensor:
         """A mask of numbers ``[B, 1, queries, keys]`` in the place of ``mask``.
@@ -211,17 +215,33 @@ def weighing(owner: Any, bias: torch.Tensor | None, cache: Any, hold: Hold | Non
         forget_weights(cache)
 
 
-def with_running_weights(owner: Any, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call that brings kept rows along, with their weights if ``generate`` makes it.
+def with_running_weights(
+    controller: Controller, given: Mapping[str, Any], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Keyword arguments of a call, with weights if ``generate`` makes it and it brings kept rows along.
 
     Others that generate makes on caches of their own, as guidance by a second prompt does, are not about the
     prompt.
+
+    Args:
+        controller: of the model called.
+        given: all arguments by name.
+        kwargs: those that were given by name.
     """
-    if hasattr(cache, _ON_CACHE):
+    outputs, embeddings = given.get("mm_encoder_outputs"), given.get("inputs_embeds")
+    cache = given.get("past_key_values")
+    if (outputs is None and embeddings is None) or KEY in kwargs or hasattr(cache, _ON_CACHE):
         return kwargs
+    if torch.compiler.is_compiling() and not controller.settings.weigh:  # it can't look at the context
+        return kwargs
+    owner = controller.model
     weights = next((weights for model, weights in reversed(_running.get()) if model is owner), None)
     if weights is None:
         return kwargs
+    before = cached_length(cache)  # PEFT's prefix tuning puts columns of its own there
+    if outputs is not None and embeddings is not None:  # and its prompt tuning in front of the embeddings
+        before += embeddings.shape[1] - weights.bias.shape[1]
+    weights = weights.behind(before)
     if cache is None:
         return {**kwargs, KEY: weights}
     setattr(cache, _ON_CACHE, weights)
