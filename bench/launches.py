@@ -9,6 +9,7 @@ import torch
 from ocvtp_kernels._arch import pretend
 from ocvtp_kernels._launch import Launch, recording
 from ocvtp_kernels.coverage import triton as coverage
+from ocvtp_kernels.merge import triton as merge
 from ocvtp_kernels.received_attention import triton as received_attention
 from ocvtp_kernels.reconstruction import triton as reconstruction
 from ocvtp_kernels.selection import triton as selection
@@ -27,6 +28,7 @@ def launches(arch: str) -> list[Launch]:
         _slot_attention()
         _slot_training()
         _coverage()
+        _merge()
     unique: dict[str, Launch] = {}
     for launch in recorded:
         unique.setdefault(f"{launch.kernel.fn.__name__} {kinds_of(launch)} {launch.tile}", launch)
@@ -166,3 +168,21 @@ def _coverage() -> None:
             coverage.coverage(x, _empty(2, kept, dtype=torch.int64), 1)
     # Columns that allow no wide loads.
     coverage.coverage(_empty(2, 577, 1001), _empty(2, 64, dtype=torch.int64), 1)
+
+
+def _merge() -> None:
+    owner, mass = _empty(2, 576, dtype=torch.int64), _empty(2, 64)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = _empty(2, 577, 1024, dtype=dtype)[:, 1:]
+        for kept in (64, 160) if dtype == torch.float32 else (64,):
+            indices = _empty(2, kept, dtype=torch.int64)
+            for mask in (None, _empty(2, kept, dtype=torch.bool)):
+                merge.nearest_kept(x, indices, mask)
+        # As they are, and where there are no wide loads: columns apart; a gradient that is one number.
+        for tokens in (x, x.mT.contiguous().mT):
+            merge.merge_by(tokens, owner, 64)
+        for rows in (_empty(2, 64, 1024, dtype=dtype), _empty(1, 1, 1, dtype=dtype).expand(2, 64, 1024)):
+            merge.spread_rows(rows, owner, mass)
+    ragged = _empty(2, 576, 1001)
+    merge.nearest_kept(ragged, _empty(2, 64, dtype=torch.int64), None)
+    merge.spread_rows(merge.merge_by(ragged, owner, 64)[0], owner, mass)

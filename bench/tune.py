@@ -58,9 +58,9 @@ _CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
         "num_stages": (2, 3, 4),
     },
     "received_attention.head_mean": {"BH": (8, 16), "BN": (64, 128, 256), "num_warps": (2, 4)},
-    "coverage.token_mean": {"BN": (16, 32, 64), "BC": (32, 64, 128), "num_warps": (2, 4, 8)},
-    "coverage.centre": {"BN": (4, 8, 16), "BC": (128, 256, 512), "num_warps": (2, 4, 8)},
-    "coverage.assign": {
+    "nearest.token_mean": {"BN": (16, 32, 64), "BC": (32, 64, 128), "num_warps": (2, 4, 8)},
+    "nearest.centre": {"BN": (4, 8, 16), "BC": (128, 256, 512), "num_warps": (2, 4, 8)},
+    "nearest.assign": {
         "BM": (32, 64),
         "BK": (32, 64, 128),
         "BC": (16, 32),
@@ -78,6 +78,9 @@ _CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     "coverage.choose": {"BT": (4, 8, 16), "BN": (64, 128, 256), "num_warps": (2, 4, 8)},
     "coverage.accept": {"BN": (256, 512, 1024), "num_warps": (2, 4, 8)},
     "coverage.finish": {"BN": (256, 512, 1024), "num_warps": (2, 4, 8)},
+    "merge.line_up": {"BT": (4, 8, 16), "BN": (128, 256, 512), "num_warps": (2, 4, 8)},
+    "merge.average": {"BN": (4, 8, 16), "BC": (256, 512, 1024), "num_warps": (2, 4, 8)},
+    "merge.spread": {"BN": (4, 8, 16), "BC": (128, 256, 512), "num_warps": (2, 4, 8)},
     "reconstruction.token_errors": {
         "BN": (8, 16, 32),
         "BK": (32, 64),
@@ -192,8 +195,10 @@ def workloads(kernel: str, shape: str, device: torch.device) -> list[Call]:
         return [_selection(kernel, shape, batch, device) for batch in _BATCHES]
     if kernel.startswith("slot_training"):
         return [_slot_training(shape, batch, device) for batch in _BATCHES[:2]]
-    if kernel.startswith("coverage"):
+    if kernel.startswith(("coverage", "nearest")):
         return [_coverage(shape, batch, device) for batch in _BATCHES[:2]]
+    if kernel.startswith("merge"):
+        return [_merge(kernel, batch, device) for batch in _BATCHES]
     if kernel.startswith("reconstruction"):
         return [_reconstruction(kernel, shape, batch, device) for batch in _BATCHES[:2]]
     return [_received_attention(shape, batch, device) for batch in _BATCHES]
@@ -247,6 +252,19 @@ def _coverage(shape: str, batch: int, device: torch.device) -> Call:
     x = torch.randn(batch, tokens, 1024, generator=draw).to(device)
     indices = torch.rand(batch, tokens, generator=draw).argsort(dim=1)[:, :keep].to(device)
     return lambda: torch.ops.ocvtp_kernels.coverage(x, indices, 1)[1]
+
+
+def _merge(kernel: str, batch: int, device: torch.device) -> Call:
+    """Owners of very different size, as those of an image are: half of all tokens have the first."""
+    tokens, keep = 576, 64
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, tokens, 1024, generator=draw).to(device, torch.float16)
+    owner = torch.randint(-keep, keep, (batch, tokens), generator=draw).clamp(min=0).to(device)
+    if kernel == "merge.spread":
+        rows, mass = torch.ops.ocvtp_kernels.merge_by(x, owner, keep)
+        return lambda: torch.ops.ocvtp_kernels.spread_rows(rows, owner, mass)
+    # Sums run in another order with other tiles, and may be rounded to another float16: norms don't show it.
+    return lambda: torch.ops.ocvtp_kernels.merge_by(x, owner, keep)[0].float().norm(dim=2)
 
 
 def _slot_training(shape: str, batch: int, device: torch.device) -> Call:

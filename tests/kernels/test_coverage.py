@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from ocvtp_kernels._nearest_reference import centred
 from ocvtp_kernels.coverage import coverage_error, refine
-from ocvtp_kernels.coverage.reference import candidates, centred, cover
+from ocvtp_kernels.coverage.reference import candidates, cover
 
 
 def kept_of(batch: int, tokens: int, keep: int, seed: int = 0) -> torch.Tensor:

@@ -9,11 +9,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from ocvtp_kernels import BackendUnavailableError
+from ocvtp_kernels import BackendUnavailableError, _nearest
+from ocvtp_kernels._nearest_reference import centred
 from ocvtp_kernels._tiles import table
 from ocvtp_kernels.coverage import coverage_error, refine
 from ocvtp_kernels.coverage import triton as kernels
-from ocvtp_kernels.coverage.reference import centred, cover
+from ocvtp_kernels.coverage.reference import cover
 from tests.kernels.test_coverage import KINDS, features, kept_of
 from tests.kernels.triton_device import DEVICE, PoisonedTorch, far_apart, interpreter_only, surrounded
 
@@ -34,8 +35,9 @@ def coarse(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
         "finish": {"BN": 64},
     }
     for (kernel, arch, shape), tile in list(table().items()):
-        if kernel.startswith("coverage."):
-            monkeypatch.setitem(table(), (kernel, arch, shape), {**tile, **sizes[kernel.split(".")[1]]})
+        operation, name = kernel.split(".")
+        if operation in ("coverage", "nearest"):
+            monkeypatch.setitem(table(), (kernel, arch, shape), {**tile, **sizes[name]})
 
 
 @pytest.fixture
@@ -152,6 +154,7 @@ def test_writes_all_of_its_memory_and_nothing_else(monkeypatch: pytest.MonkeyPat
     want = kernels.coverage(x, indices, 2)
     poisoned: Any = PoisonedTorch()
     monkeypatch.setattr(kernels, "torch", poisoned)
+    monkeypatch.setattr(_nearest, "torch", poisoned)
     got = kernels.coverage(x, indices, 2)
     assert all(map(torch.equal, got, want))
     poisoned.assert_guards_intact()
@@ -185,7 +188,7 @@ def test_kept_twice_or_out_of_range_reads_nothing_foreign() -> None:
 
 def test_nearest_is_nearest() -> None:
     x, indices = on_device(features(2, 50, 7), kept_of(2, 50, 9))
-    image = kernels._centred(x)
+    image = _nearest.centred(x)
     kept = kernels._assign(image, indices)
     want = cover(centred(x.double()), indices)
     assert torch.equal(kept.owner.long(), want.owner)

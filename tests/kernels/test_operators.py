@@ -21,12 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("triton")
 
 from bench.launches import launches
-from ocvtp_kernels import BackendUnavailableError, _arch, _backend, _library
+from ocvtp_kernels import BackendUnavailableError, _arch, _backend, _library, _nearest
 from ocvtp_kernels._launch import recording
 from ocvtp_kernels._tiles import table
 from ocvtp_kernels.coverage import coverage_error, refine
 from ocvtp_kernels.coverage import op as coverage_op
 from ocvtp_kernels.coverage import triton as coverage_kernels
+from ocvtp_kernels.merge import merge_by, merge_tokens, nearest_kept
+from ocvtp_kernels.merge import op as merge_op
+from ocvtp_kernels.merge import triton as merge_kernels
 from ocvtp_kernels.received_attention import op as attention_op
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.received_attention import shapes as attention_shapes
@@ -99,6 +102,13 @@ OPERATORS: dict[str, tuple[Any, Arguments]] = {
     "scatter_tokens": (selection_op._scatter_tokens, (X, indices(2, 9, 7), 7)),
     "coverage": (coverage_op._coverage, (X.half().mT.contiguous().mT, distinct(2, 4, 9), 1)),
     "coverage, no round": (coverage_op._coverage, (X, distinct(2, 9, 9), 0)),
+    "nearest_kept": (merge_op._nearest_kept, (X.half().mT.contiguous().mT, distinct(2, 4, 9), None, True)),
+    "nearest_kept, not counted": (
+        merge_op._nearest_kept,
+        (X, distinct(2, 4, 9), distinct(2, 4, 9).mT.contiguous().mT < 7, False),
+    ),
+    "merge_by": (merge_op._merge_by, (X.half().mT.contiguous().mT, indices(2, 9, 4), 4)),
+    "spread_rows": (merge_op._spread_rows, (X[:, :, ::2], indices(2, 7, 9), FILL.abs() + 1)),
     "received_attention": (attention_op._received_attention, (Q, K, 0.25, None, None)),
     "received_attention packed": (
         attention_op._received_attention,
@@ -179,6 +189,8 @@ def test_public_functions_on_fake_tensors() -> None:
         assert gather_tokens(x, kept, backend="triton").shape == (2, 4, 5)
         assert select_tokens(attention, 9, backend="triton")[0].shape == (2, 9)
         assert received_attention(q, k, lse=q[..., 0], backend="triton").shape == (2, 12)
+        merged = merge_tokens(x, kept, backend="triton")
+        assert [t.shape for t in merged] == [(2, 4, 5), (2, 4), (2, 9)]
         losses = area_weighted_mse(x.clone(), x, attention, reduction="none", backend="triton")
         assert losses.shape == (2,)
         start, weights = (
@@ -266,6 +278,21 @@ def _coverage_cases(grad: bool) -> list[Arguments]:
     ]
 
 
+def _merge_cases(grad: bool) -> list[Arguments]:
+    """Features that differ in dtype from what is compared, masks, and owners of their own."""
+    return [
+        (
+            randn(batch, tokens, 5, seed=tokens).requires_grad_(grad),
+            kept,
+            randn(batch, tokens, 4, seed=keep, dtype=torch.float16),
+            kept < tokens - 2,
+            indices(batch, tokens, keep),
+        )
+        for batch, tokens, keep in ((2, 9, 4), (3, 12, 5), (4, 10, 6), (5, 11, 7))
+        for kept in (distinct(batch, keep, tokens),)
+    ]
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[bool], list[Arguments]]]] = {
     "select_tokens": (
         lambda a, keep, fill, x: select_tokens(a, keep, None, backend="triton"),
@@ -286,6 +313,18 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[bool], list[Arguments]]
     "gather_tokens": (lambda x, i: gather_tokens(x, i, backend="triton"), _gather_cases),
     "refine": (lambda x, i: refine(x, i, 1, backend="triton"), _coverage_cases),
     "coverage_error": (lambda x, i: coverage_error(x, i, backend="triton"), _coverage_cases),
+    "merge_tokens": (
+        lambda x, kept, compare, mask, owner: merge_tokens(x, kept, compare, mask, backend="triton")[::-1],
+        _merge_cases,
+    ),
+    "nearest_kept": (
+        lambda x, kept, compare, mask, owner: nearest_kept(x, kept, backend="triton"),
+        _merge_cases,
+    ),
+    "merge_by": (
+        lambda x, kept, compare, mask, owner: merge_by(x, owner, kept.shape[1], backend="triton"),
+        _merge_cases,
+    ),
     "slot_assignment": (
         lambda x, slots: slot_assignment(
             x, start_from_slots(slots, WEIGHTS), WEIGHTS, num_iters=2, backend="triton"
@@ -328,6 +367,8 @@ COMPILED = [
     ("select_rows", True),
     ("rows_from_keys", True),
     ("gather_tokens", True),
+    ("merge_tokens", True),
+    ("merge_by", True),
     *((name, True) for name in FUNCTIONS if "received" in name or "area" in name),
     *((name, True) for name in FUNCTIONS if name.startswith("slot_attention")),
 ]
@@ -477,6 +518,14 @@ COUNTED: dict[str, tuple[Callable[..., Any], int]] = {
         lambda q, k, lse: slot_assignment(FEATURES, START, WEIGHTS, backend="triton"),
         folded_flops(3, 2, 3, 9),
     ),
+    "nearest_kept": (
+        lambda q, k, lse: nearest_kept(q[:, 0], distinct(2, 7, 20), backend="triton")[1],
+        2 * 2 * 20 * 7 * 16,
+    ),
+    "merge_by": (
+        lambda q, k, lse: merge_by(q[:, 0], indices(2, 20, 7), 7, backend="triton"),
+        2 * 20 * 16,
+    ),
     "slot_update": (
         lambda q, k, lse: training_op.slot_update(q[:, 0], k[:, 0], k[:, 1], 1e-5, True)[0],
         2 * 2 * 2 * 20 * 30 * 16,
@@ -493,7 +542,7 @@ COUNTED: dict[str, tuple[Callable[..., Any], int]] = {
     ),
 }
 NO_GRADIENT = ("slot_assignment", "top_tokens")
-INDICES_ALONE = ("select_tokens", "select_from_keys", "coverage_error", "refine")
+INDICES_ALONE = ("select_tokens", "select_from_keys", "coverage_error", "refine", "nearest_kept")
 
 
 def counted_inputs(grad: bool) -> Arguments:
@@ -621,6 +670,14 @@ GRAPHED: dict[str, tuple[Callable[..., Any], Callable[[int], Arguments]]] = {
         lambda x, i: refine(x, i, 2, backend="triton"),
         lambda seed: (randn(2, 576, 1024, seed=seed, dtype=torch.float16), distinct(2, 64, 576, seed)),
     ),
+    "merge_tokens": (
+        lambda x, kept, mask: merge_tokens(x, kept, None, mask, backend="triton")[::-1],
+        lambda seed: (
+            randn(2, 577, 1024, seed=seed, dtype=torch.float16)[:, 1:],
+            distinct(2, 64, 576, seed),
+            distinct(2, 64, 576, seed) < 570,
+        ),
+    ),
     "received_attention": (
         lambda q, k: received_attention(q, k, backend="triton"),
         lambda seed: tuple(randn(2, 16, 577, 64, seed=seed + i, dtype=torch.float16) for i in range(2)),
@@ -712,7 +769,8 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
 
     rows = {key for key in table() if key[1] == arch}
     modules = (selection_kernels, attention_kernels, reconstruction_kernels, coverage_kernels)
-    for module in (*modules, slot_kernels, slot_shapes, training_kernels):
+    modules += (_nearest, merge_kernels, slot_kernels, slot_shapes, training_kernels)
+    for module in modules:
         monkeypatch.setattr(module, "tile", tile)
     monkeypatch.setattr("bench.launches.kinds_of", lambda _: {})  # reads what only compiled kernels have
     launches.__wrapped__(arch)
@@ -750,6 +808,9 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
                 assert scratch[2].shape == q.shape
         for kept in (1, 63, 64, 65, 1000):
             coverage_kernels.coverage(empty(2, 1000, 3), empty(2, kept, dtype=torch.int64), 1)
+        owner = empty(2, 1000, dtype=torch.int64)
+        means, mass = merge_kernels.merge_by(empty(2, 1000, 3), owner, 7)
+        merge_kernels.spread_rows(means, owner, mass)
     assert asked == rows
 
 
@@ -866,6 +927,14 @@ def _refusals() -> dict[str, tuple[Callable[[], Any], str]]:
             lambda: gather_tokens(x, indices(2, 3, 9), backend="triton"),
             "x is torch.complex128",
         ),
+        "65536 images to compare": (
+            lambda: nearest_kept(crowd, crowd[..., 0].long(), backend="triton"),
+            "merge can't run its Triton kernel: it takes up to 65535 images; got 65536",
+        ),
+        "65536 images to merge": (
+            lambda: merge_by(crowd, crowd[..., 0].long(), 1, backend="triton"),
+            "up to 65535 images; got 65536",
+        ),
         "float64 q": (
             lambda: received_attention(double, double, backend="triton"),
             "q and k are torch.float64",
@@ -906,6 +975,7 @@ CALLS: dict[str, Callable[[str], Any]] = {
     "select_tokens": lambda backend: select_tokens(MAP, 4, backend=backend),
     "select_rows": lambda backend: select_rows(MAP, 4, None, X, backend=backend),
     "gather_tokens": lambda backend: gather_tokens(X, indices(2, 3, 9), backend=backend),
+    "merge_tokens": lambda backend: merge_tokens(X, distinct(2, 3, 9), backend=backend),
     "received_attention": lambda backend: received_attention(Q, K, backend=backend),
     "select_from_keys": lambda backend: select_from_keys(KEYS, 4, FILL, X, backend=backend),
     "area_weighted_mse": lambda backend: area_weighted_mse(X, X, MAP, backend=backend),
@@ -987,6 +1057,7 @@ ON_A_CPU = """
 import sys
 if {blocked}: sys.modules["triton"] = None
 import torch
+from ocvtp_kernels.merge import merge_tokens
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.reconstruction import area_weighted_mse
 from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
@@ -1001,6 +1072,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     a, x = torch.rand(2, 3, 9).to(dtype), torch.rand(2, 9, 4, dtype=dtype, requires_grad=True)
     indices, _, rows = select_rows(a, 4, None, x)
     gather_tokens(x, indices).sum().backward()
+    merge_tokens(x, indices).rows.sum().backward()
     area_weighted_mse(x, x.detach(), a).backward()
     select_tokens(a, 4, a[:, 0])
     found = top_tokens(x.detach().float(), start_from_slots(torch.rand(1, 3, 4), w), w)
@@ -1009,7 +1081,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     q = torch.rand(1, 2, 9, 16).to(dtype).requires_grad_()
     received_attention(q, q, cu_seqlens=torch.tensor([0, 4, 9])).sum().backward()
     loaded = [name for name in sys.modules if name.startswith("ocvtp_kernels.")]
-    print(dtype, *(name for name in loaded if name.endswith((".triton", "._jit"))))
+    print(dtype, *(name for name in loaded if name.endswith((".triton", "._jit", "._nearest"))))
 """
 
 

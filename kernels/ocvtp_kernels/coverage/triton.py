@@ -1,8 +1,8 @@
 # No postponed annotations: the interpreter looks for the very object tl.constexpr.
 """Coverage and its refinement as Triton kernels.
 
-    token_mean, centre                                  features -> centred tokens z, float32, once
-    assign                                              each token's nearest kept token, and how far it is
+    token_mean, centre (_nearest.py)                    features -> centred tokens z, float32, once
+    assign (_nearest.py)                                each token's nearest kept token, and how far it is
     means, away, choose, assign, accept                 a round
     finish                                              the error
 
@@ -22,106 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ocvtp_kernels._arch import architecture
 from ocvtp_kernels._jit import ordered_bits
 from ocvtp_kernels._launch import launch
+from ocvtp_kernels._nearest import Image, assigned, centred, rows_of, squared_distance
 from ocvtp_kernels._tiles import tile
 from ocvtp_kernels.coverage.reference import LEAST, STEADY
 
-# ------------------------------------------------------------------------------------------- device functions
-
-
-@triton.jit
-def _rows(ptr, row, column, C, real):
-    """``[rows, columns]`` of a contiguous matrix of C columns; zeros outside and where a row is not real."""
-    inside = real[:, None] & (column < C)[None, :]
-    return tl.load(ptr + row.to(tl.int64)[:, None] * C + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _squared_distance(a_ptr, a_row, b_ptr, b_row, real, C, BM: tl.constexpr, BC: tl.constexpr):
-    """Between row ``a_row`` of one matrix and row ``b_row`` of another, pair by pair, ``[BM]``."""
-    total = tl.zeros([BM], tl.float32)
-    for start in tl.range(0, C, BC):
-        c = start + tl.arange(0, BC)
-        difference = _rows(a_ptr, a_row, c, C, real) - _rows(b_ptr, b_row, c, C, real)
-        total += tl.sum(difference * difference, axis=1)
-    return total
-
-
 # -------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit(do_not_specialize=["N"])
-def token_mean(x_ptr, mean_ptr, x_b, x_n, x_c, N, C, BN: tl.constexpr, BC: tl.constexpr):
-    """Grid (column tiles, B): mean over tokens of ``[B, N, C]``, any strides -> ``[B, C]`` float32."""
-    image = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    total = tl.zeros([BC], tl.float32)
-    for start in tl.range(0, N, BN):
-        n = start + tl.arange(0, BN)
-        offsets = n.to(tl.int64)[:, None] * x_n + c.to(tl.int64)[None, :] * x_c
-        inside = (n < N)[:, None] & (c < C)[None, :]
-        x = tl.load(x_ptr + image * x_b + offsets, mask=inside, other=0.0)
-        total += tl.sum(x.to(tl.float32), axis=0)
-    tl.store(mean_ptr + image * C + c, total / N, mask=c < C)
-
-
-@triton.jit(do_not_specialize=["N"])
-def centre(
-    x_ptr, mean_ptr, z_ptr, norms_ptr, x_b, x_n, x_c, N, C, BN: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
-    """Grid (token tiles, B): ``z = x - mean`` ``[B, N, C]`` float32, and its squared norms ``[B, N]``."""
-    image = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    norms = tl.zeros([BN], tl.float32)
-    for start in tl.range(0, C, BC):
-        c = start + tl.arange(0, BC)
-        offsets = n.to(tl.int64)[:, None] * x_n + c.to(tl.int64)[None, :] * x_c
-        inside = (n < N)[:, None] & (c < C)[None, :]
-        x = tl.load(x_ptr + image * x_b + offsets, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + image * C + c, mask=c < C, other=0.0)
-        z = tl.where(inside, x - mean[None, :], 0.0)
-        tl.store(z_ptr + (image * N + n)[:, None] * C + c[None, :], z, mask=inside)
-        norms += tl.sum(z * z, axis=1)
-    tl.store(norms_ptr + image * N + n, norms, mask=n < N)
-
-
-@triton.jit(do_not_specialize=["N", "T"])
-def assign(
-    z_ptr, norms_ptr, indices_ptr, owner_ptr, distance_ptr, N, T, C,
-    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Grid (token tiles, B): each token's nearest kept token, ``owner`` ``[B, N]`` int32 among the T, and the
-    squared ``distance`` ``[B, N]`` to it. A kept token is its own; ties go to the first."""
-    image = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BM + tl.arange(0, BM)
-    z_ptr += image * N * C
-    indices_ptr += image * T
-    best = tl.full([BM], float("inf"), tl.float32)
-    owner = tl.zeros([BM], tl.int32)
-    for first in tl.range(0, T, BK):
-        t = first + tl.arange(0, BK)
-        kept = tl.load(indices_ptr + t, mask=t < T, other=-1).to(tl.int32)
-        real = (kept >= 0) & (kept < N)
-        product = tl.zeros([BM, BK], tl.float32)
-        for start in tl.range(0, C, BC):
-            c = start + tl.arange(0, BC)
-            z = _rows(z_ptr, n, c, C, n < N)
-            k = _rows(z_ptr, kept, c, C, real)
-            product = tl.dot(z, tl.trans(k), product, input_precision=PRECISION)
-        # A token's own norm is the same for every kept token, and left out.
-        norms = tl.load(norms_ptr + image * N + kept, mask=real, other=float("inf"))
-        score = norms[None, :] - 2.0 * product
-        score = tl.where((n[:, None] == kept[None, :]) & real[None, :], float("-inf"), score)
-        score = tl.where(score == score, score, float("inf"))  # NaN is told by the distance
-        lowest, which = tl.min(score, axis=1, return_indices=True)
-        owner = tl.where(lowest < best, first + which, owner)
-        best = tl.minimum(best, lowest)
-    kept = tl.load(indices_ptr + owner, mask=n < N, other=0).to(tl.int32)
-    distance = _squared_distance(z_ptr, n, z_ptr, kept, n < N, C, BM, BC)
-    tl.store(owner_ptr + image * N + n, owner, mask=n < N)
-    tl.store(distance_ptr + image * N + n, distance, mask=n < N)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -140,7 +47,7 @@ def means(
         n = start + tl.arange(0, BN)
         owner = tl.load(owner_ptr + image * N + n, mask=n < N, other=-1)
         member = (owner[None, :] == t[:, None]).to(tl.float32)
-        total = tl.dot(member, _rows(z_ptr, n, c, C, n < N), total, input_precision=PRECISION)
+        total = tl.dot(member, rows_of(z_ptr, n, c, C, n < N), total, input_precision=PRECISION)
         count += tl.sum(member, axis=1)
     mean = total / tl.maximum(count, 1.0)[:, None]
     offsets = (image * T + t)[:, None] * C + c[None, :]
@@ -155,7 +62,7 @@ def away(
     image = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BM + tl.arange(0, BM)
     owner = tl.load(owner_ptr + image * N + n, mask=n < N, other=0)
-    distance = _squared_distance(
+    distance = squared_distance(
         z_ptr + image * N * C, n, means_ptr + image * T * C, owner, n < N, C, BM, BC
     )  # fmt: skip
     tl.store(away_ptr + image * N + n, distance, mask=n < N)
@@ -245,18 +152,9 @@ class _Kept(NamedTuple):
     distance: torch.Tensor  # [B, N] float32
 
 
-class _Image(NamedTuple):
-    """Centred tokens, their squared norms, and where they are computed with."""
-
-    z: torch.Tensor  # [B, N, C] float32
-    norms: torch.Tensor  # [B, N] float32
-    arch: str
-    precision: str
-
-
 def coverage(x: torch.Tensor, indices: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Kept tokens ``[B, T]`` after ``rounds`` rounds, in no order, and their coverage error ``[B]``."""
-    image = _centred(x)
+    image = centred(x)
     kept = _assign(image, indices.contiguous())
     for _ in range(rounds):
         kept = _round(image, kept)
@@ -268,41 +166,13 @@ def coverage(x: torch.Tensor, indices: torch.Tensor, rounds: int) -> tuple[torch
     return kept.indices.clone() if rounds == 0 else kept.indices, error
 
 
-def _centred(x: torch.Tensor) -> _Image:
-    batch, tokens, width = x.shape
-    arch = architecture(x.device)
-    assert arch is not None
-    mean = torch.empty(batch, width, dtype=torch.float32, device=x.device)
-    cut = tile("coverage.token_mean", arch, "any")
-    launch(
-        token_mean, (triton.cdiv(width, cut["BC"]), batch), x.device,
-        x, mean, *x.stride(), tokens, width, **cut,
-    )  # fmt: skip
-    z = torch.empty(batch, tokens, width, dtype=torch.float32, device=x.device)
-    norms = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
-    cut = tile("coverage.centre", arch, "any")
-    launch(
-        centre, (triton.cdiv(tokens, cut["BN"]), batch), x.device,
-        x, mean, z, norms, *x.stride(), tokens, width, **cut,
-    )  # fmt: skip
-    return _Image(z, norms, arch, "ieee" if arch.startswith("gfx") else "tf32x3")
-
-
-def _assign(image: _Image, indices: torch.Tensor) -> _Kept:
-    batch, tokens, width = image.z.shape
-    kept = indices.shape[1]
-    owner = torch.empty(batch, tokens, dtype=torch.int32, device=indices.device)
-    distance = torch.empty(batch, tokens, dtype=torch.float32, device=indices.device)
-    cut = tile("coverage.assign", image.arch, "T<=64" if kept <= 64 else "any T")
-    launch(
-        assign, (triton.cdiv(tokens, cut["BM"]), batch), indices.device,
-        image.z, image.norms, indices, owner, distance, tokens, kept, width,
-        PRECISION=image.precision, **cut,
-    )  # fmt: skip
+def _assign(image: Image, indices: torch.Tensor) -> _Kept:
+    owner, distance = assigned(image, indices, None, torch.int32, distances=True)
+    assert distance is not None
     return _Kept(indices, owner, distance)
 
 
-def _round(image: _Image, kept: _Kept) -> _Kept:
+def _round(image: Image, kept: _Kept) -> _Kept:
     batch, tokens, width = image.z.shape
     count = kept.indices.shape[1]
     device, arch = image.z.device, image.arch

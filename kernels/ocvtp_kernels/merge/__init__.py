@@ -11,7 +11,7 @@ from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels._launch import MAX_IMAGES
-from ocvtp_kernels.merge import reference
+from ocvtp_kernels.merge import op, reference
 
 __all__ = ["Merged", "merge_by", "merge_tokens", "nearest_kept"]
 
@@ -64,9 +64,14 @@ def merge_tokens(
     _check_kept(compare, indices, mask)
     require_shape("compare", compare, (x.shape[0], x.shape[1], None), "[B, N, C2]")
     _require_same_device("compare", compare, x)
-    _resolve(backend, x)  # refused before anything runs
+    keep = indices.shape[1]
+    # Both before anything runs.
+    if (_resolve(backend, compare), _resolve(backend, x)) == ("triton", "triton"):
+        owner, _ = op.nearest_kept(compare, indices, mask, count=False)
+        rows, mass = op.merge_by(x, owner, keep)  # counts on its way
+        return Merged(rows, mass, owner)
     owner, mass = nearest_kept(compare, indices, mask, backend=backend)
-    return Merged(merge_by(x, owner, indices.shape[1], backend=backend), mass, owner)
+    return Merged(merge_by(x, owner, keep, backend=backend), mass, owner)
 
 
 def nearest_kept(
@@ -98,7 +103,8 @@ def nearest_kept(
         BackendUnavailableError: an explicit backend that can't run; says why.
     """
     _check_kept(compare, indices, mask)
-    _resolve(backend, compare)
+    if _resolve(backend, compare) == "triton":
+        return op.nearest_kept(compare, indices, mask, count=True)
     keep = indices.shape[1]
     compare = compare.detach()  # torch.no_grad would leave tangents
     with torch.no_grad(), without_autocast(compare.device):
@@ -117,10 +123,10 @@ def merge_by(x: torch.Tensor, owner: torch.Tensor, keep: int, *, backend: str = 
         backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take up to 32 bits.
 
     Returns:
-        ``[B, keep, C]`` in the dtype of ``x``; sums are float32 (float64 for float64) in the order of the
-        tokens. Zero for an owner without tokens. What is no number stays in the row that it belongs to.
-        Differentiable in ``x``, any number of times: a token's gradient is its owner's over their number. The
-        same bits whatever the strides and the batch.
+        ``[B, keep, C]`` in the dtype of ``x``; sums are float32 (float64 for float64). Zero for an owner
+        without tokens. What is no number stays in the row that it belongs to. Differentiable in ``x``, any
+        number of times: a token's gradient is its owner's over their number. A row has the same bits whatever
+        the strides, the batch and the other rows.
 
     Raises:
         TypeError, ValueError: a wrong type, shape or number.
@@ -131,7 +137,8 @@ def merge_by(x: torch.Tensor, owner: torch.Tensor, keep: int, *, backend: str = 
     require_shape("owner", owner, (x.shape[0], x.shape[1]), "[B, N]")
     _require_same_device("owner", owner, x)
     keep = require_count("keep", keep, x.shape[1], "the number of tokens")
-    _resolve(backend, x)
+    if _resolve(backend, x) == "triton":
+        return op.merge_by(x, owner, keep)[0]
     with without_autocast(x.device):
         return reference.merge_by(x, owner, keep)
 
