@@ -55,6 +55,10 @@ PROMISED = {
     "slot_attention, forward (triton)": 3 * 2,
     "slot_attention, forward and backward (triton)": 3 * 2 + 2,
     "coverage_error (triton)": 4,
+    "merge_tokens (triton)": 3 + 2,
+    "merge_tokens, 2880 (triton)": 3 + 2,
+    "nearest_kept, masked (triton)": 3 + 1,
+    "merge_by, backward (triton)": 2 + 1,
     "refine, rounds 1 (triton)": 4 + 5,
     "refine, rounds 2 (triton)": 4 + 2 * 5,
     "pruner, images 1 (triton)": 17 + 1,
@@ -111,6 +115,16 @@ def test_no_attention_map_is_allocated(calls: dict[str, Callable[[], object]]) -
     made = count(calls["received_attention (triton)"])
     assert largest(made) == heads * queries
     assert largest(count(calls["received_attention (torch)"])) > 100 * largest(made)
+
+
+def test_no_matrix_of_tokens_and_kept_ones_is_allocated(calls: dict[str, Callable[[], object]]) -> None:
+    tokens, keep, width = 2880, 160, 1024
+    made = [torch.Size(one.shape).numel() for one in count(calls["merge_tokens, 2880 (triton)"]).allocated]
+    assert max(made) == tokens * width  # the centred features
+    assert tokens * keep not in made
+    assert sum(made) < tokens * (width + 10) + keep * (width + 10) + width + 1
+    in_pytorch = count(calls["merge_tokens, 2880 (torch)"]).allocated
+    assert tokens * keep in [torch.Size(one.shape).numel() for one in in_pytorch]
 
 
 def test_the_slots_map_is_allocated_only_if_asked_for(calls: dict[str, Callable[[], object]]) -> None:

@@ -29,6 +29,7 @@ from bench.micro.ceilings import CEILINGS, Work, floor
 from bench.micro.coverage_cases import RoundCase
 from bench.micro.gates import GateError, poison, poisoned_memory, require_equal, worst_error
 from bench.micro.measure import CLOCK, late_after, measure, prepared
+from bench.micro.merge_cases import MergeCase, SpreadCase
 from bench.micro.received_cases import ReceivedCase, logsumexp, oracle, received_cases
 from bench.micro.reconstruction_cases import (
     LossCase,
@@ -76,7 +77,9 @@ PRUNER = PrunerCase("tiny", 2, torch.float32, 10, 24, Widths(24, 40, 16, 32))
 LOSS = LossCase("tiny", 2, torch.float32, 8, 24, 12)
 TRAINED = TrainedLossCase("tiny", 2, torch.float32, 8, 24, 12)
 ROUND = RoundCase("tiny", 2, torch.float32, 6, 24, width=12)
-TINY = (SELECT, GATHER, SCATTER, DENSE, PACKED, LOSS, TRAINED, ROUND, SLOTS, PRUNER)
+MERGE = MergeCase("tiny", 2, torch.float32, 6, 24, width=12)
+SPREAD = SpreadCase("tiny", 2, torch.float32, 6, 24, width=12)
+TINY = (SELECT, GATHER, SCATTER, DENSE, PACKED, LOSS, TRAINED, ROUND, MERGE, SPREAD, SLOTS, PRUNER)
 
 
 @pytest.fixture(autouse=True)
@@ -914,6 +917,7 @@ def test_the_suite_on_a_cpu(tmp_path: Path) -> None:
         ("received-attention", 6),
         ("reconstruction", 8),
         ("coverage", 2),
+        ("merge", 4),
         ("slot-attention", 4),
     )
     for family, least in families:

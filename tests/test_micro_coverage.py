@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.micro import coverage_cases
 from bench.micro.case import Candidate
 from bench.micro.ceilings import CEILINGS, floor
-from bench.micro.coverage_cases import PEER, RoundCase, RoundInputs, round_cases
+from bench.micro.coverage_cases import RoundCase, RoundInputs, round_cases
 from bench.micro.gates import GateError, poisoned_memory
+from bench.micro.kmeans import PEER
 from bench.micro.measure import prepared
 from ocvtp_kernels._arch import interpreting
 from ocvtp_kernels.coverage import coverage_error, refine
@@ -170,7 +172,7 @@ def test_the_peers_means_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_peer_is_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     why_not = candidate(PEER).why_not
     assert "no GPU" in (why_not(TINY, CPU) or "")
-    monkeypatch.setattr(coverage_cases.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "pip install" in (why_not(TINY, GPU) or "")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "flash_kmeans", kmeans("flash_kmeans.torch_fallback"))

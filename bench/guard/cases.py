@@ -14,6 +14,7 @@ import torch
 
 import ocvtp
 from ocvtp_kernels.coverage import coverage_error, refine
+from ocvtp_kernels.merge import merge_by, merge_tokens, nearest_kept
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.reconstruction import area_weighted_mse
 from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
@@ -60,6 +61,7 @@ def _operations() -> Iterator[tuple[str, Operation]]:
     yield from _slots()
     yield from _training()
     yield from _coverage()
+    yield from _merge()
     yield from _pruner()
 
 
@@ -131,6 +133,16 @@ def _coverage() -> Iterator[tuple[str, Operation]]:
     yield "coverage_error", _with(coverage_error, x, kept)
     for rounds in (1, 2):
         yield f"refine, rounds {rounds}", _with(refine, x, kept, rounds)
+
+
+def _merge() -> Iterator[tuple[str, Operation]]:
+    for size, tokens, keep in (("", 576, 64), (", 2880", 2880, 160)):
+        x, kept = empty(1, tokens, WIDTH, dtype=HALF), empty(1, keep, dtype=torch.int64)
+        yield f"merge_tokens{size}", _with(merge_tokens, x, kept)
+    x, kept, mask = empty(2, 576, WIDTH, dtype=HALF), empty(2, 64, dtype=torch.int64), empty(2, 64) > 0
+    yield "nearest_kept, masked", _with(nearest_kept, x, kept, mask)
+    leaf, owner = x.detach().requires_grad_(), empty(2, 576, dtype=torch.int64)
+    yield "merge_by, backward", _backward(_with(merge_by, leaf, owner, 64), leaf)
 
 
 def _pruner() -> Iterator[tuple[str, Operation]]:

@@ -6,8 +6,6 @@ moves centres to means, so it names no tokens to keep and nothing keeps its erro
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,18 +15,15 @@ import torch
 from bench.micro.case import Candidate, Case, Gate, bench_device, compiled, where_kernels_run
 from bench.micro.ceilings import Work
 from bench.micro.gates import GateError, Outputs, require_equal, require_error, worst_error
+from bench.micro.kmeans import LOOSE, PEER, grouped, why_not
 from ocvtp_kernels.coverage import coverage_error, reference, refine
 
-PEER = "flash-kmeans"  # read at 0.3.1
-_MODULE = "flash_kmeans"
 _INDEX = 8  # bytes
 #: Two tokens may be equally near a mean but for rounding, and either be taken: of the error after a round.
 _ROUNDING = 1e-3
 #: An image with a decision closer than this, of what is compared, may end in other tokens. Measured on a CPU,
 #: float32 errs a sixth of it; a cluster of two is decided by ``reference.STEADY``, four times as much.
 _NEAR = 2.0**-18
-#: The peer's means, in the inputs' dtype, from products in it: catches a wrong function, not rounding.
-_LOOSE = 5e-2
 
 
 class RoundInputs(NamedTuple):
@@ -109,8 +104,8 @@ class RoundCase(Case[RoundInputs, RoundExpected]):
         tokens are kept; the peer: its means."""
         if candidate == PEER:
             error = worst_error(got[0].flatten(1), expected.means.flatten(1))
-            require_error(candidate, error, _LOOSE)
-            return {"error": error, "bound": _LOOSE}
+            require_error(candidate, error, LOOSE)
+            return {"error": error, "bound": LOOSE}
         kept = got[0]
         if kept.shape != (self.batch, self.keep) or kept.dtype != torch.int64:
             raise GateError(f"{candidate}: {kept.dtype} {list(kept.shape)}")
@@ -151,33 +146,14 @@ def _round(backend: str, inputs: RoundInputs) -> Outputs:
     return (refine(*inputs, 1, backend=backend),)
 
 
-def _peer(inputs: RoundInputs) -> Outputs:
-    """Assigns tokens to centres and returns clusters' means: it chooses no members and checks no error."""
-    kmeans = importlib.import_module(_MODULE).batch_kmeans_Euclid
-    kept = inputs.indices.shape[1]
-    centres = inputs.x.gather(1, inputs.indices[:, :, None].expand(-1, -1, inputs.x.shape[2]))
-    return (kmeans(inputs.x, kept, max_iters=1, init_centroids=centres)[1],)
-
-
-def _no_peer(case: RoundCase, device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"no GPU: {PEER}'s kernels need one"
-    if importlib.util.find_spec(_MODULE) is None:
-        return f"{PEER} is not installed (pip install {PEER})"
-    # It falls back to PyTorch without a word, and that is not what its name promises.
-    if "torch" in importlib.import_module(_MODULE).batch_kmeans_Euclid.__module__:
-        return f"{PEER} can't import its Triton kernels here, and would run PyTorch instead"
-    return None
-
-
 _CANDIDATES = (
     Candidate("ours", lambda case: lambda i: _round("triton", i), why_not=where_kernels_run),
     Candidate("reference", lambda case: lambda i: _round("torch", i)),
     Candidate(
         PEER,
-        lambda case: _peer,
+        lambda case: lambda i: (grouped(*i)[1],),
         modes=("eager",),
-        why_not=_no_peer,
+        why_not=why_not,
         note="assignment and means alone: picks no tokens, guarantees nothing",
     ),
     Candidate("compiled", lambda case: compiled(lambda i: _round("torch", i)), compiled=True),

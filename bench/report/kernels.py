@@ -20,6 +20,7 @@ FAMILIES = {
     "slot attention, training": "micro-slot-training",
     "reconstruction": "micro-reconstruction",
     "coverage": "micro-coverage",
+    "merging": "micro-merge",
 }
 
 
