@@ -95,8 +95,7 @@ def nearest_kept(
 
     Returns:
         ``owner`` ``[B, N]`` int64 in ``[0, keep)``, and ``mass`` ``[B, keep]`` float32, counts that sum to N.
-        Neither has a gradient. An image's have the same bits whatever the strides and the batch around it,
-        except from compiled PyTorch.
+        Neither has a gradient. An image's do not depend on the batch around it, except in compiled PyTorch.
 
     Raises:
         TypeError, ValueError: a wrong type or shape.
@@ -123,10 +122,11 @@ def merge_by(x: torch.Tensor, owner: torch.Tensor, keep: int, *, backend: str = 
         backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take up to 32 bits.
 
     Returns:
-        ``[B, keep, C]`` in the dtype of ``x``; sums are float32 (float64 for float64). Zero for an owner
-        without tokens. What is no number stays in the row that it belongs to. Differentiable in ``x``, any
-        number of times: a token's gradient is its owner's over their number. A row has the same bits whatever
-        the strides, the batch and the other rows.
+        ``[B, keep, C]`` in the dtype of ``x``; sums are float32 (float64 for float64), in the order of the
+        tokens: a row has the same bits on either backend, whatever the strides, the batch and the other rows,
+        except from compiled PyTorch. Zero for an owner without tokens. What is no number stays in the row
+        that it belongs to. Differentiable in ``x``, any number of times: a token's gradient is its owner's
+        over their number.
 
     Raises:
         TypeError, ValueError: a wrong type, shape or number.
