@@ -7,6 +7,7 @@ import torch
 
 from ocvtp_kernels._alike import image_by_image, laid_out
 from ocvtp_kernels.coverage import refine_measured
+from ocvtp_kernels.merge import merge_tokens
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.slot_attention import SlotAttentionWeights, fold, start_from_slots
 from tests.conftest import make_pruner
@@ -83,6 +84,18 @@ def test_coverage_of_any_layout(rounds: int, dtype: torch.dtype) -> None:
     want = refine_measured(x, kept, rounds)
     for view in layouts(x):
         assert all(map(torch.equal, refine_measured(view, kept, rounds), want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_merging(dtype: torch.dtype) -> None:
+    x, compare = torch.randn(3, 100, 20).to(dtype), torch.randn(3, 100, 6).round().to(dtype)  # many near ties
+    kept = torch.stack([torch.randperm(100)[:9].sort().values for _ in range(3)])
+    want = merge_tokens(x, kept, compare)
+    for views in zip(layouts(x), layouts(compare), strict=True):
+        assert all(map(torch.equal, merge_tokens(views[0], kept, views[1]), want))
+    for image in range(3):
+        at = slice(image, image + 1)
+        assert all(map(torch.equal, merge_tokens(x[at], kept[at], compare[at]), (t[at] for t in want)))
 
 
 def test_laid_out_copies_once_or_not_at_all() -> None:

@@ -95,7 +95,8 @@ def nearest_kept(
 
     Returns:
         ``owner`` ``[B, N]`` int64 in ``[0, keep)``, and ``mass`` ``[B, keep]`` float32, counts that sum to N.
-        Neither has a gradient. An image's do not depend on the batch around it, except in compiled PyTorch.
+        Neither has a gradient. An image's do not depend on the batch around it, nor, in PyTorch, on strides;
+        compiled PyTorch promises neither.
 
     Raises:
         TypeError, ValueError: a wrong type or shape.
