@@ -8,6 +8,7 @@ import torch
 
 from ocvtp.checks import NOT_FINITE, check_fill_scores, check_finite, require_finite
 from ocvtp.pruner.refinement import Refinement
+from ocvtp.pruner.topup import TopUp
 from ocvtp.selection import Selection
 from ocvtp_kernels._alike import image_by_image, laid_out
 from ocvtp_kernels._checks import require, require_shape
@@ -32,6 +33,7 @@ class Plan:
         return_attention: whether the map is wanted.
         batch_invariant: image by image in PyTorch.
         refinement: what is done to the selection afterwards, or ``None``.
+        topup: what tops up the budget in the place of fill scores, or ``None``.
     """
 
     keep: int
@@ -45,6 +47,12 @@ class Plan:
     return_attention: bool
     batch_invariant: bool
     refinement: Refinement | None = None
+    topup: TopUp | None = None
+
+    @property
+    def needs_map(self) -> bool:
+        """Whether somebody reads the whole slot attention map."""
+        return self.return_attention or self.topup is not None
 
     def key(self) -> tuple[object, ...]:
         """Equal for plans that do the same as long as their weights and start are the same."""
@@ -79,13 +87,14 @@ class Plan:
             attention,
             self.return_attention,
             self.refinement,
-            None if self.refinement is None else features,
+            None if self.refinement is None and self.topup is None else features,
+            self.topup,
         )
 
     def _triton(self, features: torch.Tensor) -> tuple[TopTokens | None, torch.Tensor | None]:
         """Top tokens or, if it is wanted, the map: both name the same tokens, bit for bit."""
         x = features.float() if features.dtype == torch.float64 else features
-        function = slot_assignment if self.return_attention else top_tokens
+        function = slot_assignment if self.needs_map else top_tokens
         found = function(
             x,
             self.start,
@@ -132,7 +141,8 @@ class Assignment:
         attention: ``[B, K, N]``, where they did not, or where it is wanted.
         return_attention: whether it is wanted.
         refinement: what is done to the selection, or ``None``.
-        features: ``[B, N, in_dim]`` that were assigned, if they are refined on.
+        features: ``[B, N, in_dim]`` that were assigned, if they are refined on or compared.
+        topup: what tops up the budget in the place of fill scores, or ``None``.
     """
 
     keep: int
@@ -143,6 +153,7 @@ class Assignment:
     return_attention: bool = False
     refinement: Refinement | None = None
     features: torch.Tensor | None = None
+    topup: TopUp | None = None
 
     def select(self, fill_scores: torch.Tensor | None = None) -> Selection:
         """Fill the budget and sort.
@@ -169,7 +180,7 @@ class Assignment:
         """
         self._check(fill_scores)
         require_shape("x", x, (self._source().shape[0], self.tokens, None), "[B, N, C] of what was assigned")
-        if x.device != self._source().device or self.refinement is not None:
+        if x.device != self._source().device or self.features is not None:
             selection = self.finish(fill_scores)
             return selection, gather_tokens(x, selection.indices.to(x.device))
         if self.top is not None:
@@ -185,6 +196,10 @@ class Assignment:
 
     def finish(self, fill_scores: torch.Tensor | None) -> Selection:
         """:meth:`select` with scores that were checked before."""
+        if self.topup is not None:
+            assert self.attention is not None
+            assert self.features is not None
+            return self._selection(*self.topup(self.features, self.attention, self.keep))
         if self.top is not None:
             scores = self.top.largest if fill_scores is None else fill_scores
             indices, count, _ = select_from_keys(self.top.keys, self.keep, scores, backend=self.backend)

@@ -23,6 +23,7 @@ import torch
 
 from ocvtp.pruner.assignment import Assignment, Plan
 from ocvtp.pruner.pruner import OCPruner
+from ocvtp.pruner.topup import Fill
 from ocvtp_kernels.slot_attention import TopTokens
 
 _log = logging.getLogger("ocvtp")
@@ -174,6 +175,7 @@ class SlotRunner:
         precision: str = "auto",
         return_attention: bool = False,
         refine: int = 0,
+        fill: Fill = "attention",
     ) -> Pending:
         """Start ``pruner.assign(features, keep, ...)``, whose arguments and errors these are."""
         features = features.detach()
@@ -184,6 +186,7 @@ class SlotRunner:
             backend=backend,
             precision=precision,
             return_attention=return_attention,
+            fill=fill,
             refine=refine,
         )
         if plan.resolved != "triton" or pruner.training or _recorded_by_others():
@@ -192,7 +195,7 @@ class SlotRunner:
             lane = None if self._closed else self._lane(features.device)
             if lane is None:
                 return Pending(plan.run(features))
-            graph = self._graph(plan, features, lane) if self._capture and not return_attention else None
+            graph = self._graph(plan, features, lane) if self._capture and not plan.needs_map else None
             run = plan.run if graph is None else functools.partial(graph.run, plan)
             work = functools.partial(run, features)
             assignment = lane.run(work, [features])

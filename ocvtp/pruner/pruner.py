@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -23,6 +23,7 @@ from ocvtp.pruner.folding import FoldedState, fingerprint
 from ocvtp.pruner.hub import PrunerFiles
 from ocvtp.pruner.noise import seeded_normal
 from ocvtp.pruner.refinement import Refinement
+from ocvtp.pruner.topup import Fill, TopUp
 from ocvtp.selection import Selection
 from ocvtp.stored.tensors import save_sealed
 from ocvtp_kernels._backend import resolve_backend
@@ -135,6 +136,7 @@ class OCPruner(
         batch_invariant: bool = True,
         refine: int = 0,
         coverage: bool = False,
+        fill: Fill = "attention",
         max_error: float | None = None,
         budgets: Sequence[int] | None = None,
     ) -> Selection:
@@ -168,6 +170,10 @@ class OCPruner(
             refine: rounds that move kept tokens to where they cover more of the features, 0 as published; see
                 :func:`ocvtp_kernels.coverage.refine`. An image's coverage error never rises.
             coverage: also return the coverage error.
+            fill: what tops up the budget: ``"attention"``, the tokens of the largest ``fill_scores``, as
+                published; or ``"farthest_point"``: slots that own no token name none, and the tokens least
+                like those kept by ``features`` follow (:mod:`ocvtp.pruner.topup`). ``fill_scores`` are not
+                read then.
             max_error: for ``keep="auto"``.
             budgets: for ``keep="auto"``, ascending.
 
@@ -201,6 +207,7 @@ class OCPruner(
                     batch_invariant=batch_invariant,
                     refine=refine,
                     coverage=True,
+                    fill=fill,
                 )
 
             return smallest_budget(select, error, counts)
@@ -220,6 +227,7 @@ class OCPruner(
             batch_invariant,
             refine,
             coverage,
+            fill,
         )
         return plan.run(features).finish(fill_scores)
 
@@ -238,6 +246,7 @@ class OCPruner(
         batch_invariant: bool = True,
         refine: int = 0,
         coverage: bool = False,
+        fill: Fill = "attention",
     ) -> Assignment:
         """The first half of :meth:`forward`, which needs no fill scores: they may still be on their way.
 
@@ -256,6 +265,7 @@ class OCPruner(
             batch_invariant=batch_invariant,
             refine=refine,
             coverage=coverage,
+            fill=fill,
         ).run(features)
 
     @torch.no_grad()
@@ -273,6 +283,7 @@ class OCPruner(
         batch_invariant: bool = True,
         refine: int = 0,
         coverage: bool = False,
+        fill: Fill = "attention",
     ) -> Plan:
         """Everything of :meth:`assign` that does not read the features' values: checks, folded weights.
 
@@ -293,6 +304,7 @@ class OCPruner(
             batch_invariant,
             refine,
             coverage,
+            fill,
         )
 
     def _plan(
@@ -308,8 +320,16 @@ class OCPruner(
         batch_invariant: bool,
         refine: int,
         coverage: bool,
+        fill: Fill,
     ) -> Plan:
         refine = check_rounds(refine)
+        if fill not in get_args(Fill):
+            raise ValueError(f'fill must be "attention" or "farthest_point"; got {fill!r}')
+        if fill == "farthest_point" and num_slots is not None and num_slots > keep:
+            raise ValueError(
+                f"{num_slots} slots may name more than keep={keep} tokens, which nothing ranks without fill "
+                'scores: use fewer slots, or fill="attention"'
+            )
         resolved, dtype, tf32 = self.arithmetic(features.device, backend, precision, images=features.shape[0])
         with without_autocast(features.device):
             weights, start = self._folded(noise, seed, keep if num_slots is None else num_slots, dtype)
@@ -325,6 +345,7 @@ class OCPruner(
             return_attention,
             batch_invariant,
             Refinement(refine, coverage, resolved, batch_invariant) if refine or coverage else None,
+            TopUp(resolved, batch_invariant) if fill == "farthest_point" else None,
         )
 
     def arithmetic(

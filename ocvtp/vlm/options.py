@@ -11,6 +11,7 @@ import torch
 
 from ocvtp.pruner.capture import SlotRunner
 from ocvtp.pruner.pruner import OCPruner, check_options
+from ocvtp.pruner.topup import Fill
 from ocvtp.vlm.call.handover import route_of
 from ocvtp.vlm.call.weighing import why_no_weights
 from ocvtp.vlm.contracts.adapter import Adapter, TowerFacts
@@ -48,12 +49,18 @@ class Options:
     merge: Merge | Literal["auto"] = "auto"
     weigh: bool | Literal["auto"] = "auto"
     features: int | Literal["auto", "early", "consumed"] = "auto"
+    fill: Fill | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name, kind in (("layout", Layout), ("newlines", Newlines), ("frames", Frames), ("tower", Tower)):
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(f'"{value}"' for value in get_args(kind))
                 raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}")
+        if self.fill not in (*get_args(Fill), "auto"):
+            known = ", ".join(f'"{value}"' for value in get_args(Fill))
+            raise ValueError(f'fill must be one of {known} or "auto"; got {self.fill!r}')
+        if self.fill != "auto" and isinstance(self.pruner, str):
+            raise ValueError(f"fill is for pruners, whose slots may be too few, not for {self.pruner!r}")
         if self.merge not in (*get_args(Merge), "auto"):
             known = ", ".join(f'"{value}"' for value in get_args(Merge))
             raise ValueError(f'merge must be one of {known} or "auto"; got {self.merge!r}')
@@ -186,7 +193,15 @@ def _selector(options: Options, consumed: tuple[int, ...]) -> Selector:
     }
     if options.refine:
         passed["refine"] = options.refine
-    return PrunerSelector(pruner, passed, SlotRunner(options.capture), options.max_error)
+    config: Any = pruner.config
+    fill = options.fill
+    if fill == "auto":
+        fill = "farthest_point" if config.layer == max(consumed) else "attention"
+    if fill != "attention":
+        passed["fill"] = fill
+    return PrunerSelector(
+        pruner, passed, SlotRunner(options.capture), options.max_error, reads_scores=fill == "attention"
+    )
 
 
 def _early(consumed: tuple[int, ...]) -> int:

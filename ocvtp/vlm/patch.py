@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from ocvtp.pruner.topup import Fill
 from ocvtp.selection import Selection
 from ocvtp.vlm.call import calls
 from ocvtp.vlm.call.controller import ATTRIBUTE, controller_of, unwrap
@@ -43,6 +44,7 @@ def apply(
     merge: Merge | Literal["auto"] = "auto",
     weigh: bool | Literal["auto"] = "auto",
     features: int | Literal["auto", "early", "consumed"] = "auto",
+    fill: Fill | Literal["auto"] = "auto",
 ) -> PruneReport:
     """Patch a vision-language model in place, so that ``forward`` and ``generate`` prune image tokens.
 
@@ -113,6 +115,9 @@ def apply(
         features: of rules that compare features: ``"consumed"``, the layer that the projector reads, which
             ``"auto"`` is; ``"early"``, one a third of the way up, as the published pruner's, which on a GPU
             overlaps with the layers that follow; or the 0-based index of an encoder layer.
+        fill: what tops a pruner's tokens up to the budget: ``"attention"`` received, as published, or
+            ``"farthest_point"``, see :class:`~ocvtp.OCPruner`. ``"auto"`` is the latter for a pruner of the
+            consumed layer, which it serves better, and the former for others.
 
     Returns:
         A :class:`~ocvtp.vlm.PruneReport`; print it.
@@ -144,6 +149,7 @@ def apply(
         merge=merge,
         weigh=weigh,
         features=features,
+        fill=fill,
     )
     settings, report = resolve(adapter, options)
     before = _settings_of(target)
