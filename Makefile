@@ -16,7 +16,8 @@
 # On a machine with a GPU, in .venv or, where there is none, in python3 with torch, triton and pytest-benchmark:
 #   make gpu     everything that needs one, in parts of less than eight minutes that also run alone, and the report:
 #                gpu-tests, gpu-micro-selection, gpu-micro-received, gpu-micro-reconstruction, gpu-micro-coverage,
-#                gpu-micro-merge, gpu-micro-slot-training, gpu-micro-slots (three parts: gpu-micro-slots-kernels, -pruner and
+#                gpu-micro-merge, gpu-micro-diversity,
+#                gpu-micro-slot-training, gpu-micro-slots (three parts: gpu-micro-slots-kernels, -pruner and
 #                -compiled), gpu-e2e-llava-1.5-7b, gpu-e2e-llava-next-7b, gpu-e2e-qwen2.5-vl-7b, gpu-scaling,
 #                gpu-tower, gpu-accuracy, gpu-testbed (trains a larger test bed), gpu-report.
 #                Of a tree whose commit is known and clean, a part that ran out of time goes on where it stopped: run
@@ -44,7 +45,8 @@ RESUMABLE = $(RECORDED) --minutes 6 || [ $$? -eq 3 ]
 
 .PHONY: demo test test-matrix test-libraries lint aot format bench e2e scaling report guard accuracy clean gpu \
         gpu-check gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
-        gpu-micro-merge gpu-micro-slot-training gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner \
+        gpu-micro-merge gpu-micro-diversity \
+        gpu-micro-slot-training gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner \
         gpu-micro-slots-compiled gpu-scaling gpu-tower gpu-accuracy gpu-testbed gpu-report
 
 $(BIN)/python:
@@ -102,7 +104,8 @@ accuracy: $(VENV)/.dev
 	$(BIN)/python -m bench.accuracy
 
 GPU_PARTS := gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
-             gpu-micro-merge gpu-micro-slot-training gpu-micro-slots gpu-e2e-llava-next-7b gpu-e2e-llava-1.5-7b gpu-e2e-qwen2.5-vl-7b \
+             gpu-micro-merge gpu-micro-diversity \
+             gpu-micro-slot-training gpu-micro-slots gpu-e2e-llava-next-7b gpu-e2e-llava-1.5-7b gpu-e2e-qwen2.5-vl-7b \
              gpu-scaling gpu-tower gpu-accuracy gpu-testbed gpu-report
 
 # A part that fails doesn't keep the others from their turn.
@@ -131,6 +134,9 @@ gpu-micro-coverage: gpu-check
 
 gpu-micro-merge: gpu-check
 	$(GPU_PYTEST) bench/micro/test_merge.py $(RECORD)
+
+gpu-micro-diversity: gpu-check
+	$(GPU_PYTEST) bench/micro/test_diversity.py $(RECORD)
 
 gpu-micro-slot-training: gpu-check
 	$(GPU_PYTEST) bench/micro/test_slot_training.py $(RECORD)

@@ -9,6 +9,7 @@ import torch
 from ocvtp_kernels._arch import pretend
 from ocvtp_kernels._launch import Launch, recording
 from ocvtp_kernels.coverage import triton as coverage
+from ocvtp_kernels.diversity import triton as diversity
 from ocvtp_kernels.merge import triton as merge
 from ocvtp_kernels.received_attention import triton as received_attention
 from ocvtp_kernels.reconstruction import triton as reconstruction
@@ -29,6 +30,7 @@ def launches(arch: str) -> list[Launch]:
         _slot_training()
         _coverage()
         _merge()
+        _diversity()
     unique: dict[str, Launch] = {}
     for launch in recorded:
         unique.setdefault(f"{launch.kernel.fn.__name__} {kinds_of(launch)} {launch.tile}", launch)
@@ -186,3 +188,11 @@ def _merge() -> None:
     ragged = _empty(2, 576, 1001)
     merge.nearest_kept(ragged, _empty(2, 64, dtype=torch.int64), None)
     merge.spread_rows(merge.merge_by(ragged, owner, 64)[0], owner, mass)
+
+
+def _diversity() -> None:
+    # Rows of one block and of several. One program for an image and one for each tile run the same code.
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for width in (384, 1024, 1152):
+            for choose in (diversity.farthest_points, diversity.largest_volume):
+                choose(_empty(2, 577, width, dtype=dtype)[:, 1:], 64)

@@ -28,6 +28,7 @@ from ocvtp_kernels import _tiles
 from ocvtp_kernels._arch import architecture
 from ocvtp_kernels._launch import Launch, launch, recording
 from ocvtp_kernels._tiles import Tile
+from ocvtp_kernels.diversity import farthest_points, largest_volume
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.reconstruction import area_weighted_mse
 from ocvtp_kernels.selection import gather_tokens, select_rows
@@ -81,6 +82,20 @@ _CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     "merge.line_up": {"BT": (4, 8, 16), "BN": (128, 256, 512), "num_warps": (2, 4, 8)},
     "merge.average": {"BN": (4, 8, 16), "BC": (256, 512, 1024), "num_warps": (1, 2, 4)},
     "merge.spread": {"BN": (4, 8, 16), "BC": (128, 256, 512), "num_warps": (2, 4, 8)},
+    "diversity.statistics": {"BN": (16, 32, 64), "BC": (32, 64, 128), "num_warps": (2, 4, 8)},
+    "diversity.farthest": {
+        "BM": (8, 16, 32),
+        "BC": (512, 1024),
+        "num_warps": (8, 16),
+        "num_stages": (2, 3, 4),
+    },
+    "diversity.units": {"BM": (4, 8, 16), "BC": (128, 256, 512), "num_warps": (2, 4, 8)},
+    "diversity.volume": {
+        "BM": (8, 16, 32),
+        "BC": (512, 1024),
+        "num_warps": (8, 16),
+        "num_stages": (2, 3, 4),
+    },
     "reconstruction.token_errors": {
         "BN": (8, 16, 32),
         "BK": (32, 64),
@@ -199,6 +214,8 @@ def workloads(kernel: str, shape: str, device: torch.device) -> list[Call]:
         return [_coverage(shape, batch, device) for batch in _BATCHES[:2]]
     if kernel.startswith("merge"):
         return [_merge(kernel, batch, device) for batch in _BATCHES]
+    if kernel.startswith("diversity"):  # one program an image; a launch for each step
+        return [_diversity(kernel, *size, device) for size in ((1, 576), (8, 576), (1, 2880))]
     if kernel.startswith("reconstruction"):
         return [_reconstruction(kernel, shape, batch, device) for batch in _BATCHES[:2]]
     return [_received_attention(shape, batch, device) for batch in _BATCHES]
@@ -264,6 +281,16 @@ def _merge(kernel: str, batch: int, device: torch.device) -> Call:
         rows, mass = torch.ops.ocvtp_kernels.merge_by(x, owner, keep)
         return lambda: torch.ops.ocvtp_kernels.spread_rows(rows, owner, mass)
     return lambda: torch.ops.ocvtp_kernels.merge_by(x, owner, keep)[0]
+
+
+def _diversity(kernel: str, batch: int, tokens: int, device: torch.device) -> Call:
+    """Choices that rounding doesn't decide: in float64 each best is 2e-5 of it, or more, ahead of the second.
+
+    With a mean of 0 all volumes would be near 1.
+    """
+    x = torch.randn(batch, tokens, 1024, generator=torch.Generator().manual_seed(0)).to(device) + 1.0
+    choose = largest_volume if kernel in ("diversity.units", "diversity.volume") else farthest_points
+    return lambda: choose(x, 16, ascending=False, backend="triton")
 
 
 def _slot_training(shape: str, batch: int, device: torch.device) -> Call:

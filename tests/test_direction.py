@@ -29,7 +29,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bench",),
 )
 # Operations share nothing but the files beside them.
-OPERATIONS = ("coverage", "merge", "received_attention", "reconstruction", "selection", "slot_attention")
+OPERATIONS = (
+    "coverage",
+    "diversity",
+    "merge",
+    "received_attention",
+    "reconstruction",
+    "selection",
+    "slot_attention",
+)
 
 
 def modules() -> dict[str, Path]:

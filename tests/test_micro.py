@@ -918,6 +918,7 @@ def test_the_suite_on_a_cpu(tmp_path: Path) -> None:
         ("reconstruction", 8),
         ("coverage", 2),
         ("merge", 4),
+        ("diversity", 4),
         ("slot-attention", 4),
     )
     for family, least in families:

@@ -14,6 +14,7 @@ import torch
 
 import ocvtp
 from ocvtp_kernels.coverage import coverage_error, refine
+from ocvtp_kernels.diversity import farthest_points, largest_volume
 from ocvtp_kernels.merge import merge_by, merge_tokens, nearest_kept
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.reconstruction import area_weighted_mse
@@ -62,6 +63,7 @@ def _operations() -> Iterator[tuple[str, Operation]]:
     yield from _training()
     yield from _coverage()
     yield from _merge()
+    yield from _diversity()
     yield from _pruner()
 
 
@@ -143,6 +145,13 @@ def _merge() -> Iterator[tuple[str, Operation]]:
     yield "nearest_kept, masked", _with(nearest_kept, x, kept, mask)
     leaf, owner = x.detach().requires_grad_(), empty(2, 576, dtype=torch.int64)
     yield "merge_by, backward", _backward(_with(merge_by, leaf, owner, 64), leaf)
+
+
+def _diversity() -> Iterator[tuple[str, Operation]]:
+    x, large = empty(2, 576, WIDTH, dtype=HALF), empty(1, 2880, WIDTH, dtype=HALF)
+    for choose in (farthest_points, largest_volume):
+        yield choose.__name__, _with(choose, x, 64)
+        yield f"{choose.__name__}, 2880", _with(choose, large, 160)
 
 
 def _pruner() -> Iterator[tuple[str, Operation]]:

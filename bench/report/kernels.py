@@ -21,6 +21,7 @@ FAMILIES = {
     "reconstruction": "micro-reconstruction",
     "coverage": "micro-coverage",
     "merging": "micro-merge",
+    "diversity": "micro-diversity",
 }
 
 

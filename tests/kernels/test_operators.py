@@ -27,6 +27,9 @@ from ocvtp_kernels._tiles import table
 from ocvtp_kernels.coverage import coverage_error, refine
 from ocvtp_kernels.coverage import op as coverage_op
 from ocvtp_kernels.coverage import triton as coverage_kernels
+from ocvtp_kernels.diversity import farthest_points, largest_volume
+from ocvtp_kernels.diversity import op as diversity_op
+from ocvtp_kernels.diversity import triton as diversity_kernels
 from ocvtp_kernels.merge import merge_by, merge_tokens, nearest_kept
 from ocvtp_kernels.merge import op as merge_op
 from ocvtp_kernels.merge import triton as merge_kernels
@@ -109,6 +112,8 @@ OPERATORS: dict[str, tuple[Any, Arguments]] = {
     ),
     "merge_by": (merge_op._merge_by, (X.half().mT.contiguous().mT, indices(2, 9, 4), 4)),
     "spread_rows": (merge_op._spread_rows, (X[:, :, ::2], indices(2, 7, 9), FILL.abs() + 1)),
+    "farthest_points": (diversity_op._farthest_points, (X.half().mT.contiguous().mT, 4)),
+    "largest_volume": (diversity_op._largest_volume, (X, 4)),
     "received_attention": (attention_op._received_attention, (Q, K, 0.25, None, None)),
     "received_attention packed": (
         attention_op._received_attention,
@@ -188,6 +193,8 @@ def test_public_functions_on_fake_tensors() -> None:
         assert (kept.shape, count.shape, rows.shape) == ((2, 4), (2,), (2, 4, 5))
         assert gather_tokens(x, kept, backend="triton").shape == (2, 4, 5)
         assert select_tokens(attention, 9, backend="triton")[0].shape == (2, 9)
+        assert farthest_points(x, 4, backend="triton").shape == (2, 4)
+        assert largest_volume(x, 9, backend="triton").shape == (2, 9)
         assert received_attention(q, k, lse=q[..., 0], backend="triton").shape == (2, 12)
         merged = merge_tokens(x, kept, backend="triton")
         assert [t.shape for t in merged] == [(2, 4, 5), (2, 4), (2, 9)]
@@ -293,6 +300,13 @@ def _merge_cases(grad: bool) -> list[Arguments]:
     ]
 
 
+def _diversity_cases(grad: bool) -> list[Arguments]:
+    return [
+        (randn(batch, tokens, 5, seed=tokens), keep)
+        for batch, tokens, keep in ((2, 9, 3), (3, 12, 4), (4, 10, 5), (5, 11, 6))
+    ]
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[bool], list[Arguments]]]] = {
     "select_tokens": (
         lambda a, keep, fill, x: select_tokens(a, keep, None, backend="triton"),
@@ -324,6 +338,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[bool], list[Arguments]]
     "merge_by": (
         lambda x, kept, compare, mask, owner: merge_by(x, owner, kept.shape[1], backend="triton"),
         _merge_cases,
+    ),
+    "farthest_points": (lambda x, keep: farthest_points(x, keep, backend="triton"), _diversity_cases),
+    "largest_volume": (
+        lambda x, keep: largest_volume(x, keep, ascending=False, backend="triton"),
+        _diversity_cases,
     ),
     "slot_assignment": (
         lambda x, slots: slot_assignment(
@@ -514,6 +533,14 @@ COUNTED: dict[str, tuple[Callable[..., Any], int]] = {
         lambda q, k, lse: refine(q[:, 0], distinct(2, 7, 20), 2, backend="triton"),
         2 * 2 * 20 * 7 * 16 * 5,
     ),
+    "farthest_points": (
+        lambda q, k, lse: farthest_points(q[:, 0], 7, backend="triton"),
+        2 * 2 * 20 * 16 * 6,
+    ),
+    "largest_volume": (
+        lambda q, k, lse: largest_volume(q[:, 0], 7, backend="triton"),
+        2 * 2 * 20 * 16 * 6,
+    ),
     "slot_assignment": (
         lambda q, k, lse: slot_assignment(FEATURES, START, WEIGHTS, backend="triton"),
         folded_flops(3, 2, 3, 9),
@@ -542,7 +569,15 @@ COUNTED: dict[str, tuple[Callable[..., Any], int]] = {
     ),
 }
 NO_GRADIENT = ("slot_assignment", "top_tokens")
-INDICES_ALONE = ("select_tokens", "select_from_keys", "coverage_error", "refine", "nearest_kept")
+INDICES_ALONE = (
+    "select_tokens",
+    "select_from_keys",
+    "coverage_error",
+    "refine",
+    "nearest_kept",
+    "farthest_points",
+    "largest_volume",
+)
 
 
 def counted_inputs(grad: bool) -> Arguments:
@@ -678,6 +713,14 @@ GRAPHED: dict[str, tuple[Callable[..., Any], Callable[[int], Arguments]]] = {
             distinct(2, 64, 576, seed) < 570,
         ),
     ),
+    "farthest_points": (
+        lambda x: farthest_points(x, 64, backend="triton"),
+        lambda seed: (randn(2, 576, 1024, seed=seed, dtype=torch.float16),),
+    ),
+    "largest_volume in a launch for each step": (
+        lambda x: largest_volume(x, 64, backend="triton"),
+        lambda seed: (randn(2, 2880, 1024, seed=seed, dtype=torch.float16),),
+    ),
     "received_attention": (
         lambda q, k: received_attention(q, k, backend="triton"),
         lambda seed: tuple(randn(2, 16, 577, 64, seed=seed + i, dtype=torch.float16) for i in range(2)),
@@ -769,7 +812,7 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
 
     rows = {key for key in table() if key[1] == arch}
     modules = (selection_kernels, attention_kernels, reconstruction_kernels, coverage_kernels)
-    modules += (_nearest, merge_kernels, slot_kernels, slot_shapes, training_kernels)
+    modules += (_nearest, merge_kernels, diversity_kernels, slot_kernels, slot_shapes, training_kernels)
     for module in modules:
         monkeypatch.setattr(module, "tile", tile)
     monkeypatch.setattr("bench.launches.kinds_of", lambda _: {})  # reads what only compiled kernels have
@@ -811,6 +854,9 @@ def test_the_table_has_the_rows_that_launchers_ask_for(arch: str, monkeypatch: p
         owner = empty(2, 1000, dtype=torch.int64)
         means, mass = merge_kernels.merge_by(empty(2, 1000, 3), owner, 7)
         merge_kernels.spread_rows(means, owner, mass)
+        for tokens, width in ((1, 1), (576, 384), (1000, 5000)):
+            diversity_kernels.farthest_points(empty(2, tokens, width), 1)
+            diversity_kernels.largest_volume(empty(2, tokens, width), 1)
     assert asked == rows
 
 

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 from ocvtp_kernels import BackendUnavailableError, _library
 from ocvtp_kernels.coverage import coverage_error, refine
+from ocvtp_kernels.diversity import farthest_points, largest_volume
 from ocvtp_kernels.merge import merge_tokens, nearest_kept
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.reconstruction import area_weighted_mse
@@ -116,6 +117,8 @@ OPERATIONS = {
     "refine": Operation(lambda b, x: refine(x, KEPT, 1, backend=b), (X,)),
     "nearest_kept": Operation(lambda b, x: nearest_kept(x, KEPT, KEPT < 4, backend=b)[1], (X,)),
     "merge_tokens": Operation(lambda b, x, c: merge_tokens(x, KEPT, c, backend=b).rows, (X, X.square())),
+    "farthest_points": Operation(lambda b, x: farthest_points(x, 4, backend=b), (X,)),
+    "largest_volume": Operation(lambda b, x: largest_volume(x, 3, backend=b), (X,)),
     "slot_assignment": Operation(slot_map, (FEATURES, START.slots, FOLDED.encoder_fc1_bias), NO_GRADIENT),
     "top_tokens": Operation(largest, (FEATURES,), NO_GRADIENT),
     "slot_attention": Operation(trained, (FEATURES, TRAINED.query_weight), NO_RULES, NO_RULES),
@@ -236,7 +239,15 @@ VMAPS: dict[str, Callable[[Function, Tensors], Any]] = {
     "vmap of the first": lambda f, xs: vmap(f, in_dims=(0, *[None] * (len(xs) - 1)))(*several(xs, 1)),
     "vmap of vmap": lambda f, xs: vmap(vmap(f))(*(torch.stack([x, 2 * x]) for x in several(xs))),
 }
-DISCRETE = ("select_tokens", "select_tokens alone", "select_from_keys", "refine", "nearest_kept")
+DISCRETE = (
+    "select_tokens",
+    "select_tokens alone",
+    "select_from_keys",
+    "refine",
+    "nearest_kept",
+    "farthest_points",
+    "largest_volume",
+)
 TRANSFORMS = {**DERIVATIVES, **VMAPS}
 
 

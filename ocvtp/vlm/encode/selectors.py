@@ -16,6 +16,7 @@ from ocvtp.pruner.capture import SlotRunner
 from ocvtp.selection import Selection
 from ocvtp.vlm.contracts.selector import Begun, Group, Rule, reads_features
 from ocvtp.vlm.contracts.weights import inside, is_minded
+from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels.coverage import refine
 from ocvtp_kernels.selection import gather_tokens
 
@@ -117,7 +118,7 @@ class RuleSelector:
         seed: for ``"random"``.
         read_layer: of rules that compare features, as a pruner's.
         rounds: of refinement, after such rules.
-        backend: of the refinement.
+        backend: of rules that compare features, and of the refinement.
     """
 
     name: Rule
@@ -148,18 +149,22 @@ class RuleSelector:
         return Later(functools.partial(self._select, group, device))
 
     def _unlike(self, group: Group, features: torch.Tensor, fill_scores: torch.Tensor | None) -> Selection:
-        """Segment by segment: sums over a batch may round otherwise than alone."""
+        """All segments at once in Triton; in PyTorch sums over a batch may round otherwise than alone."""
         keep = group.keep
         assert isinstance(keep, int)
-        found = [self._unlike_in(features[i : i + 1], keep) for i in range(len(features))]
-        indices = torch.cat(found)
+        at_once = (
+            features.dtype != torch.float64
+            and resolve_backend(self.backend, "diversity", features.device) == "triton"
+        )
+        parts = features.split(len(features) if at_once else 1)
+        indices = torch.cat([self._unlike_in(part, keep) for part in parts])
         return Selection(indices, indices.new_zeros(len(indices)), tokens=group.tokens)
 
     def _unlike_in(self, features: torch.Tensor, keep: int) -> torch.Tensor:
-        """``[1, keep]``, of one segment."""
+        """``[B, keep]``."""
         if self.name == "farthest_point":
             return k_medoids(features, keep, rounds=self.rounds, backend=self.backend).indices
-        kept = greedy_dpp(features, keep).indices
+        kept = greedy_dpp(features, keep, backend=self.backend).indices
         return refine(features, kept, self.rounds, backend=self.backend) if self.rounds else kept
 
     def _select(self, group: Group, device: torch.device, fill_scores: torch.Tensor | None) -> Selection:

@@ -1,0 +1,38 @@
+"""Rules that compare features: what they run, and on how much at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ocvtp import methods
+from ocvtp.vlm.contracts.selector import Group, Rule
+from ocvtp.vlm.encode.selectors import RuleSelector
+from ocvtp_kernels._arch import interpreting
+from ocvtp_kernels._launch import recording
+
+FEATURES = torch.randn(3, 30, 8, generator=torch.Generator().manual_seed(0))
+GROUP = Group(which=(0, 1, 2), tokens=30, shape=None, keep=5)
+RULES: dict[Rule, str] = {"farthest_point": "farthest", "greedy_dpp": "volume"}
+
+
+def select(selector: RuleSelector, features: torch.Tensor) -> torch.Tensor:
+    return selector.begin(GROUP, features, features.device).get().select(None).indices
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_is_its_method(rule: Rule) -> None:
+    method = getattr(methods, rule)
+    alone = [method(FEATURES[i : i + 1], 5).indices for i in range(3)]
+    assert torch.equal(select(RuleSelector(rule), FEATURES), torch.cat(alone))
+
+
+@pytest.mark.skipif(not interpreting(), reason="Triton doesn't interpret here")
+@pytest.mark.parametrize("rule", RULES)
+def test_kernels_take_all_segments_at_once(rule: Rule) -> None:
+    pytest.importorskip("triton")
+    selector = RuleSelector(rule, backend="triton")
+    assert torch.equal(select(selector, FEATURES), select(RuleSelector(rule), FEATURES))
+    with recording() as launches:
+        select(selector, FEATURES)
+    assert [one.grid for one in launches if one.kernel.fn.__name__ == RULES[rule]] == [(1, 3)]
