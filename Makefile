@@ -5,6 +5,8 @@
 #                the patch's tests on older versions of transformers too; VERSIONS="5.0.0 5.18.0" chooses
 #   make test-libraries
 #                tests of kernels and pruner with other instruction sets, numbers of threads, and without oneDNN
+#   make test-thorough
+#                what make test leaves out because its neighbours find nearly the same
 #   make lint    ruff and mypy
 #   make aot     compile every kernel for every supported GPU, without one; TARGETS="sm_90 gfx942" chooses
 #   make bench   microbenchmarks; without a GPU, PyTorch alone at small sizes
@@ -43,10 +45,9 @@ RECORD = $(RECORDED) --deadline 400 $(TABLE)
 # Exit code 3 means that time ran out and a later run goes on: the other parts still get their turn.
 RESUMABLE = $(RECORDED) --minutes 6 || [ $$? -eq 3 ]
 
-.PHONY: demo test test-matrix test-libraries lint aot format bench e2e scaling report guard accuracy clean gpu \
-        gpu-check gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
-        gpu-micro-merge gpu-micro-diversity \
-        gpu-micro-slot-training gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner \
+.PHONY: demo test test-matrix test-libraries test-thorough lint aot format bench e2e scaling report guard accuracy clean \
+        gpu gpu-check gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
+        gpu-micro-merge gpu-micro-diversity gpu-micro-slot-training gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner \
         gpu-micro-slots-compiled gpu-scaling gpu-tower gpu-accuracy gpu-testbed gpu-report
 
 $(BIN)/python:
@@ -75,6 +76,9 @@ test-matrix: $(VENV)/.dev
 
 test-libraries: $(VENV)/.dev
 	$(BIN)/python -m pytest -m libraries tests/test_other_libraries.py
+
+test-thorough: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m thorough
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
