@@ -28,6 +28,7 @@ CASES = ["llava/layers", "llava/whole_tower", "idefics3/layers", "internvl/tower
 if NATIVE_ROUTE != "inputs_embeds":
     CASES.append("llava/layers/inputs_embeds")
 CASES = [case for case in CASES if case.partition("/")[0] in NAMES]
+EVERY = [f"{name}/every" for name in NAMES]
 
 
 def two_processes(folder: Path, cases: list[str], seconds: int) -> list[dict[str, list[str]]]:
@@ -45,16 +46,13 @@ def two_processes(folder: Path, cases: list[str], seconds: int) -> list[dict[str
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]]:
-    return two_processes(tmp_path_factory.mktemp("sharded"), CASES, 240)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_half_a_model_each(case: str, found: list[dict[str, list[str]]]) -> None:
-    """``generate``, ``forward`` of every kind of choice, ``select`` and gradients."""
-    for rank in range(2):
-        assert not found[rank][case], "\n".join(found[rank][case])
+@pytest.mark.slow
+def test_half_a_model_each(tmp_path: Path) -> None:
+    """``generate``, ``forward`` of every kind of choice, ``select`` and gradients; all at one start."""
+    for one in two_processes(tmp_path, [*CASES, *EVERY], 900):
+        assert one.keys() == {*CASES, *EVERY}
+        faults = {case: said for case, said in one.items() if said}
+        assert not faults, "\n".join(f"{case}: {line}" for case, said in faults.items() for line in said)
 
 
 @pytest.mark.slow  # DeepSpeed compiles something the first time
@@ -71,12 +69,6 @@ def test_newlines_that_deepspeed_holds_in_parts() -> None:
     ocvtp.apply(model, "attention", keep=family.keep)
     with pytest.raises(ValueError, match=r"ZeRO-3.*use ZeRO-2 or FSDP2"):
         model(**family.batch())
-
-
-@pytest.mark.slow
-def test_half_a_model_each_of_every_family(tmp_path: Path) -> None:
-    for one in two_processes(tmp_path, [f"{name}/every" for name in NAMES], 600):
-        assert not {case: said for case, said in one.items() if said}
 
 
 # ----------------------------------------------------------------------------------------------- accelerate
