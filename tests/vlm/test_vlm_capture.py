@@ -33,7 +33,7 @@ def test_the_same_tokens_as_without(lanes: list[Rehearsal], layer: Any, strategy
     model = llava(layer=layer, strategy=strategy)
     run = ONE.index(ONE[3])
     ids = [*ONE[:run], *[ONE[run]] * (17 if strategy == "full" else 16), *ONE[run + 16 :]]
-    inputs = [{**prompt(ids, pixels(1, seed)), **GREEDY} for seed in range(4)]
+    inputs = [{**prompt(ids, pixels(1, seed)), **GREEDY} for seed in range(3)]
     ocvtp.apply(model, pruner(), keep=KEEP, backend="torch")
     want = [model.generate(**one) for one in inputs]
     assert not lanes
@@ -41,7 +41,7 @@ def test_the_same_tokens_as_without(lanes: list[Rehearsal], layer: Any, strategy
     got = [model.generate(**one) for one in inputs]
     assert all(map(torch.equal, got, want))
     assert runner_of(model).graphs == 1
-    assert lanes[0].log.count("replay") == 3
+    assert lanes[0].log.count("replay") == 2
 
 
 def test_refined_after_the_replay(lanes: list[Rehearsal]) -> None:
@@ -71,7 +71,7 @@ def test_the_slot_loop_starts_before_the_layers_that_follow(lanes: list[Rehearsa
 def test_selections_and_changing_batches(lanes: list[Rehearsal]) -> None:
     model = llava()
     ocvtp.apply(model, pruner(), **OPTIONS)
-    kept = [ocvtp.vlm.select(model, pixels(4)[:images]).indices for images in (1, 4, 2, 1, 4, 2, 1, 4, 2)]
+    kept = [ocvtp.vlm.select(model, pixels(4)[:images]).indices for images in (1, 4, 2, 1, 4, 2, 1)]
     for indices in kept:
         assert torch.equal(indices, kept[1][: indices.shape[0]])  # each image's own, whatever the batch
     assert runner_of(model).graphs == 3

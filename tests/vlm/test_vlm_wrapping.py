@@ -258,7 +258,7 @@ ALL = (*OURS, *THEIRS)
         pytest.param(ALL, 2, id="all 2"),
         pytest.param(FEW, 3, id="few 3"),
         pytest.param(ALL, 3, id="all 3", marks=pytest.mark.slow),
-        pytest.param(FEW, 4, id="few 4", marks=pytest.mark.slow),
+        pytest.param(FEW, 4, id="few 4", marks=[pytest.mark.slow, pytest.mark.thorough]),
     ],
 )
 def test_sequences(steps: tuple[str, ...], length: int, stand_in: None) -> None:
