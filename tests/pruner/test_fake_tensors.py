@@ -55,7 +55,12 @@ def test_fake_tensors(call: str, real_pruner: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*images miss max_error")
 @pytest.mark.parametrize(
-    ("call", "strict"), [*((call, False) for call in CALLS), ("share", True), ("auto", True)]
+    ("call", "strict"),
+    [
+        *(pytest.param(call, False, marks=pytest.mark.thorough) for call in ("keep", "fill scores")),
+        *((call, False) for call in ("share", "auto", "refined", "noise")),  # with what those have, and more
+        *(("share", True), ("auto", True)),
+    ],
 )
 def test_exported(call: str, strict: bool) -> None:
     _, tensors = CALLS[call]
