@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from packaging.version import Version
 
@@ -30,11 +31,16 @@ class Choice:
         features: ``[N, C]`` of the pruner's layer.
         scores: ``[N]`` received attention.
         slots: ``[N]`` the placeholder of each candidate.
+        sources: ``[N, C]`` what the projector reads of each candidate, then the same of DeepStack layers;
+            nothing where it doesn't read them one by one.
+        project: such ``sources`` of other tokens, ``[k, C]`` each -> rows ``[k, D]`` each.
     """
 
     features: torch.Tensor
     scores: torch.Tensor
     slots: torch.Tensor
+    sources: Sequence[torch.Tensor] = ()
+    project: Callable[..., Sequence[torch.Tensor]] = lambda *sources: ()
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,21 @@ def joined(rows: Sequence[Inputs], side: str = "left") -> Inputs:
     return out
 
 
+def inputs_of(modules: Sequence[torch.nn.Module], run: Callable[[], Any]) -> tuple[Any, list[torch.Tensor]]:
+    """What ``run`` returns, and the first argument that each of ``modules`` was called with meanwhile."""
+    seen: dict[int, torch.Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, i=i: seen.update({i: args[0]}))
+        for i, module in enumerate(modules)
+    ]
+    try:
+        returned = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return returned, [seen[i] for i in range(len(modules))]
+
+
 def numberings(family: Family) -> list[str]:
     """``positions`` that the family can have on this transformers."""
     old = Version("5.10") > VERSION and not family.mrope
@@ -193,6 +214,14 @@ def families() -> list[Family]:
     return [family for family in found if Version(family.since) <= VERSION]
 
 
+def by_name(name: str) -> Family:
+    """One of them; skips the test where this transformers doesn't have it."""
+    for family in families():
+        if family.name == name:
+            return family
+    pytest.skip(f"{name} needs a newer transformers")
+
+
 def by_hand(
     family: Family, model: Any, pruner: OCPruner, inputs: Inputs, keep: int, positions: str, options: Inputs
 ) -> torch.Tensor:
@@ -206,7 +235,7 @@ def by_hand(
         where = (ids == getattr(model.config, f"{modality}_token_id")).nonzero()[:, 0]
         start = 0
         for image in images:
-            slots, indices = _chosen(image, pruner, keep)
+            slots, indices = chosen(image, pruner, keep)
             if image.compact_rows is None:
                 kept = image.rows[slots]
             else:
@@ -223,7 +252,8 @@ def by_hand(
     return _logits(family, model, inputs, columns, rows, deep, positions)
 
 
-def _chosen(image: Seen, pruner: OCPruner, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+def chosen(image: Seen, pruner: OCPruner, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Placeholders of an image that stay, and the candidates kept of its last choice."""
     slots, indices = [], torch.empty(0)
     for choice in image.choices:
         indices = pruner(
@@ -272,6 +302,17 @@ def _logits(
         embeds = embeds.masked_scatter(where[..., None], torch.cat(kept))
     out: torch.Tensor = model(inputs_embeds=embeds, **extra).logits
     return out
+
+
+def assert_rows_answer_alike(
+    batch: Any, width: int, alone: list[Any], rows: list[Inputs], tolerance: float = 1e-4
+) -> None:
+    """What a padded batch of prompts said, ``width`` columns wide, and what each row said alone."""
+    for i, (one, row) in enumerate(zip(alone, rows, strict=True)):
+        new = one.sequences[0, row["input_ids"].shape[1] :]
+        assert torch.equal(new, batch.sequences[i, width:]), i
+        for step_alone, step in zip(one.logits, batch.logits, strict=True):
+            torch.testing.assert_close(step_alone[0], step[i], atol=tolerance, rtol=tolerance)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 import ocvtp
 from ocvtp.vlm.families import adapter_for, merged, tiles
 from ocvtp.vlm.towers import qwen_geometry
-from tests.vlm.family import Family, Inputs, by_hand, families, joined, steps
+from tests.vlm.family import Family, Inputs, assert_rows_answer_alike, by_hand, families, joined, steps
 from tests.vlm.skips import (
     IMAGES_BEHIND_CACHE,
     NATIVE_ROUTE,
@@ -53,16 +53,6 @@ def skip_unfit(family: Family, model: Any, route: str) -> None:
         with pytest.raises(ValueError, match=r"needs transformers >= 5\.18"):
             ocvtp.apply(model, family.pruner(), keep=family.keep)
         pytest.skip("its features can't be handed over as embeddings")
-
-
-def assert_rows_answer_alike(
-    batch: Any, width: int, alone: list[Any], rows: list[Inputs], tolerance: float = 1e-4
-) -> None:
-    for i, (one, row) in enumerate(zip(alone, rows, strict=True)):
-        new = one.sequences[0, row["input_ids"].shape[1] :]
-        assert torch.equal(new, batch.sequences[i, width:]), i
-        for step_alone, step in zip(one.logits, batch.logits, strict=True):
-            torch.testing.assert_close(step_alone[0], step[i], atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.usefixtures("library")

@@ -20,10 +20,17 @@ def seen(model: Any, inputs: Inputs, pruner: OCPruner, options: Inputs) -> dict[
     scores = eager(images, output_attentions=True).attentions[LAYERS - 2].mean((1, 2))[:, 1:]
     states = model.model.vision_tower(images, output_hidden_states=True).hidden_states
     early = states[pruner.config.layer + 1][:, 1:]
-    rows = model.model.multi_modal_projector(states[-2][:, 1:])
-    every = torch.arange(TOKENS)
+    late, every = states[-2][:, 1:], torch.arange(TOKENS)
+    rows = model.model.multi_modal_projector(late)
+
+    def project(means: torch.Tensor) -> list[torch.Tensor]:
+        return [model.model.multi_modal_projector(means)]
+
     return {
-        "image": [Seen([Choice(early[i], scores[i], every)], rows[i]) for i in range(len(images))],
+        "image": [
+            Seen([Choice(early[i], scores[i], every, [late[i]], project)], rows[i])
+            for i in range(len(images))
+        ],
     }
 
 

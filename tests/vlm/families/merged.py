@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from ocvtp import OCPruner
-from tests.vlm.family import Choice, Family, Inputs, Seen
+from tests.vlm.family import Choice, Family, Inputs, Seen, inputs_of
 from tests.vlm.tiny_llava import IMAGE, LAYERS, PAD, VOCAB, WIDTH, sharpen, text_config
 
 SIDE = 8  # patches
@@ -172,7 +172,12 @@ def seen(model: Any, inputs: Inputs, pruner: OCPruner, options: Inputs) -> dict[
     first = int(kind == "internvl")
     attention = tower(pixels, output_attentions=True).attentions[-1].mean((1, 2))[:, first:]
     early = plain(pixels, output_hidden_states=True).hidden_states[pruner.config.layer + 1][:, first:]
-    features = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+    connector = getattr(model.model, "connector", None)
+    projector = model.model.multi_modal_projector if connector is None else connector.modality_projection
+    made, (read,) = inputs_of(
+        [projector], lambda: model.model.get_image_features(inputs["pixel_values"], return_dict=True)
+    )
+    features = made.pooler_output
     features = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
     features = features.reshape(len(pixels), -1, features.shape[-1])
     side = int(early.shape[1] ** 0.5)
@@ -181,7 +186,16 @@ def seen(model: Any, inputs: Inputs, pruner: OCPruner, options: Inputs) -> dict[
     merged = early.unflatten(1, blocks).mean((2, 4)).flatten(1, 2)
     received = attention.unflatten(1, blocks).sum((2, 4)).flatten(1)
     every = torch.arange(features.shape[1])
-    return {"image": [Seen([Choice(merged[i], received[i], every)], features[i]) for i in range(len(pixels))]}
+
+    def project(means: torch.Tensor) -> list[torch.Tensor]:
+        return [projector(means[None])[0]]
+
+    found: dict[str, list[Seen]] = {"image": []}
+    for i in range(len(pixels)):
+        sources = [] if kind == "gemma3" else [read[i]]  # Gemma 3 averages patches before it projects them
+        choice = Choice(merged[i], received[i], every, sources, project)
+        found["image"].append(Seen([choice], features[i]))
+    return found
 
 
 def _family(make: Callable[..., Any], **more: Any) -> Family:

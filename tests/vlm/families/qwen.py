@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from ocvtp import OCPruner
 from ocvtp.vlm.towers.qwen import run_qwen_tower
 from tests.vlm import tiny_qwen
-from tests.vlm.family import Choice, Family, Inputs, Seen
+from tests.vlm.family import Choice, Family, Inputs, Seen, inputs_of
 from tests.vlm.tiny_qwen import IMAGE, MERGE, VIDEO, VISION_END, VISION_START, grid, pixels, units
 
 IMAGES = [(1, 8, 12), (1, 6, 6), (1, 4, 10), (1, 6, 8)]
@@ -60,7 +61,19 @@ def seen(model: Any, inputs: Inputs, pruner: OCPruner, options: Inputs) -> dict[
         if key not in inputs:
             continue
         grids = inputs[f"{kind}_grid_thw"]
-        features = getattr(model.model, f"get_{kind}_features")(inputs[key], grids, return_dict=True)
+        visual, get = model.model.visual, getattr(model.model, f"get_{kind}_features")
+        mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+        run_it = functools.partial(get, inputs[key], grids, return_dict=True)
+        features, read = inputs_of(mergers, run_it)
+        read = [patches.unflatten(0, (-1, MERGE**2)).flatten(1) for patches in read]
+        # Qwen2.5-VL goes through the units window by window: where each of them is, its row says.
+        rows = torch.cat(list(features.pooler_output))
+        order = torch.cdist(rows, _merged(visual.merger, read[0])).argmin(1)
+        read = [units[order] for units in read]
+
+        def project(*means: torch.Tensor, mergers: Any = mergers) -> list[torch.Tensor]:
+            return [_merged(merger, units) for merger, units in zip(mergers, means, strict=True)]
+
         run = run_qwen_tower(model.model.visual, inputs[key], grids, {pruner.config.layer})
         early, scores = run.features(pruner.config.layer), run.received_attention("torch")
         start = 0
@@ -69,11 +82,26 @@ def seen(model: Any, inputs: Inputs, pruner: OCPruner, options: Inputs) -> dict[
             parts = 1 if options.get("frames") == "all" else frames
             each = frames * count // parts
             slots = torch.arange(frames * count).view(parts, each)
-            choices = [Choice(early[start + slot], scores[start + slot], slot) for slot in slots]
+            choices = [
+                Choice(
+                    early[start + slot],
+                    scores[start + slot],
+                    slot,
+                    [units[start + slot] for units in read],
+                    project,
+                )
+                for slot in slots
+            ]
             deep = [layer[i] for layer in _deep(features, grids)]
             out.setdefault(kind, []).append(Seen(choices, features.pooler_output[i], deep))
             start += frames * count
     return out
+
+
+def _merged(merger: Any, units: torch.Tensor) -> torch.Tensor:
+    """What a merger makes of units ``[n, patches * C]``."""
+    made: torch.Tensor = merger(units.unflatten(1, (MERGE**2, -1)).flatten(0, 1))
+    return made
 
 
 def _deep(features: Any, grids: torch.Tensor) -> list[Any]:

@@ -152,8 +152,13 @@ def _image(model: Any, picture: torch.Tensor, size: torch.Tensor, pruner: OCPrun
     blank = torch.zeros(early.shape[-1])
     packed = _pack(model, size[None], blank, lambda _: early)[0]
     slots, newlines = real.nonzero()[:, 0], (~real).nonzero()[:, 0]
+
+    def project(means: torch.Tensor) -> list[torch.Tensor]:
+        return [model.model.multi_modal_projector(means)]
+
     if options.get("layout") == "official":
-        flat = Choice(early.flatten(0, 1), scores.flatten(), torch.zeros(scores.numel(), dtype=torch.long))
+        nowhere = torch.zeros(scores.numel(), dtype=torch.long)
+        flat = Choice(early.flatten(0, 1), scores.flatten(), nowhere, [late.flatten(0, 1)], project)
         every = projected.flatten(0, 1)
         return Seen([flat], rows, compact_rows=lambda kept: torch.cat([every[kept], newline[None]]))
 
@@ -166,7 +171,9 @@ def _image(model: Any, picture: torch.Tensor, size: torch.Tensor, pruner: OCPrun
         base = len(early[0])  # the whole picture has no newlines
         return torch.stack([n for n in newlines if any(_row_of(k, newlines, base) == n for k in kept)])
 
-    return Seen([Choice(packed[slots], packed_scores[slots], slots)], rows, always=always)
+    read = _pack(model, size[None], blank, lambda _: late)[0][slots]
+    choice = Choice(packed[slots], packed_scores[slots], slots, [read], project)
+    return Seen([choice], rows, always=always)
 
 
 def _row_of(slot: torch.Tensor, newlines: torch.Tensor, base: int) -> int:
