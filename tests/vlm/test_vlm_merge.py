@@ -136,11 +136,11 @@ def test_images_that_keep_different_numbers(model: Any, oc_pruner: Any) -> None:
     ocvtp.apply(model, oc_pruner, **auto, **standing_for)
     counts = ocvtp.vlm.select(model, images).count
     assert counts is not None
-    assert counts.tolist() == [9, 12]
+    assert set(counts.tolist()) == {9, 12}
     batch = joined(rows)
     alone = [steps(model, row) for row in rows]
     assert_rows_answer_alike(steps(model, batch), batch["input_ids"].shape[1], alone, rows)
-    for keep, row, want in zip((9, 12), rows[:2], alone[:2], strict=True):
+    for keep, row, want in zip(counts.tolist(), rows[:2], alone[:2], strict=True):
         ocvtp.apply(model, oc_pruner, keep=keep, **standing_for)
         said = steps(model, row)
         assert all(torch.equal(a, b) for a, b in zip(said.logits, want.logits, strict=True))
