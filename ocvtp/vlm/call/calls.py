@@ -22,6 +22,7 @@ from ocvtp.vlm.call.shorten import ShortCall, shorten
 from ocvtp.vlm.call.weighing import (
     forget_weights,
     hold_weights,
+    leave_weights,
     weighing,
     with_running_weights,
     with_weights,
@@ -39,7 +40,10 @@ def forward(
     settings = controller.settings
     if note is None and not pixels:
         given = controller.by_name("forward", args, kwargs)
-        output = original(*args, **with_running_weights(controller, given, kwargs))
+        kwargs = with_running_weights(controller, given, kwargs)
+        output = original(*args, **kwargs)
+        if cache is None:  # generate of transformers < 5.18 lets the model make the cache
+            leave_weights(_cache_in(output), kwargs)
         if settings.columns and cache is None:
             ids = controller.argument("forward", "input_ids", args, kwargs)
             return output if ids is None else with_columns(output, *_unchanged(ids))

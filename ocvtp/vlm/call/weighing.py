@@ -248,6 +248,12 @@ def with_running_weights(
     return kwargs
 
 
+def leave_weights(cache: Any, arguments: Mapping[str, Any]) -> None:
+    """Leave the weights of a call that ``generate`` made, if it had any, on the cache that the call filled."""
+    if cache is not None and KEY in arguments:
+        setattr(cache, _ON_CACHE, arguments[KEY])
+
+
 def forget_weights(cache: Any) -> None:
     """Take what ``generate`` left off a cache."""
     if hasattr(cache, _ON_CACHE):
