@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from ocvtp.vlm.call.controller import ATTRIBUTE, Controller, unwrap
 from ocvtp.vlm.call.memory import CacheNote, cached_length
@@ -27,6 +28,9 @@ from ocvtp.vlm.call.memory import CacheNote, cached_length
 #: The argument under which weights travel, and the attribute of a cache that holds them.
 KEY = "ocvtp_weights"
 _ON_CACHE = "_ocvtp_weights"
+#: Numbers for flex attention are made for whole blocks of so many: torch 2.13 can't compile it on a CPU for
+#: numbers whose size changes.
+_FLEX_BLOCK = 128
 _SERVED = ("sdpa", "eager", "flex_attention")
 
 
@@ -99,8 +103,6 @@ class Weights:
             if queries > 1 and getattr(module, "is_causal", True):
                 made = torch.where(_causal(queries, keys, hidden.device), bias, torch.finfo(hidden.dtype).min)
         else:
-            if not isinstance(mask, torch.Tensor):
-                mask = _dense(mask, hidden, keys)
             if mask.dtype == torch.bool:
                 made = torch.where(mask, bias, torch.finfo(hidden.dtype).min)
             else:
@@ -109,10 +111,24 @@ class Weights:
             self._last = (mask, of, made)
         return made
 
+    def beside(self, module: Any, hidden: torch.Tensor, mask: Any, cache: Any) -> torch.Tensor:
+        """Numbers ``[B, heads, queries, keys]``, or more of them, beside a mask of flex attention's.
+
+        Args:
+            module: see :meth:`added`, like the others.
+            hidden: there.
+            mask: there; its blocks stay as they are.
+            cache: there.
+        """
+        keys, offset = _keys(module, hidden.shape[1], mask, cache)
+        queries, room = (-(-n // _FLEX_BLOCK) * _FLEX_BLOCK for n in (hidden.shape[1], keys))
+        bias = self._columns(hidden, keys, offset)
+        return pad(bias, (0, room - keys)).expand(-1, module.config.num_attention_heads, queries, -1)
+
     def _columns(self, hidden: torch.Tensor, keys: int, offset: int) -> torch.Tensor:
         """``[B, 1, 1, keys]`` in the precision of ``hidden``."""
         bias = self.bias[:, offset : offset + keys].to(hidden.device, hidden.dtype)
-        bias = torch.nn.functional.pad(bias, (0, keys - bias.shape[1]))
+        bias = pad(bias, (0, keys - bias.shape[1]))
         copies = hidden.shape[0] // bias.shape[0]
         if copies * bias.shape[0] != hidden.shape[0]:
             raise ValueError(
@@ -154,6 +170,11 @@ def why_no_weights(model: Any) -> str | None:
         return (
             f"{attention} attention takes no numbers to add to its logits: load the model with "
             'attn_implementation="sdpa"'
+        )
+    if attention == "flex_attention" and not _flex_takes_numbers():
+        return (
+            "flex_attention of this transformers takes no numbers beside its mask: load the model with "
+            'attn_implementation="sdpa", or use a newer transformers'
         )
     decoder = unwrap(model.get_decoder())
     layers = [unwrap(layer) for layer in getattr(decoder, "layers", ())]
@@ -293,7 +314,11 @@ def _take(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             "weights: apply again"
         )
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    kwargs["attention_mask"] = weights.added(module, hidden, kwargs.get("attention_mask"), cache)
+    mask = kwargs.get("attention_mask")
+    if mask is None or isinstance(mask, torch.Tensor):
+        kwargs["attention_mask"] = weights.added(module, hidden, mask, cache)
+    else:
+        kwargs["position_bias"] = weights.beside(module, hidden, mask, cache)
     return args, kwargs
 
 
@@ -318,11 +343,13 @@ def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
 
 
-def _dense(mask: Any, hidden: torch.Tensor, keys: int) -> torch.Tensor:
-    """flex attention's mask as booleans: what it adds to logits, it takes instead of a mask."""
-    from torch.nn.attention.flex_attention import create_mask
+def _flex_takes_numbers() -> bool:
+    """Whether flex attention takes numbers beside its mask: its own way to take them instead of one is
+    incomplete, and crashes on a CPU.
+    """
+    from transformers.integrations.flex_attention import flex_attention_forward
 
-    return create_mask(mask.mask_mod, hidden.shape[0], 1, hidden.shape[1], keys, device=str(hidden.device))
+    return "position_bias" in inspect.signature(flex_attention_forward).parameters
 
 
 def _holds(module: Any, part: Any) -> bool:
