@@ -130,7 +130,8 @@ def generate(
             guard=_may_run_without_cache(controller.model, arguments),
         )
     if call.note is None:
-        output = original(**{name: call.ids}, **call.arguments)
+        with weighing(controller.model, None, None, None):
+            output = original(**{name: call.ids}, **call.arguments)
         return with_columns(output, call.index, ids.shape[1]) if settings.columns else output
     view = LongView(ids, call.ids.shape[1])
     _wrap_callbacks(controller.model, call.arguments, view)

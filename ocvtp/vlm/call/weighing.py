@@ -206,8 +206,9 @@ def with_weights(arguments: Mapping[str, Any], note: CacheNote | None, hold: Hol
 
 # ---------------------------------------------------------------------------------------- while generate runs
 
-#: Models whose ``generate`` is under way in this thread, innermost last, and the weights of the prompt.
-_running: contextvars.ContextVar[tuple[tuple[Any, Weights], ...]] = contextvars.ContextVar(
+#: Models whose ``generate`` on pictures is under way in this thread, innermost last, and the weights of the
+#: prompt.
+_running: contextvars.ContextVar[tuple[tuple[Any, Weights | None], ...]] = contextvars.ContextVar(
     "ocvtp_running", default=()
 )
 
@@ -218,16 +219,13 @@ def weighing(owner: Any, bias: torch.Tensor | None, cache: Any, hold: Hold | Non
 
     Args:
         owner: the patched model.
-        hold: of it.
-        bias: ``[prompts, columns]``.
+        bias: ``[prompts, columns]``; ``None`` for none, whatever a ``generate`` around this one has.
         cache: that the caller passed.
+        hold: of the model.
     """
-    if bias is None:
-        yield
-        return
-    weights = Weights(bias, hold)
+    weights = None if bias is None else Weights(bias, hold)
     token = _running.set((*_running.get(), (owner, weights)))
-    if cache is not None:
+    if cache is not None and weights is not None:
         setattr(cache, _ON_CACHE, weights)
     try:
         yield
@@ -251,7 +249,8 @@ def with_running_weights(
     """
     outputs, embeddings = given.get("mm_encoder_outputs"), given.get("inputs_embeds")
     cache = given.get("past_key_values")
-    if (outputs is None and embeddings is None) or KEY in kwargs or hasattr(cache, _ON_CACHE):
+    # Of features, generate passes none as an empty dict.
+    if (not outputs and embeddings is None) or KEY in kwargs or hasattr(cache, _ON_CACHE):
         return kwargs
     if torch.compiler.is_compiling() and not controller.settings.weigh:  # it can't look at the context
         return kwargs
@@ -260,7 +259,7 @@ def with_running_weights(
     if weights is None:
         return kwargs
     before = cached_length(cache)  # PEFT's prefix tuning puts columns of its own there
-    if outputs is not None and embeddings is not None:  # and its prompt tuning in front of the embeddings
+    if outputs and embeddings is not None:  # and its prompt tuning in front of the embeddings
         before += embeddings.shape[1] - weights.bias.shape[1]
     weights = weights.behind(before)
     if cache is None:
@@ -270,7 +269,7 @@ def with_running_weights(
 
 
 def leave_weights(cache: Any, arguments: Mapping[str, Any]) -> None:
-    """Leave the weights of a call that ``generate`` made, if it had any, on the cache that the call filled."""
+    """Leave the weights of a call that ``generate`` made, if there are any, on the cache that it filled."""
     if cache is not None and KEY in arguments:
         setattr(cache, _ON_CACHE, arguments[KEY])
 
@@ -287,7 +286,7 @@ def _of_a_call_whose_patch_is_gone(module: Any, cache: Any) -> Weights | None:
         controller = owner.__dict__.get(ATTRIBUTE)
         patched = controller is not None and controller.enabled
         if not patched and any(module is one for one in attentions_of(owner)):
-            if cache is not None:
+            if cache is not None and weights is not None:
                 setattr(cache, _ON_CACHE, weights)
             return weights
     return None
