@@ -63,7 +63,8 @@ def test_logits_are_those_of_the_hand_built_prompt(
         assert got.shape == want.shape, kind
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
         if merge != "off" or weigh:
-            ocvtp.apply(model, pruner, keep=family.keep, **{**options, "positions": positions})
+            plain: Inputs = {"merge": "off", "weigh": False, "positions": positions}
+            ocvtp.apply(model, pruner, keep=family.keep, **{**options, **plain})
             assert not torch.allclose(got[:, -1], model(**row).logits[:, -1], atol=1e-2), kind
 
 
@@ -97,11 +98,11 @@ def test_select_says_for_whom_tokens_stand(name: str, keep: str, models: Any) ->
     options: Inputs = {"number": {"keep": 3}, "share": {"keep": 0.3}}.get(keep, {"keep": "auto"})
     if keep == "auto":
         options |= {"budgets": [2, 4, 6], "max_error": 0.7}
-    ocvtp.apply(model, pruner, **options)
+    ocvtp.apply(model, pruner, **options, merge="off", weigh=False)
     plain = ocvtp.vlm.select(model, **row)
     assert plain.mass is None
     assert plain.owner is None
-    for standing_for in ({"merge": "projected"}, {"weigh": True}):
+    for standing_for in ({"merge": "projected", "weigh": False}, {"merge": "off", "weigh": True}):
         ocvtp.apply(model, pruner, **options, **standing_for)
         found = ocvtp.vlm.select(model, **row)
         assert torch.equal(found.indices, plain.indices)

@@ -99,7 +99,8 @@ def generate(
     note = note_of(cache)
     pixels = controller.has_pixels("generate", args, kwargs)
     if note is None and not pixels:
-        return original(*args, **kwargs)
+        with weighing(controller.model, None, None, None):
+            return original(*args, **kwargs)
     arguments = controller.by_name("generate", args, kwargs)
     ids, inputs = arguments.pop("input_ids", None), arguments.pop("inputs", None)
     paged = effective(controller.model, arguments, "cache_implementation") == "paged"

@@ -249,8 +249,8 @@ def with_running_weights(
     """
     outputs, embeddings = given.get("mm_encoder_outputs"), given.get("inputs_embeds")
     cache = given.get("past_key_values")
-    # Of features, generate passes none as an empty dict.
-    if (not outputs and embeddings is None) or KEY in kwargs or hasattr(cache, _ON_CACHE):
+    # A chunk of a prompt may bring an empty dict: rows of none of its pictures.
+    if (outputs is None and embeddings is None) or KEY in kwargs or hasattr(cache, _ON_CACHE):
         return kwargs
     if torch.compiler.is_compiling() and not controller.settings.weigh:  # it can't look at the context
         return kwargs
@@ -258,7 +258,9 @@ def with_running_weights(
     weights = next((weights for model, weights in reversed(_running.get()) if model is owner), None)
     if weights is None:
         return kwargs
-    before = cached_length(cache)  # PEFT's prefix tuning puts columns of its own there
+    # PEFT's prefix tuning puts columns of its own into the cache, where a chunk of a prompt has others before it.
+    shown = given.get("input_ids") if embeddings is None else embeddings
+    before = cached_length(cache) if shown.shape[1] >= weights.bias.shape[1] else 0
     if outputs and embeddings is not None:  # and its prompt tuning in front of the embeddings
         before += embeddings.shape[1] - weights.bias.shape[1]
     weights = weights.behind(before)
