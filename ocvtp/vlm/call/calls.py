@@ -23,6 +23,7 @@ from ocvtp.vlm.call.weighing import (
     forget_weights,
     hold_weights,
     leave_weights,
+    shielded,
     weighing,
     with_running_weights,
     with_weights,
@@ -99,7 +100,7 @@ def generate(
     note = note_of(cache)
     pixels = controller.has_pixels("generate", args, kwargs)
     if note is None and not pixels:
-        with weighing(controller.model, None, None, None):
+        with shielded(controller.model, controller.by_name("generate", args, kwargs)):
             return original(*args, **kwargs)
     arguments = controller.by_name("generate", args, kwargs)
     ids, inputs = arguments.pop("input_ids", None), arguments.pop("inputs", None)

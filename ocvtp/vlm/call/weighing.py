@@ -31,6 +31,8 @@ _ON_CACHE = "_ocvtp_weights"
 #: Numbers for flex attention are made for whole blocks of so many: torch 2.13 can't compile it on a CPU for
 #: numbers whose size changes.
 _FLEX_BLOCK = 128
+#: Arguments by which kept rows are handed over.
+_SHOWN = ("mm_encoder_outputs", "inputs_embeds")
 _SERVED = ("sdpa", "eager", "flex_attention")
 
 
@@ -146,7 +148,7 @@ def settle_weights(model: Any) -> None:
     """
     controller = model.__dict__.get(ATTRIBUTE)
     wanted = controller is not None and controller.enabled and controller.settings.weigh
-    if not wanted and _held.get(model):
+    if not wanted and any(_held.get(model, ())):  # its length may count one that is just going
         return
     for module in attentions_of(model):
         numbers = [number for number, hook in module._forward_pre_hooks.items() if hook is _take]
@@ -247,7 +249,7 @@ def with_running_weights(
         given: all arguments by name.
         kwargs: those that were given by name.
     """
-    outputs, embeddings = given.get("mm_encoder_outputs"), given.get("inputs_embeds")
+    outputs, embeddings = (given.get(name) for name in _SHOWN)
     cache = given.get("past_key_values")
     # A chunk of a prompt may bring an empty dict: rows of none of its pictures.
     if (outputs is None and embeddings is None) or KEY in kwargs or hasattr(cache, _ON_CACHE):
@@ -258,8 +260,8 @@ def with_running_weights(
     weights = next((weights for model, weights in reversed(_running.get()) if model is owner), None)
     if weights is None:
         return kwargs
-    # PEFT's prefix tuning puts columns of its own into the cache, where a chunk of a prompt has others before it.
-    shown = given.get("input_ids") if embeddings is None else embeddings
+    # PEFT's prefix tuning puts columns into the cache. Before a chunk of a prompt, its own are there.
+    shown: Any = given.get("input_ids") if embeddings is None else embeddings
     before = cached_length(cache) if shown.shape[1] >= weights.bias.shape[1] else 0
     if outputs and embeddings is not None:  # and its prompt tuning in front of the embeddings
         before += embeddings.shape[1] - weights.bias.shape[1]
@@ -268,6 +270,20 @@ def with_running_weights(
         return {**kwargs, KEY: weights}
     setattr(cache, _ON_CACHE, weights)
     return kwargs
+
+
+def shielded(owner: Any, given: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Around a ``generate`` without pictures: no weights of another one that this is called in.
+
+    Unless rows are handed over to it, as a function behind ``custom_generate`` does that calls it again.
+
+    Args:
+        owner: the patched model.
+        given: all arguments by name.
+    """
+    if any(given.get(name) is not None for name in _SHOWN):
+        return contextlib.nullcontext()
+    return weighing(owner, None, None, None)
 
 
 def leave_weights(cache: Any, arguments: Mapping[str, Any]) -> None:
