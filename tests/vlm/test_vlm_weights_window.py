@@ -118,6 +118,7 @@ def test_a_conversation_behind_the_window(model: Any) -> None:
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_decoding_compiled() -> None:
     """Into one graph a step, with a static cache: nothing there asks how far the window has slid."""
     needs_mm_route()
