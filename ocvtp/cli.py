@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ocvtp import __version__
+from ocvtp.commands.dropped import Wishes
 from ocvtp.commands.errors import told_plainly
 from ocvtp.commands.loading import DEFAULT_KEEP
 
@@ -33,17 +34,27 @@ def _at_home_if_given(given: Any) -> Any:
     return None if given is None else _at_home(given)
 
 
+class Merge(str, enum.Enum):
+    """Where dropped tokens are averaged into kept ones."""
+
+    auto = "auto"
+    off = "off"
+    projected = "projected"
+    features = "features"
+
+
 ModelOption = Annotated[
     str, typer.Option(help="Model folder, or Hub id such as llava-hf/llava-1.5-7b-hf.", callback=_at_home)
 ]
-PrunerOption = Annotated[
-    str,
-    typer.Option(
-        help="Pruner folder, Hub id, or official weights file; or farthest_point, attention, random or grid, "
-        "which need no training. Official weights don't tell the encoder layer they were trained on: 8 is "
-        "assumed, unless --layer says otherwise.",
-        callback=_at_home,
-    ),
+_PRUNER = (
+    "Pruner folder, Hub id, or official weights file; or farthest_point, greedy_dpp, attention, random or "
+    "grid, which need no training. Official weights don't tell the encoder layer they were trained on: 8 is "
+    "assumed, unless --layer says otherwise."
+)
+_AS_APPLY = "as ocvtp.apply"
+PrunerOption = Annotated[str, typer.Option(help=_PRUNER, callback=_at_home)]
+PrunerOrDefaultOption = Annotated[
+    str | None, typer.Option(help=_PRUNER, callback=_at_home_if_given, show_default=_AS_APPLY)
 ]
 LayerOption = Annotated[
     int | None,
@@ -79,6 +90,31 @@ SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the
 RefineOption = Annotated[
     int,
     typer.Option(min=0, help="Rounds that move kept tokens to where they cover more; 0 as published."),
+]
+MergeOption = Annotated[
+    Merge | None,
+    typer.Option(
+        help="What becomes of dropped tokens: off throws them away; projected and features average them into "
+        "the nearest kept one, after the projector or before it; auto takes projected wherever that can be.",
+        show_default=_AS_APPLY,
+    ),
+]
+WeighOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--weigh/--no-weigh",
+        help="Tell the language model how many tokens each kept one stands for (proportional attention).",
+        show_default=_AS_APPLY,
+    ),
+]
+FeaturesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="<early, consumed or layer>",
+        help="For farthest_point and greedy_dpp: the encoder layer whose features they compare: early is a "
+        "third of the way up, consumed is the one that the language model reads; or a number, from 0.",
+        show_default=_AS_APPLY,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 EncoderOption = Annotated[
@@ -128,7 +164,7 @@ def _options(
 def prune(
     image: ImageArgument,
     model: ModelOption,
-    pruner: PrunerOption = "farthest_point",
+    pruner: PrunerOrDefaultOption = None,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = "Describe this image.",
     keep: BudgetOption = DEFAULT_KEEP,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
@@ -138,6 +174,9 @@ def prune(
     layer: LayerOption = None,
     seed: SeedOption = 0,
     refine: RefineOption = 0,
+    merge: MergeOption = None,
+    weigh: WeighOption = None,
+    features: FeaturesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Ask a model about an image with most of its tokens left out, and see how long each stage takes."""
@@ -157,6 +196,7 @@ def prune(
             layer=layer,
             seed=seed,
             refine=refine,
+            wishes=Wishes(None if merge is None else merge.value, weigh, features),
             console=Console(stderr=True),
         )
         if as_json:
@@ -177,8 +217,11 @@ def visualize(
     layer: LayerOption = None,
     seed: SeedOption = 0,
     refine: RefineOption = 0,
+    merge: MergeOption = None,
+    weigh: WeighOption = None,
+    features: FeaturesOption = None,
 ) -> None:
-    """Draw which patches of an image are kept, and the slot each patch belongs to."""
+    """Draw which patches of an image are kept, which of them stands for each patch, and each patch's slot."""
     from ocvtp.commands import visualize as command
 
     with told_plainly():
@@ -193,6 +236,7 @@ def visualize(
             layer=layer,
             seed=seed,
             refine=refine,
+            wishes=Wishes(None if merge is None else merge.value, weigh, features),
             console=Console(stderr=True),
         )
         typer.echo(f"wrote {out}")
@@ -392,7 +436,11 @@ def flops(
 
     with told_plainly():
         found = command.run(
-            model=model, keep=keep, text_tokens=text_tokens, image=image, counter=counter.value
+            model=model,
+            keep=keep,
+            text_tokens=text_tokens,
+            image=image,
+            counter=counter.value,
         )
     if as_json:
         typer.echo(json.dumps(found, indent=1))

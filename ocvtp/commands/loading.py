@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ocvtp.commands.dropped import Wishes
 from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.progress import busy
 from ocvtp.stored.refused import shown
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ocvtp import OCPruner, PrunerConfig, PruneReport
-    from ocvtp.vlm.contracts.adapter import TowerFacts
+    from ocvtp.vlm.contracts.adapter import Adapter, TowerFacts
 
 DEFAULT_KEEP = 64
 _MOST = 2**31  # of anything that a model's configuration counts
@@ -193,8 +194,12 @@ def _odd_config(source: str, why: str) -> str:
     )
 
 
-def check_fit(config: Any, pruner: PrunerConfig | None, keep: float) -> TowerFacts:
-    """Whether ``pruner`` and ``keep`` suit a model, told from its configuration: no weights are loaded."""
+def check_fit(config: Any, pruner: PrunerConfig | None, keep: float) -> Adapter:
+    """Whether ``pruner`` and ``keep`` suit a model, told from its configuration: no weights are loaded.
+
+    Returns:
+        Of a model of shapes alone, for more checks.
+    """
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -205,7 +210,8 @@ def check_fit(config: Any, pruner: PrunerConfig | None, keep: float) -> TowerFac
         try:
             with torch.device("meta"):  # shapes alone, whatever the size of the model
                 skeleton = AutoModelForImageTextToText.from_config(config)
-            facts = adapter_for(skeleton).facts({})
+            adapter = adapter_for(skeleton)
+            facts = adapter.facts({})
         except ValueError:
             raise
         except Exception as error:  # a field of another type or sign, anywhere in transformers
@@ -217,7 +223,7 @@ def check_fit(config: Any, pruner: PrunerConfig | None, keep: float) -> TowerFac
         raise UserError(
             f"--keep must be between 1 and {facts.tokens}, the image tokens of this model; got {got}"
         )
-    return facts
+    return adapter
 
 
 def load_processor(source: str) -> Any:
@@ -307,16 +313,22 @@ def prepare(
     layer: int | None,
     seed: int,
     refine: int,
+    wishes: Wishes,
     console: Console,
     positions: Literal["auto", "compact", "original"] = "auto",
+    planned: Callable[[PruneReport], None] | None = None,
 ) -> Prepared:
-    """Check, load and patch: everything that ``prune`` and ``visualize`` do before they differ."""
+    """Check, load and patch: everything that ``prune`` and ``visualize`` do before they differ.
+
+    ``planned`` may refuse what will be done, before weights are loaded.
+    """
     from ocvtp.vlm.contracts.selector import reads_features
 
     if refine and is_rule(pruner) and not reads_features(pruner):
         raise UserError(f"--refine needs features; {pruner!r} reads none")
     if layer is not None and is_rule(pruner):
         raise UserError(f"--layer is for official weights; {pruner!r} needs none: leave it out")
+    wishes.check(pruner)
     check_keep(keep)
     model, pruner = model_source(model), pruner_source(pruner)
     picture = load_image(image)
@@ -324,7 +336,14 @@ def prepare(
     as_dtype = resolve_dtype(dtype, on)
     loaded_pruner = None if is_rule(pruner) else load_pruner(pruner, layer)
     config = read_model_config(model)
-    facts = check_fit(config, None if loaded_pruner is None else loaded_pruner.config, keep)
+    skeleton = check_fit(config, None if loaded_pruner is None else loaded_pruner.config, keep)
+    facts = skeleton.facts({})
+    wishes.check_layer(max(facts.consumed_layers))
+    options = {"keep": keep, "positions": positions, "seed": seed, "refine": refine, **wishes.options()}
+    chosen: Any = pruner if loaded_pruner is None else loaded_pruner
+    plan = _planned(skeleton, chosen, options)
+    if planned is not None:
+        planned(plan)
     processor = load_processor(model)
     check_processor(processor, model, config, facts, picture)
     vlm = load_weights(model, on, as_dtype, console)
@@ -332,9 +351,16 @@ def prepare(
     import ocvtp
 
     with blamed_on_input(ValueError):
-        chosen: Any = pruner if loaded_pruner is None else loaded_pruner
-        report = ocvtp.apply(vlm, chosen, keep=keep, positions=positions, seed=seed, refine=refine)
+        report = ocvtp.apply(vlm, chosen, **options)
     return Prepared(picture, vlm, processor, report)
+
+
+def _planned(skeleton: Adapter, chosen: Any, options: dict[str, Any]) -> PruneReport:
+    """What ``apply`` would do, or why it won't, told from shapes."""
+    from ocvtp.vlm.options import Options, resolve
+
+    with blamed_on_input(ValueError):
+        return resolve(skeleton, Options(chosen, **options))[1]
 
 
 def check_keep(keep: float) -> None:

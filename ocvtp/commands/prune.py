@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from ocvtp.commands.dropped import Wishes
 from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.loading import prepare
 from ocvtp.commands.progress import busy, steps
@@ -28,7 +29,8 @@ class PruneResult:
     """One answer and what it took.
 
     ``milliseconds`` sums ``vision tower``, ``pruner``, ``projector`` and ``prefill`` (the rest of the way
-    to the first token) to ``time to first token``; ``decode`` is everything after it.
+    to the first token) to ``time to first token``; ``decode`` is everything after it. ``mass`` is how many
+    tokens each kept one stands for, itself among them; ``None`` where dropped ones are thrown away.
     """
 
     answer: str
@@ -41,6 +43,7 @@ class PruneResult:
     device: str
     dtype: str
     report: str
+    mass: list[int] | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -51,7 +54,7 @@ def run(
     image: Path,
     *,
     model: str,
-    pruner: str,
+    pruner: str | None,
     keep: float,
     prompt: str,
     max_new_tokens: int,
@@ -61,21 +64,25 @@ def run(
     layer: int | None,
     seed: int,
     refine: int,
+    wishes: Wishes,
     console: Console,
 ) -> PruneResult:
-    """Load, patch, answer, time. Progress goes to ``console``."""
+    """Load, patch, answer, time. Progress goes to ``console``. ``None`` as ``pruner`` is the default rule."""
+    from ocvtp.vlm.contracts.selector import DEFAULT_RULE
+
     if _PLACEHOLDER in prompt:
         raise UserError(f"leave {_PLACEHOLDER} out of --prompt: the image is put in front of it")
     ready = prepare(
         image,
         model=model,
-        pruner=pruner,
+        pruner=DEFAULT_RULE if pruner is None else pruner,
         keep=keep,
         device=device,
         dtype=dtype,
         layer=layer,
         seed=seed,
         refine=refine,
+        wishes=wishes,
         console=console,
         positions=positions,
     )
@@ -103,7 +110,19 @@ def run(
         device=str(on),
         dtype=str(as_dtype).removeprefix("torch."),
         report=str(report),
+        mass=_mass(vlm, inputs) if report.merge != "off" or report.weigh else None,
     )
+
+
+def _mass(model: Any, inputs: Any) -> list[int]:
+    """How many tokens each kept one stands for. Runs the tower once more, after everything was timed."""
+    from ocvtp.vlm import select
+    from ocvtp.vlm.call.controller import controller_of
+
+    names = ("pixel_values", *controller_of(model).adapter.vision_keys)
+    found = select(model, **{name: inputs[name] for name in names if name in inputs})
+    assert found.mass is not None
+    return [int(count) for count in found.mass.flatten().tolist()]
 
 
 class _TokenClock:
@@ -159,7 +178,7 @@ def timed_generate(
 
 
 def show(result: PruneResult, console: Console) -> None:
-    """The answer, then the figures."""
+    """The answer, then the figures, then what was patched."""
     console.print(result.answer, markup=False, highlight=False)
     console.print()
     console.print(
@@ -167,11 +186,15 @@ def show(result: PruneResult, console: Console) -> None:
         f"prompt {result.prompt_tokens_before} -> {result.prompt_tokens_after}, "
         f"{result.new_tokens} new ({result.device}, {result.dtype})"
     )
+    if result.mass is not None:
+        least, most = min(result.mass), max(result.mass)
+        console.print(f"a kept token stands for {least} to {most}, itself among them", highlight=False)
     table = Table("stage", "ms")
     table.columns[1].justify = "right"
     for stage, milliseconds in result.milliseconds.items():
         table.add_row(stage, f"{milliseconds:.1f}", style="bold" if stage == "time to first token" else None)
     console.print(table)
+    console.print(result.report, markup=False, highlight=False)
 
 
 def chat_prompt(processor: Any, prompt: str) -> str:

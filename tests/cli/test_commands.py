@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,8 @@ from ocvtp.cli import app
 from ocvtp.commands import demo, env
 from ocvtp.commands.loading import load_image
 from ocvtp.commands.progress import busy, steps
+from ocvtp.vlm.contracts.selector import DEFAULT_RULE
+from ocvtp.vlm.options import Options
 from tests.cli.conftest import Files
 from tests.vlm.processor import image_processor
 from tests.vlm.tiny_llava import GREEDY
@@ -73,6 +77,66 @@ class TestPrune:
         assert "2 rounds of refinement" in json_in(run(*asked, "--refine", 2))["report"]
         assert "refinement" not in json_in(run(*asked, "--refine", 0))["report"]
 
+    def test_kept_tokens_stand_for_others(self, files: Files) -> None:
+        """Answer, masses and report are those of apply with the same options."""
+        processor = transformers.AutoProcessor.from_pretrained(files.model)
+        model = transformers.LlavaForConditionalGeneration.from_pretrained(files.model).eval()
+        pruner = ocvtp.OCPruner.from_pretrained(files.pruner)
+        text = "USER: <image>\nw5 w6 ASSISTANT:"
+        inputs = processor(images=Image.open(files.image), text=text, return_tensors="pt")
+        answers = {}
+        for said, merge, weigh in (
+            (("--merge", "off", "--no-weigh"), "off", False),
+            (("--merge", "features", "--no-weigh"), "features", False),
+            (("--merge", "projected", "--weigh"), "projected", True),
+        ):
+            report = ocvtp.apply(model, pruner, keep=5, merge=merge, weigh=weigh)
+            output = model.generate(**inputs, **GREEDY)
+            answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            result = json_in(run("prune", *files.arguments, *ASK, *said, "--json"))
+            assert (result["answer"], result["report"]) == (answer.strip(), str(report))
+            mass = ocvtp.vlm.select(model, inputs["pixel_values"]).mass
+            assert result["mass"] == (None if mass is None else mass[0].tolist())
+            assert mass is None or mass.sum() == 16
+            answers[merge] = result["answer"]
+        assert answers["off"] != answers["projected"]
+        shown = run("prune", *files.arguments, *ASK, "--merge", "projected", "--weigh")
+        assert f"a kept token stands for {int(mass.min())} to {int(mass.max())}" in shown
+        assert str(report).splitlines()[-1] in shown
+        assert "averaged into the nearest kept one, weighed by proportional attention" in shown
+
+    def test_what_is_not_said_is_left_to_apply(self, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: list[dict] = []
+        real = ocvtp.apply
+
+        def apply(model: object, pruner: object, **options: object) -> object:
+            given.append({"pruner": pruner, **options})
+            return real(model, pruner, **options)
+
+        monkeypatch.setattr(ocvtp, "apply", apply)
+        arguments = ["prune", *files.arguments[:3], *files.arguments[5:], *ASK]
+        run(*arguments)
+        run(*arguments, "--merge", "auto", "--pruner", "greedy_dpp", "--features", "1")
+        unsaid = {"merge", "weigh", "features"}
+        assert given[0]["pruner"] == DEFAULT_RULE
+        assert not unsaid & set(given[0])
+        assert {name: given[1][name] for name in unsaid & set(given[1])} == {"merge": "auto", "features": 1}
+
+    def test_the_plan_has_the_defaults_of_apply(self) -> None:
+        """Which are in two places: its signature, and the options that it makes of them."""
+        parameters = inspect.signature(ocvtp.apply).parameters
+        assert parameters["pruner"].default == DEFAULT_RULE
+        options = {field.name: field.default for field in fields(Options) if field.default is not MISSING}
+        assert options == {name: parameters[name].default for name in options}
+
+    @pytest.mark.parametrize(("features", "layer"), [("early", 1), ("consumed", 4), ("3", 3)])
+    def test_features_of_a_rule(self, files: Files, features: str, layer: int) -> None:
+        arguments = [*files.arguments]
+        arguments[4] = "greedy_dpp"
+        told = json_in(run("prune", *arguments, *ASK, "--features", features, "--json"))
+        assert f"greedy_dpp, which reads layer {layer}" in told["report"]
+        assert told["image_tokens_after"] == 5
+
     def test_chat_template(self, files: Files, tmp_path: Path) -> None:
         model = tmp_path / "model"
         processor = transformers.AutoProcessor.from_pretrained(files.model)
@@ -122,6 +186,22 @@ class TestVisualize:
         with Image.open(out) as picture:
             assert picture.format == "PNG"
             assert picture.width > 2 * 600  # two panels, enlarged
+
+    def test_whom_kept_patches_stand_for(self, files: Files, tmp_path: Path) -> None:
+        """A panel more for a pruner; of a rule, which has no slots, a picture at all."""
+        widths = {}
+        for merge in ("off", "projected"):
+            out = tmp_path / f"{merge}.png"
+            run("visualize", *files.arguments, "--keep", "5", "--merge", merge, "--no-weigh", "--out", out)
+            with Image.open(out) as picture:
+                widths[merge] = picture.width
+        assert widths["projected"] > widths["off"] + 600
+        arguments = [*files.arguments]
+        arguments[4] = "farthest_point"
+        out = tmp_path / "rule.png"
+        run("visualize", *arguments, "--keep", "5", "--merge", "off", "--weigh", "--out", out)
+        with Image.open(out) as picture:
+            assert picture.width == widths["off"]
 
     def test_output_is_checked_before_anything_loads(self, files: Files, tmp_path: Path) -> None:
         assert "must end in .png" in run("visualize", *files.arguments, "--out", "overlay.jpg", code=2)

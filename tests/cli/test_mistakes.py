@@ -116,6 +116,32 @@ class TestSources:
         assert "--refine needs features" in refused(files, PRUNER, "grid", "--refine", 1)
         assert "--refine" in refused(files, None, None, "--refine", -1)
 
+    @pytest.mark.parametrize("command", ["prune", "visualize"])
+    def test_features(self, files: Files, command: str) -> None:
+        def said(pruner: object, features: str) -> str:
+            return refused(files, PRUNER, pruner, "--merge", "auto", "--features", features, command=command)
+
+        of_no_use = said("grid", "early")
+        assert "--features is for rules that compare some (farthest_point, greedy_dpp)" in of_no_use
+        assert "not for 'grid': leave it out" in of_no_use
+        assert "leave it out" in said(files.pruner, "consumed")
+        for wrong in ("late", "-1", "1.5", "²"):
+            assert "must be early, consumed or the number of a layer" in said("greedy_dpp", wrong)
+        assert "--features must be between 0 and 4" in said("greedy_dpp", "5")
+
+    def test_merge(self, files: Files) -> None:
+        assert "'mean' is not one of" in refused(files, None, None, "--merge", "mean")
+
+    def test_nothing_to_draw(self, files: Files) -> None:
+        said = refused(files, PRUNER, "grid", "--merge", "off", "--no-weigh", command="visualize")
+        assert "'grid' has no slots to draw; give a pruner, or --merge projected" in said
+
+    def test_weights_that_no_attention_takes(self, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Told of shapes alone, as everything that apply would refuse."""
+        monkeypatch.setattr("ocvtp.vlm.options.why_no_weights", lambda _: "no room for them: do this")
+        said = refused(files, None, None, "--weigh")
+        assert "weigh=True is not possible here: no room for them: do this" in said
+
     def test_default_budget_is_called_the_default(self, files: Files) -> None:
         output = run("prune", *files.arguments, code=2)
         assert "between 1 and 16, the image tokens of this model; got 64 (the default)" in output

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
+from ocvtp.vlm.contracts.selector import DEFAULT_RULE
 from tests.cli.conftest import Files
 from tests.cli.test_commands import ASK, json_in, run
 from tests.vlm.hub_families import FAMILIES
@@ -49,8 +50,7 @@ def test_rules_and_shares_on_a_llava(files: Files) -> None:
     assert "1 round of refinement" in told["report"]
     unsaid = [*arguments[:3], *arguments[5:], "--keep", "4", "--json"]
     assert "--pruner" not in unsaid
-    assert "farthest_point" in json_in(run("prune", *unsaid))["report"]
-    assert "no slots to draw" in run("visualize", *arguments[:5], "--out", "overlay.png", code=2)
+    assert DEFAULT_RULE in json_in(run("prune", *unsaid))["report"]
     for wrong in ("1.5", "0.0", "-0.5"):
         assert "--keep" in run("prune", *arguments, f"--keep={wrong}", code=2)
     assert "many" in run("prune", *arguments, "--keep", "many", code=2)
