@@ -30,9 +30,11 @@ BUDGETS: dict[str, Sequence[float]] = {
 
 
 def counted(model: str, keep: float) -> dict[str, Any]:
-    """One row."""
+    """One row; ``thrown_away``: in full as well, with dropped tokens thrown away."""
     one = PUBLISHED[model]
-    return count(one.config(), keep, TEXT_TOKENS, one.image).to_dict()
+    plain = count(one.config(), keep, TEXT_TOKENS, one.image, merge="off", weigh=False).to_dict()["full"]
+    thrown = {name: plain[name] for name in ("pruned", "ratio")}
+    return {**count(one.config(), keep, TEXT_TOKENS, one.image).to_dict(), "thrown_away": thrown}
 
 
 def name_of(model: str, row: dict[str, Any]) -> str:

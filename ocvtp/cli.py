@@ -427,6 +427,8 @@ def flops(
         str | None,
         typer.Option(metavar="HEIGHTxWIDTH", help="Pixels of the image, for LLaVA-NeXT and Qwen-VL."),
     ] = None,
+    merge: MergeOption = None,
+    weigh: WeighOption = None,
     accounting: Annotated[Accounting, typer.Option(help="Count to show.")] = Accounting.both,
     counter: Annotated[Counter, typer.Option(help="Formulas to count by.")] = Counter.torch,
     as_json: JsonOption = False,
@@ -440,6 +442,7 @@ def flops(
             keep=keep,
             text_tokens=text_tokens,
             image=image,
+            wishes=Wishes(None if merge is None else merge.value, weigh),
             counter=counter.value,
         )
     if as_json:

@@ -64,7 +64,7 @@ def slots(tokens: int, kept: int, updates: int) -> int:
 
 @pytest.fixture(scope="module")
 def llava() -> flops.Cost:
-    return count(PUBLISHED["llava-1.5-7b"].config(), 64, 32)
+    return count(PUBLISHED["llava-1.5-7b"].config(), 64, 32, merge="off", weigh=False)
 
 
 def test_llava_part_by_part(llava: flops.Cost) -> None:
@@ -87,7 +87,7 @@ def test_llava_part_by_part(llava: flops.Cost) -> None:
 
 
 def test_qwen_has_fewer_keys_than_queries() -> None:
-    cost = count(PUBLISHED["qwen2.5-vl-3b"].config(), 0.25, 50, (336, 336))
+    cost = count(PUBLISHED["qwen2.5-vl-3b"].config(), 0.25, 50, (336, 336), merge="off", weigh=False)
     assert (cost.image_tokens, cost.keep, cost.prompt_tokens) == (144, 36, (194, 86))
     text = PUBLISHED["qwen2.5-vl-3b"].text
     sizes = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
@@ -107,6 +107,55 @@ def test_next_counts_tiles_and_newlines() -> None:
     assert cost.pruned.pruner > 27e9
     wide = count(PUBLISHED["llava-next-7b"].config(), 160, 32, (336, 672))
     assert wide.unpruned.vision_tower == 3 * clip.upto(24)
+
+
+def assert_merging(found: int, tokens: int, kept: int, width: int) -> None:
+    """Products of every token and every kept one; kernels count the additions of the means as well."""
+    products = 2 * tokens * kept * width
+    assert found in (products, products + tokens * width)
+
+
+def shallow(name: str) -> Any:
+    """A published model with a language model of one layer, which takes its time to count."""
+    config = PUBLISHED[name].config()
+    config.get_text_config().num_hidden_layers = 1
+    return config
+
+
+def test_dropped_tokens_are_merged_after_the_projector() -> None:
+    """Which then has all tokens to do, as where their owners are found by what it makes of them."""
+    config = shallow("llava-1.5-7b")
+    plain = count(config, 64, 32, merge="off", weigh=False)
+    both = count(config, 64, 32, merge="projected", weigh=True)
+    weighed = count(config, 64, 32, merge="off", weigh=True)
+    assert (both.unpruned, plain.pruned.merging) == (plain.unpruned, 0)
+    for cost in (both, weighed):
+        assert cost.pruned.projector == cost.unpruned.projector == 2 * 576 * (1024 * WIDTH + WIDTH * WIDTH)
+        # Weights are added to the mask of keys that there are anyway.
+        for part in ("vision_tower", "pruner", "prefill", "head", "decode_step"):
+            assert getattr(cost.pruned, part) == getattr(plain.pruned, part)
+        others = plain.pruned.first_token - plain.pruned.projector
+        assert cost.pruned.first_token == others + cost.pruned.projector + cost.pruned.merging
+    assert_merging(both.pruned.merging, 576, 64, WIDTH)
+    assert weighed.pruned.merging == 2 * 576 * 64 * WIDTH
+
+
+def test_dropped_tokens_are_merged_before_the_projector() -> None:
+    cost = count(shallow("llava-1.5-7b"), 64, 32, merge="features", weigh=False)
+    assert cost.pruned.projector == 2 * 64 * (1024 * WIDTH + WIDTH * WIDTH)
+    assert_merging(cost.pruned.merging, 576, 64, 1024)
+    # Of two tiles and the whole picture of LLaVA-NeXT one choice is made.
+    tiles = count(shallow("llava-next-7b"), 160, 32, (336, 672), merge="features")
+    assert_merging(tiles.pruned.merging, 3 * 576, 160, 1024)
+
+
+def test_unsaid_is_as_applied() -> None:
+    """What becomes of dropped tokens is counted as ``apply`` has it by default."""
+    (one,) = (each for each in families() if each.name == "llava")
+    model, pruner = one.model("eager"), one.pruner()
+    cost = count(model.config, 5, 9, pruner=pruner.config)
+    report = ocvtp.apply(model, pruner, keep=5)
+    assert (cost.merge, cost.weigh) == (report.merge, report.weigh)
 
 
 def test_keeping_everything_costs_what_the_unpruned_model_costs() -> None:
@@ -145,22 +194,34 @@ def test_no_kernel_counts_as_nothing(llava: flops.Cost, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("family", "image"), [("llava", (56, 56)), ("llava_next", (112, 112)), ("qwen2_5_vl", (84, 112))]
 )
-def test_what_is_counted_is_what_runs(family: str, image: tuple[int, int]) -> None:
+@pytest.mark.parametrize("merge", ["off", "projected", "features"])
+def test_what_is_counted_is_what_runs(family: str, image: tuple[int, int], merge: Any) -> None:
     """On meta as on a CPU with values."""
     (one,) = (each for each in families() if each.name == family)
     model, pruner = one.model("eager"), one.pruner()
     inputs = prompt(model, image=image, text_tokens=9)
-    cost = count(model.config, 5, 9, image, pruner=pruner.config)
+    weigh = merge == "projected"
+    cost = count(model.config, 5, 9, image, pruner=pruner.config, merge=merge, weigh=weigh)
+    assert (cost.merge, cost.weigh) == (merge, weigh)
     pixels = {name: inputs[name] for name in inputs if name.startswith(("pixel", "image"))}
-    with ocvtp.pruned(model, pruner, keep=5, backend="torch"), torch.no_grad():
+    plain: dict[str, Any] = {"keep": 5, "backend": "torch", "merge": "off", "weigh": False}
+    with ocvtp.pruned(model, pruner, **plain), torch.no_grad():
         ocvtp.vlm.select(model, **pixels)  # folds weights
-        with FlopCounterMode(display=False) as whole:
-            model(**inputs, logits_to_keep=1)
         with FlopCounterMode(display=False) as choosing:
             ocvtp.vlm.select(model, **pixels)
+    counter = FlopCounterMode(display=False)
+    with ocvtp.pruned(model, pruner, **{**plain, "merge": merge, "weigh": weigh}), torch.no_grad(), counter:
+        model(**inputs, logits_to_keep=1)
+    merging = 0
+    if merge != "off":
+        width = model.config.get_text_config().hidden_size
+        if merge == "features":
+            width = model.config.vision_config.hidden_size * (4 if family == "qwen2_5_vl" else 1)
+        merging = 2 * cost.image_tokens * 5 * width
+        assert_merging(cost.pruned.merging, cost.image_tokens, 5, width)
     # PyTorch computes slots by other products than kernels do: the choice is left out of both.
-    after = cost.pruned.projector + cost.pruned.prefill + cost.pruned.head
-    assert whole.get_total_flops() - choosing.get_total_flops() == after
+    after = cost.pruned.projector + merging + cost.pruned.prefill + cost.pruned.head
+    assert counter.get_total_flops() - choosing.get_total_flops() == after
     assert choosing.get_total_flops() > cost.pruned.vision_tower
 
 
@@ -171,6 +232,8 @@ def test_what_is_counted_is_what_runs(family: str, image: tuple[int, int]) -> No
         ({"text_tokens": 0}, "text_tokens must be an int of at least 1; got 0"),
         ({"image": (224, 224)}, "takes images of 336 x 336 pixels"),
         ({"counter": "mine"}, "counter must be"),
+        ({"merge": "means"}, "merge must be one of"),
+        ({"weigh": "often"}, "weigh must be True, False"),
     ],
 )
 def test_what_can_t_be_counted(arguments: dict[str, Any], message: str) -> None:

@@ -188,8 +188,9 @@ def flops(results: Results) -> str:
         "share",
         "to the first token, TFLOP",
         "share",
+        "dropped tokens thrown away",
     ]
-    head += ["pruner", "tower", "each further token"]
+    head += ["pruner", "merging", "tower", "each further token"]
     result = results.one("flops")
     if result is None:
         return NOT_MEASURED
@@ -205,7 +206,9 @@ def flops(results: Results) -> str:
                 f"{paper['ratio']:.1%}",
                 f"{before['first_token']:.2f} → {after['first_token']:.2f}",
                 f"{full['ratio']:.1%}",
+                f"{row['thrown_away']['ratio']:.1%}",
                 f"{after['pruner']:.4f}",
+                f"{after['merging']:.4f}",
                 f"{after['vision_tower']:.2f}",
                 f"{after['decode_step'] / before['decode_step']:.1%}",
             ]

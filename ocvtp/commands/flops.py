@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console, Group
 from rich.table import Table
 
+from ocvtp.commands.dropped import Wishes
 from ocvtp.commands.errors import UserError, blamed_on_input
 from ocvtp.commands.loading import check_keep, model_source, read_model_config
 
@@ -20,6 +21,7 @@ PARTS = {
     "vision_tower": "vision tower",
     "pruner": "fill scores and pruner",
     "projector": "projector",
+    "merging": "dropped tokens into kept ones",
     "prefill": "language model, prefill",
     "head": "head, one token",
     "first_token": "to the first token",
@@ -28,7 +30,13 @@ PARTS = {
 
 
 def run(
-    *, model: str, keep: float, text_tokens: int, image: str | None, counter: Literal["torch", "fvcore"]
+    *,
+    model: str,
+    keep: float,
+    text_tokens: int,
+    image: str | None,
+    wishes: Wishes,
+    counter: Literal["torch", "fvcore"],
 ) -> dict[str, Any]:
     """Count; JSON-ready.
 
@@ -43,7 +51,8 @@ def run(
     from ocvtp.cost.flops import count
 
     with blamed_on_input(ValueError, ImportError):
-        cost: Cost = count(config, keep, text_tokens, size or default, counter=counter)
+        shape = size or default
+        cost: Cost = count(config, keep, text_tokens, shape, counter=counter, **wishes.options())
     return {"model": model, "counter": counter, **cost.to_dict()}
 
 
@@ -74,7 +83,12 @@ def show(found: dict[str, Any], accounting: Accounting, console: Console) -> Non
     tokens = found["prompt_tokens"]
     head = ("TFLOP", f"unpruned, {tokens['unpruned']} tokens", f"pruned, {tokens['pruned']} tokens", "share")
     image = f"{found['keep']} of {found['image_tokens']} image tokens"
-    title = f"{found['model']}: {image}, {found['text_tokens']} of text"
+    dropped = {
+        "off": "",
+        "projected": ", merged after the projector",
+        "features": ", merged before the projector",
+    }
+    title = f"{found['model']}: {image}{dropped[found['merge']]}, {found['text_tokens']} of text"
     if accounting != "paper":
         table = Table(*head, title=title)
         unpruned, pruned = found["full"]["unpruned"], found["full"]["pruned"]
@@ -97,7 +111,7 @@ def show(found: dict[str, Any], accounting: Accounting, console: Console) -> Non
         full = found["full"]
         before, after = (full[which]["first_token"] for which in ("unpruned", "pruned"))
         shown.append(
-            "everything to the first token (tower, pruner, projector, three FFN matrices, head): "
+            "everything to the first token (tower, pruner, projector, merging, three FFN matrices, head): "
             f"{before:.2f} -> {after:.2f}, {full['ratio']:.1%}"
         )
     console.print(Group(*shown), highlight=False)

@@ -6,13 +6,13 @@ kernels have FLOP formulas; the language model by transformers.
 
 What counts is what a counter has a formula for, two operations for a multiply-add: matrix products,
 convolutions and our kernels. Normalisation, softmax and activations do not. Causal attention counts in full,
-as eager attention computes it.
+as eager attention computes it. The weights of proportional attention are added to its mask: they are free.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from ocvtp.cost.counters import Counter, Products, counter_of
 from ocvtp.pruner import OCPruner
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.vlm.contracts.adapter import Adapter
+from ocvtp.vlm.contracts.settings import Merge, Settings
 from ocvtp.vlm.encode.encode import choose, encode
 from ocvtp.vlm.families import adapter_for
 from ocvtp.vlm.families.arguments import picture_arguments
@@ -41,7 +42,9 @@ class Parts:
     Attributes:
         vision_tower: that turns pixels into patch tokens; pruned, it stops at the layer that is consumed.
         pruner: fill scores and choice; of these 0 without pruning.
-        projector: on all or on kept tokens. Of Qwen-VL, which merges patches there, its merger.
+        projector: on all or on kept tokens: on all, too, where dropped ones are averaged after it, or their
+            owners found by what it makes. Of Qwen-VL, which merges patches there, its merger.
+        merging: the nearest kept token of each, and the means; 0 where dropped tokens are thrown away.
         prefill: the language model on the whole prompt, without its head.
         head: of the language model, for the last token.
         decode_step: one further token, head included, with the prompt in the cache.
@@ -50,6 +53,7 @@ class Parts:
     vision_tower: int
     pruner: int
     projector: int
+    merging: int
     prefill: int
     head: int
     decode_step: int
@@ -57,12 +61,13 @@ class Parts:
     @property
     def first_token(self) -> int:
         """From pixels to the first token's logits."""
-        return self.vision_tower + self.pruner + self.projector + self.prefill + self.head
+        vision = self.vision_tower + self.pruner + self.projector + self.merging
+        return vision + self.prefill + self.head
 
     def tflops(self) -> dict[str, float]:
         """By part, in 10^12 operations."""
-        names = ("vision_tower", "pruner", "projector", "prefill", "head", "decode_step", "first_token")
-        return {name: getattr(self, name) / 1e12 for name in names}
+        names = ("vision_tower", "pruner", "projector", "merging", "prefill", "head")
+        return {name: getattr(self, name) / 1e12 for name in (*names, "decode_step", "first_token")}
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Cost:
     Attributes:
         image_tokens: candidates: tokens of the image that are chosen among.
         keep: how many of them are kept.
+        merge: where dropped tokens are averaged into kept ones, if they are.
+        weigh: whether the language model knows how many a kept one stands for.
         text_tokens: of the prompt, the image aside.
         prompt_tokens: that the language model reads, unpruned and pruned. LLaVA-NeXT's newlines among them.
         unpruned: operations of the model as it is.
@@ -81,6 +88,8 @@ class Cost:
 
     image_tokens: int
     keep: int
+    merge: Merge
+    weigh: bool
     text_tokens: int
     prompt_tokens: tuple[int, int]
     unpruned: Parts
@@ -92,6 +101,8 @@ class Cost:
         unpruned, pruned = self.paper
         return {
             "keep": self.keep,
+            "merge": self.merge,
+            "weigh": self.weigh,
             "text_tokens": self.text_tokens,
             "image_tokens": self.image_tokens,
             "prompt_tokens": {"unpruned": self.prompt_tokens[0], "pruned": self.prompt_tokens[1]},
@@ -125,6 +136,8 @@ def count(
     image: tuple[int, int] | None = None,
     *,
     pruner: PrunerConfig | None = None,
+    merge: Merge | Literal["auto"] | None = None,
+    weigh: bool | Literal["auto"] | None = None,
     counter: Counter = "torch",
 ) -> Cost:
     """Count a call with one image at batch 1.
@@ -137,15 +150,18 @@ def count(
         image: height and width of the image in pixels; default: what a LLaVA-1.5's tower takes, and four
             tiles of LLaVA-NeXT. Qwen-VL has no default.
         pruner: sizes of the pruner; default: the published ones for the tower's width.
+        merge: as of :func:`ocvtp.apply`; ``None``: its default.
+        weigh: as of :func:`ocvtp.apply`; ``None``: its default.
         counter: whose formulas: ``"torch"``, or ``"fvcore"`` for a second opinion (``pip install fvcore``).
 
     Raises:
-        ValueError: another family, an image that is no whole number of patches, a budget that it can't have,
-            or no text; or a transformers that can't run models on the meta device (5.0).
+        ValueError: another family, an image that is no whole number of patches, a budget or a way of merging
+            that it can't have, or no text; or a transformers that can't run models on the meta device (5.0).
         ImportError: no fvcore.
     """
+    said = {name: value for name, value in (("merge", merge), ("weigh", weigh)) if value is not None}
     try:
-        return _count(config, keep, text_tokens, image, pruner, counter)
+        return _count(config, keep, text_tokens, image, pruner, said, counter)
     except RuntimeError as error:
         if "autocast" not in str(error):
             raise
@@ -161,6 +177,7 @@ def _count(
     text_tokens: int,
     image: tuple[int, int] | None,
     pruner: PrunerConfig | None,
+    said: dict[str, Any],
     counter: Counter,
 ) -> Cost:
     from transformers import AutoModelForImageTextToText
@@ -189,7 +206,8 @@ def _count(
         before, rows, candidates = _unpruned_vision(adapter, arguments, products)
         with _META:
             made = OCPruner(sizes).eval()
-        after, kept, budget = _pruned_vision(adapter, arguments, made, keep, products)
+        settings, _ = resolve(adapter, Options(made, keep, **said))
+        after, kept, budget = _pruned_vision(adapter, arguments, settings, before[2], products)
         if budget == candidates:
             after = before
         prompts = rows + text_tokens, kept + text_tokens
@@ -202,6 +220,8 @@ def _count(
         return Cost(
             candidates,
             budget,
+            settings.merge,
+            settings.weigh,
             text_tokens,
             prompts,
             Parts(*before, *language.parts(prompts[0])),
@@ -215,8 +235,8 @@ def _count(
 
 def _unpruned_vision(
     adapter: Adapter, arguments: dict[str, Any], products: Products
-) -> tuple[tuple[int, int, int], int, int]:
-    """Tower, pruner (0) and projector as transformers runs them; rows in the prompt; candidates."""
+) -> tuple[tuple[int, int, int, int], int, int]:
+    """Tower, pruner (0), projector, merging (0) as transformers runs them; rows in the prompt; candidates."""
     settings, _ = resolve(adapter, Options("grid", 1.0))
     vision = adapter.vision("image", arguments, settings)
     candidates = sum(segment.tokens for segment in vision.segments)
@@ -226,31 +246,49 @@ def _unpruned_vision(
         # Upstream's tower reads its grids, which have no values here; ours runs the same blocks.
         tower = products(lambda: vision.run(None, None))
         everything = products(lambda: encode(adapter, arguments, settings, None))
-        return (tower, 0, everything - tower), sum(vision.totals), candidates
+        return (tower, 0, everything - tower, 0), sum(vision.totals), candidates
     tiles = pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
     tower = products(lambda: model.model.vision_tower(tiles, output_hidden_states=True).last_hidden_state)
     consumed = _empty(len(tiles), candidates // len(tiles), adapter.facts({}).width)
     projector = products(lambda: model.model.multi_modal_projector(consumed))
-    return (tower, 0, projector), sum(vision.totals), candidates
+    return (tower, 0, projector, 0), sum(vision.totals), candidates
 
 
 def _pruned_vision(
-    adapter: Adapter, arguments: dict[str, Any], pruner: OCPruner, keep: float, products: Products
-) -> tuple[tuple[int, int, int], int, int]:
-    """Tower, pruner and projector as ocvtp runs them, each the difference it makes; rows; tokens kept."""
-    settings, _ = resolve(adapter, Options(pruner, keep))
+    adapter: Adapter, arguments: dict[str, Any], settings: Settings, everywhere: int, products: Products
+) -> tuple[tuple[int, int, int, int], int, int]:
+    """Tower, pruner, projector and merging as ocvtp runs them, each the difference it makes.
+
+    Args:
+        adapter: of the model.
+        arguments: of the call.
+        settings: who chooses, how many, and what becomes of the others.
+        everywhere: what the projector costs on all tokens.
+        products: counts.
+
+    Returns:
+        The four; rows; tokens kept.
+    """
+    plain = replace(settings, merge="off", weigh=False)
 
     def vision() -> Any:
-        return adapter.vision("image", arguments, settings)
+        return adapter.vision("image", arguments, plain)
+
+    def encoding(how: Settings) -> int:
+        return products(lambda: encode(adapter, arguments, how, None))
 
     # Also folds the pruner's weights, which happens once a checkpoint, not once a call.
-    kept = sum(len(rows) for rows in encode(adapter, arguments, settings, None)["image"].rows)
+    kept = sum(len(rows) for rows in encode(adapter, arguments, plain, None)["image"].rows)
     tower = products(lambda: vision().run(settings.selector.read_layer, None))
-    chosen = products(lambda: choose(adapter, arguments, settings))
-    everything = products(lambda: encode(adapter, arguments, settings, None))
+    chosen = products(lambda: choose(adapter, arguments, plain))
+    projector, merging = encoding(plain) - chosen, 0
+    if settings.standing:
+        if settings.merge != "features":
+            projector = everywhere
+        merging = encoding(settings) - chosen - projector
     budget = settings.budget.of(sum(segment.tokens for segment in vision().segments))
     assert isinstance(budget, int)
-    return (tower, chosen - tower, everything - chosen), kept, budget
+    return (tower, chosen - tower, projector, merging), kept, budget
 
 
 def _size(config: Any, image: tuple[int, int] | None) -> tuple[int, int]:
