@@ -35,6 +35,9 @@ def main() -> None:
             "speedup": comparison.speedup,
             "unpruned": summarise([1e3 * s for s in comparison.unpruned]).to_dict(),
             "pruned": summarise([1e3 * s for s in comparison.pruned]).to_dict(),
+            "standing": summarise([1e3 * s for s in comparison.standing]).to_dict()
+            if comparison.standing
+            else None,
         }
         for comparison in comparisons
     ]

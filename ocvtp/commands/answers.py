@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ocvtp.commands.dropped import STOOD_FOR, THROWN_AWAY
 from ocvtp.commands.errors import UserError
 from ocvtp.commands.loading import load_image, load_processor, load_pruner, load_weights
 from ocvtp.commands.output import check_writable
@@ -46,7 +47,8 @@ class Asked:
         question: in words.
         expected: the right answer, if anybody knows it.
         before: the model's answer with all tokens.
-        after: with the kept ones.
+        after: with the kept ones, the others thrown away.
+        standing: with the kept ones, which stand for the others.
     """
 
     picture: int
@@ -54,6 +56,7 @@ class Asked:
     expected: str | None
     before: str
     after: str
+    standing: str
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Answers:
         tokens: of a picture.
         keep: of them, kept.
         before: seconds to the first word with all tokens, run by run.
-        after: with the kept ones.
+        after: with the kept ones, the others thrown away.
+        standing: with the kept ones, which stand for the others.
     """
 
     asked: list[Asked]
@@ -73,6 +77,7 @@ class Answers:
     keep: int
     before: list[float]
     after: list[float]
+    standing: list[float]
 
 
 def run(
@@ -119,10 +124,11 @@ def run(
         for number, words, answer in asked:
             step(words)
             inputs = _inputs(processor, pictures[number], words)
-            before = _say(model, processor, inputs)
-            with ocvtp.pruned(model, pruner, keep=keep):
-                after = _say(model, processor, inputs)
-            found.append(Asked(number, words, answer, before, after))
+            said = [_say(model, processor, inputs)]
+            for how in (THROWN_AWAY, STOOD_FOR):
+                with ocvtp.pruned(model, pruner, keep=keep, **how):
+                    said.append(_say(model, processor, inputs))
+            found.append(Asked(number, words, answer, *said))
     first = _inputs(processor, pictures[0], asked[0][1])
     answers = Answers(found, tokens, keep, *_time(model, pruner, first, keep))
     _show(answers, image is not None, console)
@@ -180,47 +186,60 @@ def _say(model: Any, processor: Any, inputs: dict[str, Any]) -> str:
     return said.strip()
 
 
-def _time(model: Any, pruner: OCPruner, inputs: dict[str, Any], keep: int) -> tuple[list[float], list[float]]:
-    """Seconds to the first word, unpruned and pruned in turns."""
+def _time(
+    model: Any, pruner: OCPruner, inputs: dict[str, Any], keep: int
+) -> tuple[list[float], list[float], list[float]]:
+    """Seconds to the first word, unpruned and pruned in both ways, in turns."""
     import ocvtp
 
     def first_word() -> None:
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
 
-    before, after = [], []
+    before: list[float] = []
+    after: list[float] = []
+    standing: list[float] = []
     for _ in range(_TIMED):
         before.append(seconds(first_word))
-        with ocvtp.pruned(model, pruner, keep=keep):
-            after.append(seconds(first_word))
-    return before, after
+        for how, found in ((THROWN_AWAY, after), (STOOD_FOR, standing)):
+            with ocvtp.pruned(model, pruner, keep=keep, **how):
+                found.append(seconds(first_word))
+    return before, after, standing
 
 
 def _show(answers: Answers, own: bool, console: Console) -> None:
-    all_, kept = f"all {answers.tokens} tokens", f"{answers.keep} tokens"
+    ways = {
+        "before": f"all {answers.tokens} tokens",
+        "after": f"{answers.keep} tokens",
+        "standing": f"{answers.keep} that stand for all",
+    }
     console.print(
         "[bold]A small model that was trained[/] on generated scenes "
         "(assets/README.md); its answers mean something:"
     )
-    table = Table("question", *(() if own or answers.asked[0].expected is None else ("truth",)), all_, kept)
+    truthful = not own and answers.asked[0].expected is not None
+    table = Table("question", *(("truth",) if truthful else ()), *ways.values())
     for one in answers.asked:
         if one.picture == 0:
             truth = () if one.expected is None or own else (one.expected,)
-            table.add_row(one.question, *truth, _marked(one.before, one), _marked(one.after, one))
+            table.add_row(one.question, *truth, *(_marked(getattr(one, way), one) for way in ways))
     console.print(table)
+    console.print(
+        "To stand for all: each dropped token is averaged into the nearest kept one, and the language model "
+        "knows how many it stands for."
+    )
     judged = [one for one in answers.asked if one.expected is not None]
     if judged:
-        right = [sum(getattr(one, when) == one.expected for one in judged) for when in ("before", "after")]
+        right = {way: sum(getattr(one, way) == one.expected for one in judged) for way in ways}
+        told = ", ".join(f"{right[way]} right with {words}" for way, words in ways.items())
         console.print(
-            f"of {len(judged)} questions about {1 + max(one.picture for one in judged)} scenes, "
-            f"{right[0]} right with {all_}, {right[1]} with {kept} (docs/accuracy.md has thousands)"
+            f"of {len(judged)} questions about {1 + max(one.picture for one in judged)} scenes, {told} "
+            "(so few say little; docs/accuracy.md has thousands)"
         )
     if own:
         console.print("It has seen nothing but coloured shapes: of photographs it knows no better.")
-    before, after = (1e3 * statistics.median(runs) for runs in (answers.before, answers.after))
-    console.print(
-        f"first word after {before:.0f} ms with all tokens, {after:.0f} ms with {answers.keep}: a model this "
-        "small has little to save"
-    )
+    times = {way: 1e3 * statistics.median(getattr(answers, way)) for way in ways}
+    told = ", ".join(f"{times[way]:.0f} ms with {words}" for way, words in ways.items())
+    console.print(f"first word after {told}: a model this small has little to save")
 
 
 def _marked(said: str, one: Asked) -> str:
@@ -233,5 +252,5 @@ def _draw(model: Any, pruner: OCPruner, processor: Any, picture: Image, keep: in
 
     images = processor.image_processor
     pixels = images(images=picture, return_tensors="pt")["pixel_values"]
-    with ocvtp.pruned(model, pruner, keep=keep):
+    with ocvtp.pruned(model, pruner, keep=keep, **STOOD_FOR):
         draw(model, pixels, images).save(path)

@@ -7,6 +7,10 @@ from typing import Any, get_args
 
 from ocvtp.commands.errors import UserError
 
+#: The two ways that the demo shows: dropped tokens are gone, or kept ones stand for them in full.
+THROWN_AWAY: dict[str, Any] = {"merge": "off", "weigh": False}
+STOOD_FOR: dict[str, Any] = {"merge": "projected", "weigh": True}
+
 _WORDS = ("auto", "early", "consumed")
 
 

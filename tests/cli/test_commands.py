@@ -456,6 +456,10 @@ class TestDemo:
         for comparison in comparisons:
             assert len(comparison.unpruned) == len(comparison.pruned) == 2
             assert f"{comparison.speedup:.2f}x" in text
+        prefill, first = comparisons
+        assert (prefill.standing, prefill.standing_speedup) == ([], None)  # the language model alone
+        assert len(first.standing) == 2
+        assert f"{first.standing_speedup:.2f}x" in text
         assert text.count("Weights are random") == 2
         assert "checks passed" in text
         with Image.open(tmp_path / "out" / "overlay.png") as picture:

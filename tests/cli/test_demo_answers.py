@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import ocvtp
 from ocvtp.commands import answers, demo
 from ocvtp.commands.errors import UserError
 from tests.cli.test_commands import run
@@ -31,12 +33,34 @@ def test_answers_about_the_scenes_mean_something(tmp_path: Path) -> None:
     after = sum(one.after == one.expected for one in found.asked)
     assert before >= 44  # 46 when it was shipped, and as many after
     assert after >= 42
+    assert sum(one.standing == one.expected for one in found.asked) >= 44
+    assert len(found.before) == len(found.after) == len(found.standing)
     with Image.open(tmp_path / "answers.png") as picture:
         assert picture.width > 1000
 
 
 def test_keeping_everything_changes_no_answer(tmp_path: Path) -> None:
-    assert all(one.before == one.after for one in silent(out=tmp_path, share=1.0).asked)
+    assert all(one.before == one.after == one.standing for one in silent(out=tmp_path, share=1.0).asked)
+
+
+def test_every_way_has_its_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shown is what each way said, and the ways are those that the columns name."""
+    said: list[str] = []
+    real = answers._say
+
+    def say(model: Any, *rest: Any) -> str:
+        settings = ocvtp.vlm.patch._settings_of(model)
+        how = "all" if settings is None else f"{settings.merge}-{settings.weigh}"
+        said.append(how)
+        real(model, *rest)
+        return how
+
+    monkeypatch.setattr(answers, "_say", say)
+    shown = run("demo", "--question", "where is the circle?", "--out", tmp_path)
+    assert said == ["all", "off-False", "projected-True"]
+    (row,) = (line for line in shown.splitlines() if "where is the circle?" in line)
+    assert [cell.strip() for cell in row.split("│")[2:5]] == said
+    assert "28 that stand for all" in shown
 
 
 def test_a_picture_and_a_question_of_ones_own(tmp_path: Path) -> None:
