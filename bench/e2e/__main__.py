@@ -19,12 +19,13 @@ from rich.table import Table
 from bench.e2e import gate
 from bench.e2e.captured import record_graph, record_nothing
 from bench.e2e.measure import measure, setting
-from bench.e2e.methods import NAMES, methods
+from bench.e2e.methods import NAMES, default_variant, methods
 from bench.e2e.presets import PRESETS, Preset, rehearsal
 from bench.e2e.prompts import prompt
 from bench.harness import device_slug, provenance
 from bench.micro.gates import GateError
 from bench.record import ResultFile, Row, Rows, add_options, folder_of
+from ocvtp import OCPruner
 
 _KEY = ("method", "mode", "batch", "text_tokens", "keep")
 
@@ -85,7 +86,7 @@ def _image_tokens(model: Any, inputs: Row) -> int:
 def _head(
     preset: Preset,
     model: Any,
-    pruner: torch.nn.Module,
+    pruner: OCPruner,
     everything: int,
     checked: Sequence[str],
     device: torch.device,
@@ -103,6 +104,7 @@ def _head(
         "image": list(preset.image),
         "image_tokens": everything,
         "keep": preset.keep,
+        "default": default_variant(model, pruner, preset.keep),
         "decode_tokens": preset.decode_tokens,
         "parameters": {
             "vision": vision,

@@ -3,7 +3,7 @@
 At batch 1 the language model's prefill of a pruned prompt is so short that Python's launches take longer than
 the GPU. Captured, it takes what the GPU takes, pruned and unpruned alike, and the saving shows. Prompts of
 many lengths share a few graphs: each is filled up to a multiple of the bucket at its end, where causal
-attention leaves no trace, so that no mask is needed.
+attention leaves no trace, so that no mask is needed. Proportional attention makes one, in the graph.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+
+from ocvtp.vlm.call.weighing import KEY, Weights
 
 #: Prompts are filled up to multiples of this many tokens.
 BUCKET = 64
@@ -71,7 +73,7 @@ class CapturedPrefill:
 
     @torch.no_grad()
     def __call__(
-        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None = None, **_: Any
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None = None, **others: Any
     ) -> Any:
         """``[B, S, D]`` and ``[1 or B, S]`` (``[3, B, S]``) -> hidden states ``[B, S, D]`` and a cache.
 
@@ -81,15 +83,20 @@ class CapturedPrefill:
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device)[None]
         bucket = -(-length // BUCKET) * BUCKET
-        key = (inputs_embeds.shape[0], bucket, *position_ids.shape[:-1])
+        weights: Weights | None = others.get(KEY)
+        key = (inputs_embeds.shape[0], bucket, *position_ids.shape[:-1], weights is not None)
         if key not in self._graphs:
             places = {
                 "inputs_embeds": inputs_embeds.new_zeros(len(inputs_embeds), bucket, inputs_embeds.shape[2]),
                 "position_ids": position_ids.new_zeros(*position_ids.shape[:-1], bucket),
             }
-            output, replay = self._record(lambda: self._inner(**places, use_cache=True))
+            if weights is not None:
+                places["bias"] = weights.bias.new_zeros(len(weights.bias), bucket)
+            output, replay = self._record(lambda: self._run(**places))
             self._graphs[key] = places, output, replay
         places, output, replay = self._graphs[key]
+        if weights is not None:
+            places["bias"][:, :length].copy_(weights.bias)
         places["inputs_embeds"][:, :length].copy_(inputs_embeds)
         places["position_ids"][..., :length].copy_(position_ids)
         replay()
@@ -98,6 +105,11 @@ class CapturedPrefill:
         return BaseModelOutputWithPast(
             last_hidden_state=output.last_hidden_state[:, :length], past_key_values=output.past_key_values
         )
+
+    def _run(self, bias: torch.Tensor | None = None, **places: torch.Tensor) -> Any:
+        """The work. Weights are new each time: they remember a mask, which must be made in here."""
+        weights = {} if bias is None else {KEY: Weights(bias, None)}
+        return self._inner(**places, **weights, use_cache=True)
 
 
 @contextlib.contextmanager

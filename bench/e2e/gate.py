@@ -2,6 +2,7 @@
 
 The reference is upstream's own code on a prompt shortened by hand: all image features, as the unpatched model
 makes them, in the embedded prompt; rows of dropped tokens cut out; tokens decoded by calls of ``forward``.
+Where kept tokens stand for others, means are taken by hand as well, and weights are in a mask that is passed.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 import ocvtp
-from bench.e2e.methods import OFFICIAL, OURS, UNPRUNED, Method
+from bench.e2e.methods import OFFICIAL, OURS, UNPRUNED, VARIANTS, WEIGHED, Method
 from bench.e2e.official import Kept, OfficialDataflow
 from bench.e2e.prompts import Inputs
+from bench.e2e.standing import stand_by_hand, vision_arguments
 from bench.micro.gates import GateError, require_error, worst_error
 from ocvtp import OCPruner
 from ocvtp.vlm import select
@@ -71,27 +73,46 @@ def _features(model: Any, inputs: Inputs) -> torch.Tensor:
 
 
 def by_hand(model: Any, inputs: Inputs, rows: torch.Tensor) -> Inputs:
-    """The patched model's prompt, of rows that upstream made: embeddings, mask and, for M-RoPE, positions."""
+    """The patched model's prompt, of rows that upstream made: embeddings, mask and, for M-RoPE, positions.
+
+    Where the model weighs its tokens, the mask is ``[B, 1, S, S]``, what to add to attention's logits.
+    """
     controller = controller_of(model)
-    adapter = controller.adapter
+    adapter, settings = controller.adapter, controller.settings
     with torch.no_grad():
-        kept = encode(adapter, inputs, controller.settings, None)["image"]
+        kept = encode(adapter, inputs, settings, None)["image"]
         ids = inputs["input_ids"]
         where = ids == adapter.token_id("image")
+        places = kept.places(ids.device)
+        mass = None
+        if settings.standing:
+            means, mass = stand_by_hand(model, inputs, rows, places, BOUNDS[model.dtype])
+            rows = rows if settings.merge == "off" else means
         text = model.get_input_embeddings()(ids)
         long = text.masked_scatter(where[..., None], rows.to(text))
         stays = ~where
         placeholders = where.flatten().nonzero()[:, 0]
-        stays.view(-1)[placeholders[kept.places(ids.device)]] = True
+        stays.view(-1)[placeholders[places]] = True
         batch = len(ids)
         short = {
             "inputs_embeds": long[stays].unflatten(0, (batch, -1)),
             "attention_mask": ids.new_ones(batch, int(stays.sum()) // batch),
         }
+        if settings.weigh:
+            assert mass is not None
+            masses = torch.ones_like(ids, dtype=torch.float32).masked_scatter(where, mass)
+            short["attention_mask"] = _weighted(masses[stays].unflatten(0, (batch, -1)).log(), text.dtype)
         if adapter.mrope:
             positions = adapter.positions(ids, inputs["attention_mask"], inputs)
             short["position_ids"] = positions[:, stays].unflatten(1, (batch, -1))
     return short
+
+
+def _weighted(bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of what to add for each key ``[B, S]``: a causal mask ``[B, 1, S, S]``."""
+    length = bias.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool, device=bias.device).tril()
+    return torch.where(seen, bias[:, None, None].to(dtype), torch.finfo(dtype).min)
 
 
 @torch.no_grad()
@@ -100,17 +121,15 @@ def decode(model: Any, prompt: Inputs, count: int) -> Answer:
     forward = controller_of(model).originals["forward"]
     tokens, logits = [], []
     positions = prompt.get("position_ids")
-    length = prompt["inputs_embeds"].shape[1]
     output = forward(**prompt, use_cache=True, logits_to_keep=1)
     for step in range(count):
         logits.append(output.logits[:, -1].float())
         tokens.append(logits[-1].argmax(dim=-1))
         if step + 1 == count:
             break
-        mask = prompt["attention_mask"]
         given: Inputs = {
             "input_ids": tokens[-1][:, None],
-            "attention_mask": mask.new_ones(len(mask), length + step + 1),
+            "attention_mask": _longer(prompt["attention_mask"], step + 1),
             "past_key_values": output.past_key_values,
         }
         if positions is not None:
@@ -120,34 +139,40 @@ def decode(model: Any, prompt: Inputs, count: int) -> Answer:
     return Answer(torch.stack(tokens, dim=1), torch.stack(logits, dim=1))
 
 
+def _longer(mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The mask of a prompt for the last of so many more tokens, which sees all and is nobody's mean."""
+    if mask.ndim == 2:
+        return torch.nn.functional.pad(mask, (0, tokens), value=1)
+    return torch.nn.functional.pad(mask[:, :, -1:], (0, tokens))
+
+
 def _everything(model: Any, inputs: Inputs) -> str:
-    """A patch that drops nothing changes nothing."""
+    """A patch that drops nothing changes nothing, whatever it would do with dropped tokens."""
     ids = inputs["input_ids"]
     options: dict[str, Any] = {"max_new_tokens": _TOKENS, "do_sample": False}
     want = model.generate(**inputs, **options)[:, ids.shape[1] :]
-    with ocvtp.pruned(model, "grid", keep=1.0):
-        got = model.generate(**inputs, **options)[:, ids.shape[1] :]
-    if not torch.equal(got, want):
-        raise GateError(f"all tokens kept: {got.tolist()} instead of the unpatched model's {want.tolist()}")
+    for name in (OURS, WEIGHED):
+        with ocvtp.pruned(model, "grid", keep=1.0, **VARIANTS[name]):
+            got = model.generate(**inputs, **options)[:, ids.shape[1] :]
+        if not torch.equal(got, want):
+            raise GateError(
+                f"{name}, all tokens kept: {got.tolist()} instead of the unpatched model's {want.tolist()}"
+            )
     return f"all tokens kept: {_TOKENS} greedy tokens are those of the unpatched model"
 
 
 def _by_default(model: Any, pruner: OCPruner, keep: int, inputs: Inputs) -> list[str]:
     """Where kernels compute: tokens of the default precision are those of PyTorch in float32."""
-    with ocvtp.pruned(model, pruner, keep=keep) as report:
+    plain = VARIANTS[OURS]
+    with ocvtp.pruned(model, pruner, keep=keep, **plain) as report:
         if report.backend == "torch":
             return []
-        ours = select(model, **_vision(model, inputs)).indices
-    with ocvtp.pruned(model, pruner, keep=keep, backend="torch", precision="fp32"):
-        share = _share(ours, select(model, **_vision(model, inputs)).indices)
+        ours = select(model, **vision_arguments(model, inputs)).indices
+    with ocvtp.pruned(model, pruner, keep=keep, backend="torch", precision="fp32", **plain):
+        share = _share(ours, select(model, **vision_arguments(model, inputs)).indices)
     if not share >= SAME_BY_DEFAULT:
         raise GateError(f"{report.precision} keeps {share:.1%} of the tokens that float32 keeps")
     return [f"{OURS} in {report.precision} keeps {share:.1%} of the tokens that PyTorch in float32 keeps"]
-
-
-def _vision(model: Any, inputs: Inputs) -> Inputs:
-    names = ("pixel_values", *controller_of(model).adapter.vision_keys)
-    return {name: inputs[name] for name in names if name in inputs}
 
 
 def _share(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -166,14 +191,14 @@ def least_share(keep: int, device: torch.device) -> float:
 
 def _against_official(model: Any, pruner: OCPruner, keep: int, inputs: Inputs) -> list[str]:
     """Ours in float32 keeps what the published dataflow keeps, and reads it alike."""
-    options: dict[str, Any] = {"precision": "fp32"}
+    options: dict[str, Any] = {"precision": "fp32", **VARIANTS[OURS]}
     if model.config.model_type == "llava_next":
         options["layout"] = "official"
 
     def both(given: Inputs) -> tuple[OfficialDataflow, Kept, torch.Tensor]:
         official = OfficialDataflow(model, pruner, keep)
         with ocvtp.pruned(model, pruner, keep=keep, **options):
-            return official, official.encode(given), select(model, **_vision(model, given)).indices
+            return official, official.encode(given), select(model, **vision_arguments(model, given)).indices
 
     with _wide_vision(model, inputs) as wide:
         official, theirs, ours = both(wide)

@@ -20,9 +20,21 @@ from ocvtp.vlm.contracts.selector import Rule
 from ocvtp.vlm.encode.timing import Clock
 
 UNPRUNED, OURS, OFFICIAL = "unpruned", "ocvtp", "official dataflow"
-#: Name of a method -> the rule that it is.
-RULES: dict[str, Rule] = {"farthest point": "farthest_point", "attention": "attention", "random": "random"}
-NAMES = (UNPRUNED, OURS, OFFICIAL, *RULES)
+MERGED, WEIGHED = "ocvtp, merged", "ocvtp, merged and weighed"
+#: What becomes of the tokens that our pruner drops.
+VARIANTS: dict[str, dict[str, Any]] = {
+    OURS: {"merge": "off", "weigh": False},
+    MERGED: {"merge": "projected", "weigh": False},
+    WEIGHED: {"merge": "projected", "weigh": True},
+}
+#: Name of a method -> the rule that it is. What it drops is thrown away, as in the papers.
+RULES: dict[str, Rule] = {
+    "greedy DPP": "greedy_dpp",
+    "farthest point": "farthest_point",
+    "attention": "attention",
+    "random": "random",
+}
+NAMES = (UNPRUNED, *VARIANTS, OFFICIAL, *RULES)
 
 Prepare = Callable[[Inputs, Clock | None], Inputs]
 
@@ -85,7 +97,7 @@ class Method:
     active: Callable[[], contextlib.AbstractContextManager[Runner]]
 
 
-def methods(model: Any, pruner: OCPruner, keep: int, everything: int, **options: Any) -> dict[str, Method]:
+def methods(model: Any, pruner: OCPruner, keep: int, everything: int) -> dict[str, Method]:
     """All methods that can run this model, unpruned first.
 
     Args:
@@ -93,13 +105,15 @@ def methods(model: Any, pruner: OCPruner, keep: int, everything: int, **options:
         pruner: for it.
         keep: tokens of each image.
         everything: tokens of an image, unpruned.
-        options: of :func:`ocvtp.apply`, where the pruner chooses.
     """
 
-    @contextlib.contextmanager
-    def patched(chooser: Any, **how: Any) -> Iterator[Runner]:
-        with ocvtp.pruned(model, chooser, keep=keep, **how):
-            yield Runner(model, _as_given)
+    def patched(name: str, chooser: Any, how: dict[str, Any]) -> Method:
+        @contextlib.contextmanager
+        def active() -> Iterator[Runner]:
+            with ocvtp.pruned(model, chooser, keep=keep, **how):
+                yield Runner(model, _as_given)
+
+        return Method(name, keep, active)
 
     @contextlib.contextmanager
     def official() -> Iterator[Runner]:
@@ -108,13 +122,19 @@ def methods(model: Any, pruner: OCPruner, keep: int, everything: int, **options:
 
     found = [
         Method(UNPRUNED, everything, lambda: contextlib.nullcontext(Runner(model, _as_given))),
-        Method(OURS, keep, lambda: patched(pruner, **options)),
+        *(patched(name, pruner, how) for name, how in VARIANTS.items()),
     ]
     if model.config.model_type in FAMILIES:
         found.append(Method(OFFICIAL, keep, official))
-    for name, rule in RULES.items():
-        found.append(Method(name, keep, lambda rule=rule: patched(rule)))  # type: ignore[misc]
+    found += [patched(name, rule, VARIANTS[OURS]) for name, rule in RULES.items()]
     return {method.name: method for method in found}
+
+
+def default_variant(model: Any, pruner: OCPruner, keep: int) -> str:
+    """Which of :data:`VARIANTS` this model runs as when nothing is said of dropped tokens."""
+    with ocvtp.pruned(model, pruner, keep=keep) as report:
+        options = {"merge": report.merge, "weigh": report.weigh}
+    return next(name for name, how in VARIANTS.items() if how == options)
 
 
 def is_patched(model: Any) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bench.e2e.methods import OURS, UNPRUNED
+from bench.e2e.methods import UNPRUNED
 from bench.markdown import table
-from bench.report.models import NOT_MEASURED, find, ratio
+from bench.report.models import NOT_MEASURED, find, ours, ratio
 from bench.report.results import Result, Results
 
 Block = Callable[[Results], str]
@@ -125,7 +125,10 @@ def _pruner_us(results: Results, batch: int) -> float | None:
 def _gpu(results: Results, preset: str, batch: int) -> float | None:
     """The better of eager and captured."""
     pairs = [
-        tuple(find(result, method=name, mode=mode, batch=batch, text_tokens=32) for name in (UNPRUNED, OURS))
+        tuple(
+            find(result, method=name, mode=mode, batch=batch, text_tokens=32)
+            for name in (UNPRUNED, ours(result))
+        )
         for result in results.named(f"e2e-{preset}")
         if result.on_gpu
         for mode in ("eager", "captured prefill")
@@ -137,7 +140,7 @@ def _cpu(results: Results, what: str) -> float | None:
     result = results.one("e2e-cpu-small")
     if result is None:
         return None
-    before, after = (find(result, method=name, mode="eager", batch=1) for name in (UNPRUNED, OURS))
+    before, after = (find(result, method=name, mode="eager", batch=1) for name in (UNPRUNED, ours(result)))
     return ratio(before, after, what) if before and after else None
 
 

@@ -20,6 +20,11 @@ def find(result: Result, **wanted: Any) -> dict[str, Any] | None:
     return next((row for row in rows if all(row.get(k) == v for k, v in wanted.items())), None)
 
 
+def ours(result: Result) -> str:
+    """The method of an end-to-end file that ran as ``ocvtp.apply`` does unless told."""
+    return str(result.data.get("default", OURS))
+
+
 def ratio(before: dict[str, Any], after: dict[str, Any], what: str = "ttft_ms") -> float:
     """How many times as fast, by medians."""
     return before[what]["median"] / after[what]["median"]
@@ -32,7 +37,7 @@ def headline(results: Results) -> str:
     small = results.one("e2e-cpu-small")
     if small is not None:
         first = {"mode": "eager", "batch": 1}
-        before, after = (find(small, method=name, **first) for name in (UNPRUNED, OURS))
+        before, after = (find(small, method=name, **first) for name in (UNPRUNED, ours(small)))
         assert before is not None
         assert after is not None
         tokens = f"{before['keep']} → {after['keep']} tokens"
@@ -61,7 +66,7 @@ def headline(results: Results) -> str:
 
 
 def _first_token_row(result: Result, preset: str) -> list[str]:
-    before, after = (find(result, method=name, mode="eager", batch=1) for name in (UNPRUNED, OURS))
+    before, after = (find(result, method=name, mode="eager", batch=1) for name in (UNPRUNED, ours(result)))
     if before is None or after is None:
         return [f"GPU, {preset}: time to first token", NOT_MEASURED, NOT_MEASURED, ""]
     cells = [f"{row['ttft_ms']['median']:.1f} ms" for row in (before, after)]

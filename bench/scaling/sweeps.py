@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench.e2e import gate
-from bench.e2e.methods import OURS, UNPRUNED, methods
+from bench.e2e.methods import OURS, UNPRUNED, default_variant, methods
 from bench.e2e.presets import build
 from bench.e2e.prompts import prompt
 from bench.micro.gates import GateError
@@ -141,4 +141,5 @@ def check_model(model: Any, pruner: OCPruner, keep: int, inputs: dict[str, Any])
     if "pixel_values_videos" in inputs:  # the end-to-end gate is about images
         inputs = prompt(model, image=(336, 336), text_tokens=_TEXT)
     found = methods(model, pruner, keep, 0)
-    gate.check(model, pruner, keep, inputs, {name: found[name] for name in (UNPRUNED, OURS)})
+    names = (UNPRUNED, default_variant(model, pruner, keep))
+    gate.check(model, pruner, keep, inputs, {name: found[name] for name in names})

@@ -16,7 +16,18 @@ from bench.e2e import gate
 from bench.e2e.captured import BUCKET, captured_prefill, record_nothing
 from bench.e2e.measure import measure
 from bench.e2e.memory import extra_bytes, held_bytes
-from bench.e2e.methods import NAMES, OFFICIAL, OURS, UNPRUNED, Runner, methods
+from bench.e2e.methods import (
+    MERGED,
+    NAMES,
+    OFFICIAL,
+    OURS,
+    UNPRUNED,
+    VARIANTS,
+    WEIGHED,
+    Runner,
+    default_variant,
+    methods,
+)
 from bench.e2e.official import OfficialDataflow
 from bench.e2e.presets import PRESETS, Cell, Preset, cells
 from bench.e2e.prompts import prompt
@@ -113,6 +124,82 @@ def test_the_gate_in_half_precision(family: str) -> None:
     assert model.model.vision_tower.dtype == torch.bfloat16
 
 
+@each_family
+def test_by_hand_kept_tokens_stand_for_the_others(family: str) -> None:
+    """The reference is another in each variant, so that the gate can tell them apart."""
+    model, pruner, image, tokens = build(family)
+    inputs = prompt(model, image=image, text_tokens=TEXT, batch=2)
+    features = gate._features(model, inputs)
+    made = {}
+    for name, how in VARIANTS.items():
+        with ocvtp.pruned(model, pruner, keep=KEEP, **how):
+            made[name] = gate.by_hand(model, inputs, features)
+    rows = {name: one["inputs_embeds"] for name, one in made.items()}
+    assert torch.equal(rows[MERGED], rows[WEIGHED])
+    differ = (rows[OURS] != rows[MERGED]).any(dim=2).sum(dim=1)
+    assert ((differ > 0) & (differ <= KEEP)).all()  # of text and newlines none
+    seen = made[WEIGHED]["attention_mask"][:, 0, -1]  # by the last token: log of the masses
+    assert ((seen == 0).sum(dim=1) >= TEXT).all()
+    added = TEXT + method_rows(methods(model, pruner, KEEP, tokens)[OURS], tokens) - KEEP
+    assert seen.exp().sum(dim=1).tolist() == pytest.approx([candidates(family) + added] * 2)
+
+
+def candidates(family: str) -> int:
+    """Tokens of a picture, of LLaVA-NeXT's without newlines."""
+    return 16 + 8 * 8 if family == "llava_next" else PICTURES[family][1]
+
+
+def test_other_owners_fail(llava: Any, oc_pruner: OCPruner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ocvtp.vlm.encode import standing
+
+    right = standing.nearest_kept
+
+    def wrong(compare: torch.Tensor, indices: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        owner, _ = right(compare, indices, *rest, **options)
+        dropped = next(i for i in range(16) if i not in indices[0])
+        owner[0, dropped] = (owner[0, dropped] + 1) % KEEP
+        return owner, torch.nn.functional.one_hot(owner, KEEP).sum(dim=1).float()
+
+    monkeypatch.setattr(standing, "nearest_kept", wrong)
+    fails(llava, oc_pruner, "owners: squared distance beyond the nearest's")
+
+
+def test_other_masses_fail(llava: Any, oc_pruner: OCPruner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ocvtp.vlm.encode import standing
+
+    right = standing.nearest_kept
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        owner, mass = right(*args, **options)
+        return owner, mass + 1
+
+    monkeypatch.setattr(standing, "nearest_kept", wrong)
+    fails(llava, oc_pruner, "masses: 10 of 10 differ|masses: 5 of 5 differ")
+
+
+@pytest.mark.parametrize(("what", "name"), [("merge_by", MERGED), ("weights", WEIGHED)])
+def test_other_means_and_weights_fail(
+    llava: Any, oc_pruner: OCPruner, what: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is noticed in the first variant that has it."""
+    from ocvtp.vlm.call import weighing
+    from ocvtp.vlm.encode import standing
+
+    if what == "merge_by":
+        right = standing.merge_by
+        monkeypatch.setattr(standing, "merge_by", lambda *args, **options: 1.01 * right(*args, **options))
+    else:
+        columns = weighing.Weights._columns
+        monkeypatch.setattr(weighing.Weights, "_columns", lambda *args: 0.9 * columns(*args))
+    fails(llava, oc_pruner, f"^{name}: (logits|token)")
+
+
+def test_which_variant_is_the_default(llava: Any, oc_pruner: OCPruner) -> None:
+    name = default_variant(llava, oc_pruner, KEEP)
+    with ocvtp.pruned(llava, oc_pruner, keep=KEEP) as report:
+        assert VARIANTS[name] == {"merge": report.merge, "weigh": report.weigh}
+
+
 def test_how_many_tokens_may_differ() -> None:
     gpu = torch.device("cuda")
     assert gate.least_share(64, CPU) == 1.0
@@ -163,7 +250,7 @@ def test_a_patch_that_changes_the_unpruned_model_fails(
 ) -> None:
     right = ocvtp.pruned
     monkeypatch.setattr(ocvtp, "pruned", lambda model, who, keep, **o: right(model, who, keep=KEEP, **o))
-    fails(llava, oc_pruner, "all tokens kept: ")
+    fails(llava, oc_pruner, "ocvtp, all tokens kept: ")
 
 
 def test_an_answer_may_part_where_rounding_decides() -> None:
@@ -343,6 +430,7 @@ def test_the_file_and_what_is_taken_up(tmp_path: Path, monkeypatch: pytest.Monke
     assert (record["preset"], record["commit"], record["dtype"]) == ("tiny", "abc", "float32")
     assert (record["image_tokens"], record["keep"]) == (16, KEEP)
     assert record["parameters"]["vision"] > 0
+    assert record["default"] in VARIANTS
     assert any("prompt shortened by hand" in sentence for sentence in record["gate"])
 
 
