@@ -15,31 +15,26 @@ from typing import Any
 
 import torch
 
-import ocvtp
 from bench.accuracy import gate, measure, testset
 from bench.accuracy.answers import correct, correct_blind
+from bench.accuracy.cases import cases
 from bench.accuracy.guess import guessed
 from bench.accuracy.loading import ASSETS, MODEL, load_model, load_pruners
 from bench.accuracy.relation import relations
 from bench.accuracy.report import picture, tables
-from bench.accuracy.selectors import Selector, ours, rivals
-from bench.evidence.selectors import CONVERGED
+from bench.accuracy.selectors import ours, ours_consumed, rivals
 from bench.harness import device_slug, provenance
 from bench.markdown import replace_blocks
 from bench.pruners import named, training_notes
 from bench.testbed.examples import Split
-from ocvtp import OCPruner
 from ocvtp.atomic import write_json
-from ocvtp.vlm.contracts.selector import Rule
 
 _ROOT = Path(__file__).parents[2]
 _DOCUMENT = _ROOT / "docs" / "accuracy.md"
 _PICTURE = _ROOT / "docs" / "accuracy.png"
 _RESULTS = _ROOT / "bench" / "results"
 _SPLITS: tuple[Split, ...] = ("test", "unseen")
-_GATE_PICTURES = 6
-_GATE_KEEP = 28
-_GATE_BUDGETS = (13, 56, 84)
+_GATE_PICTURES, _GATE_QUESTIONS = 6, 4
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -52,13 +47,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     model, processor = load_model(arguments.model, device)
     pruners = load_pruners(dict(arguments.pruner), device)
-    layers = {pruner.config.layer for pruner in pruners.values()}
+    consumed = testset.consumed_layer(model)
+    late = {name: pruner for name, pruner in pruners.items() if pruner.config.layer == consumed}
+    early = {name: pruner for name, pruner in pruners.items() if name not in late}
+    layers = {pruner.config.layer for pruner in early.values()}
     if len(layers) != 1:
-        raise SystemExit(f"all pruners must read the same layer; these read {sorted(layers)}")
+        raise SystemExit(
+            f"pruners of layers before the consumed one ({consumed}) must all read the same layer, and there "
+            f"must be one; these read {sorted(pruner.config.layer for pruner in pruners.values())}"
+        )
     layer = layers.pop()
-    selectors = [*rivals(layer), *ours(pruners)]
+    selectors = [*rivals(layer), *ours(early), *ours_consumed(late)]
     words = processor.tokenizer.get_vocab()
-    checked = _gate(model, processor, words, pruners, layer)
+    few = testset.build(model, words, "validation", _GATE_PICTURES, _GATE_QUESTIONS, [layer])
+    checked = gate.check(model, processor, few, cases(few, selectors, pruners, layer))
     print(f"{checked} answers of the product and of this benchmark agree", flush=True)
     blind = None if arguments.blind is None else load_model(arguments.blind, device)[0]
     rows: list[measure.Row] = []
@@ -66,17 +68,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for split in _SPLITS:
         test = testset.build(model, words, split, arguments.pictures, arguments.questions, [layer])
         sets[split] = {"pictures": len(test), "questions": len(test.kinds)}
-        rows.append(measure.plain_row(test, measure.UNPRUNED, correct(model, test, None)))
+        everything = correct(model, test)
+        rows.append(measure.plain_row(test, measure.UNPRUNED, everything))
         rows.append(measure.plain_row(test, measure.GUESSED, guessed(test)))
         if blind is not None:
             rows.append(measure.plain_row(test, measure.BLIND, correct_blind(blind, test)))
-        rows.append(measure.plain_row(test, measure.OTHER, correct(model, test, None, shift=1)))
-        rows += measure.rows(model, test, selectors, layer, _say if arguments.verbose else None)
+        another = correct(model, test, test.projected.roll(1, 0))
+        rows.append(measure.plain_row(test, measure.OTHER, another))
+        say = _say if arguments.verbose else None
+        rows += measure.rows(model, test, selectors, layer, everything, say)
     return {
         **provenance(device, arguments.commit),
         "gate": {"answers": checked},
         "sets": sets,
         "layer": layer,
+        "consumed": consumed,
         "tokens": model.config.image_seq_length,
         "pruners": {name: training_notes(path) for name, path in arguments.pruner},
         "rows": [row.to_dict() for row in rows],
@@ -85,36 +91,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             for r in relations([r for r in rows if r.split == "test" and r.percent < 100])
         ],
     }
-
-
-def _gate(model: Any, processor: Any, words: dict[str, int], pruners: dict[str, OCPruner], layer: int) -> int:
-    test = testset.build(model, words, "validation", _GATE_PICTURES, 4, [layer])
-    everybody = {selector.name: selector for selector in rivals(layer)}
-    everything = Selector("all tokens", lambda t, keep, _: torch.arange(keep).expand(len(t), -1))
-    own = ours(pruners)
-    cases: list[tuple[Any, Any, dict[str, Any], int]] = [
-        (everything, "grid", {}, test.tokens.shape[1]),
-        (everybody["uniform grid"], "grid", {}, _GATE_KEEP),
-        (everybody["attention top-k"], "attention", {}, _GATE_KEEP),
-        *_by_features(model, layer, everybody),
-        *((each, pruners[each.group], {"refine": each.rounds}, _GATE_KEEP) for each in own),
-        *((own[0], pruners[own[0].group], {"refine": 0}, keep) for keep in _GATE_BUDGETS),
-    ]
-    return gate.check(model, processor, test, cases)
-
-
-def _by_features(
-    model: Any, layer: int, everybody: dict[str, Selector]
-) -> list[tuple[Any, Any, dict[str, Any], int]]:
-    """Rules of the product that compare features, where they read the layer that is read here."""
-    rule: Rule = "farthest_point"
-    with ocvtp.pruned(model, rule, keep=_GATE_KEEP) as report:
-        if report.read_layer != layer:
-            return []
-    return [
-        (everybody[name], rule, {"refine": rounds}, _GATE_KEEP)
-        for name, rounds in (("farthest point", 0), ("k-medoids", CONVERGED))
-    ]
 
 
 def _say(what: str) -> None:

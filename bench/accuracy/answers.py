@@ -1,4 +1,4 @@
-"""The model's answers, given which tokens it gets to see."""
+"""The model's answers, given what it gets to see of the pictures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch
 
 from bench.accuracy.testset import TestSet
 from bench.testbed.network import answer, right
-from ocvtp_kernels.selection import gather_tokens
+
+_Parts = Sequence[torch.Tensor | None]
 
 
 @torch.no_grad()
-def correct(model: Any, test: TestSet, kept: torch.Tensor | None, shift: int = 0) -> np.ndarray:
+def correct(
+    model: Any, test: TestSet, rows: torch.Tensor | None = None, bias: torch.Tensor | None = None
+) -> np.ndarray:
     """``[Q]`` bool: whether the model's most likely next word is the answer.
 
     Positions are compact, as after ``ocvtp.apply``; all questions of a picture are answered in one packed
@@ -23,23 +26,24 @@ def correct(model: Any, test: TestSet, kept: torch.Tensor | None, shift: int = 0
     Args:
         model: of the test bed.
         test: pictures and questions.
-        kept: ``[P, keep]`` indices, ascending; ``None`` for all tokens.
-        shift: the tokens are those of another picture, so many before: it answers about that one.
+        rows: ``[P, n, D]`` picture tokens, projected (:mod:`bench.accuracy.standing`); ``None`` for all.
+        bias: ``[P, n]``, added to their attention logits.
     """
-    tokens = test.tokens if kept is None else gather_tokens(test.tokens, kept)
-    parts = tokens.roll(shift, 0).split([len(batch.ids) for batch in test.batches])
-    return _correct(model, test, [model.model.multi_modal_projector(part) for part in parts])
+    sizes = [len(batch.ids) for batch in test.batches]
+    parts = (test.projected if rows is None else rows).split(sizes)
+    return _correct(model, test, parts, [None] * len(sizes) if bias is None else bias.split(sizes))
 
 
 @torch.no_grad()
 def correct_blind(model: Any, test: TestSet) -> np.ndarray:
     """The same for a model that was trained without pictures and gets none."""
-    return _correct(model, test, [None] * len(test.batches))
+    nothing = [None] * len(test.batches)
+    return _correct(model, test, nothing, nothing)
 
 
-def _correct(model: Any, test: TestSet, pictures: Sequence[torch.Tensor | None]) -> np.ndarray:
+def _correct(model: Any, test: TestSet, pictures: _Parts, biases: _Parts) -> np.ndarray:
     each = [
-        right(answer(model, picture, batch), batch)
-        for batch, picture in zip(test.batches, pictures, strict=True)
+        right(answer(model, picture, batch, bias), batch)
+        for batch, picture, bias in zip(test.batches, pictures, biases, strict=True)
     ]
     return torch.cat(each).cpu().numpy()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from PIL import Image
 
 import ocvtp
-from bench.accuracy.selectors import Selector
+from bench.accuracy.cases import Case
+from bench.accuracy.standing import MODES, Standing
 from bench.accuracy.testset import TestSet
 from bench.testbed.language import prompt
 from bench.testbed.network import answer, said
-from ocvtp_kernels.selection import gather_tokens
 
 
 class GateError(RuntimeError):
@@ -21,33 +22,31 @@ class GateError(RuntimeError):
 
 
 @torch.no_grad()
-def check(
-    model: Any, processor: Any, test: TestSet, cases: Sequence[tuple[Selector, Any, dict[str, Any], int]]
-) -> int:
+def check(model: Any, processor: Any, test: TestSet, cases: Sequence[Case]) -> int:
     """Compare words for the pictures of ``test``; how many were compared.
 
     Args:
         model: of the test bed.
         processor: of it.
         test: a few pictures.
-        cases: a selector, what :func:`ocvtp.apply` takes for it (pruner or rule, and options), and a budget.
+        cases: to compare.
 
     Raises:
         GateError: a word differs.
     """
     compared = 0
-    for selector, pruner, options, keep in cases:
-        kept = selector.choose(test, keep, 0)
-        picture = model.model.multi_modal_projector(gather_tokens(test.tokens, kept))
-        batch = test.batch(0, len(test)).to(picture.device)
-        counted = said(answer(model, picture, batch), batch).tolist()
-        with ocvtp.pruned(model, pruner, keep=keep, **options):
+    for case in cases:
+        rows, bias = Standing(model, test, case.selector.choose(test, case.keep, 0)).seen(case.mode)
+        batch = test.batch(0, len(test)).to(rows.device)
+        counted = said(answer(model, rows, batch, bias), batch).tolist()
+        options: dict[str, Any] = {**asdict(MODES[case.mode]), **case.options}
+        with ocvtp.pruned(model, case.pruner, keep=case.keep, **options):
             generated = [word for one in test.examples for word in _say(model, processor, one)]
         if counted != generated:
             wrong = sum(a != b for a, b in zip(counted, generated, strict=True))
             raise GateError(
-                f"{selector.name} at {keep}: {wrong} of {len(generated)} answers differ between the product "
-                "and this benchmark"
+                f"{case.selector.name} at {case.keep}, {case.mode}: {wrong} of {len(generated)} answers "
+                "differ between the product and this benchmark"
             )
         compared += len(generated)
     return compared

@@ -12,6 +12,7 @@ import torch
 
 from bench.accuracy.answers import correct
 from bench.accuracy.selectors import Selector, ours_name
+from bench.accuracy.standing import BOTH, PLAIN, Mode, Standing
 from bench.accuracy.statistics import Estimate, estimate
 from bench.accuracy.testset import TestSet
 from bench.evidence.rows import BUDGETS, keep_of
@@ -27,12 +28,13 @@ _ANY_SIZE = ("color", "shape", "position")
 
 @dataclass
 class Row:
-    """A selector at a budget on a split.
+    """A selector at a budget on a split, in one mode.
 
     Attributes:
         split: of the questions.
         method: its name.
         group: which of several trainings, or "".
+        mode: what its tokens stand for (:mod:`bench.accuracy.standing`).
         percent: of the tokens, kept.
         keep: tokens kept.
         seeds: draws averaged over.
@@ -41,8 +43,10 @@ class Row:
         kinds: accuracy by kind of question.
         sizes: accuracy by size of the thing asked about, of the kinds that ask about one thing of any size
             (color, shape, position).
-        over_random: accuracy beyond that of random tokens, on the same questions.
-        over_published: the same of ours as published, the mean of its trainings.
+        over_everything: accuracy beyond that of all tokens, on the same questions.
+        over_plain: beyond the same selector's in mode "plain".
+        over_random: beyond that of random tokens, in the same mode.
+        over_published: beyond that of ours as published, the mean of its trainings, in the same mode.
         coverage_read: coverage error of the features that the pruner reads, mean over pictures.
         coverage_consumed: of the features that the language model reads.
         shown: of the questions about things, the share whose things have a kept token on them.
@@ -53,6 +57,7 @@ class Row:
     split: str
     method: str
     group: str
+    mode: Mode
     percent: int
     keep: int
     seeds: int
@@ -60,13 +65,15 @@ class Row:
     seed_spread: float
     kinds: dict[str, Estimate]
     sizes: dict[str, Estimate]
-    over_random: Estimate | None
-    over_published: Estimate | None
-    coverage_read: float | None
-    coverage_consumed: float | None
-    shown: float | None
-    if_shown: float | None
-    if_not: float | None
+    over_everything: Estimate | None = None
+    over_plain: Estimate | None = None
+    over_random: Estimate | None = None
+    over_published: Estimate | None = None
+    coverage_read: float | None = None
+    coverage_consumed: float | None = None
+    shown: float | None = None
+    if_shown: float | None = None
+    if_not: float | None = None
     by_picture: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     """Accuracy and coverage errors of every picture; not recorded."""
 
@@ -86,7 +93,7 @@ def without_nan(value: Any) -> Any:
 
 def plain_row(test: TestSet, method: str, right: np.ndarray) -> Row:
     """A line without a selector."""
-    return _row(test, method, "", 100, test.tokens.shape[1], right[None])
+    return _row(test, method, "", PLAIN, 100, test.tokens.shape[1], right[None])
 
 
 def rows(
@@ -94,47 +101,74 @@ def rows(
     test: TestSet,
     selectors: Sequence[Selector],
     layer: int,
+    everything: np.ndarray,
     say: Callable[[str], None] | None = None,
 ) -> Iterator[Row]:
-    """One row for every selector and budget; the selector called "random" must come first.
+    """One row for every selector, budget and mode; the selector called "random" must come first.
 
     Args:
         model: of the test bed.
         test: pictures and questions.
         selectors: to measure.
         layer: "features read" of every row alike.
+        everything: ``[Q]`` bool, right answers with all tokens.
         say: told what is being measured.
     """
     for percent in BUDGETS:
         keep = keep_of(percent, test.tokens.shape[1])
-        chance: np.ndarray | None = None
         found: list[tuple[Row, np.ndarray]] = []
         for selector in selectors:
             if say is not None:
                 say(f"{test.split}, {percent} %: {selector.name} {selector.group}")
             kept = [selector.choose(test, keep, seed) for seed in range(selector.seeds)]
-            right = np.stack([correct(model, test, indices) for indices in kept])
-            row = _row(test, selector.name, selector.group, percent, keep, right)
-            if selector.name == "random":
-                chance = right.mean(0)
-            if chance is not None and selector.name != "random":
-                row.over_random = estimate(right.mean(0) - chance, test.picture_of)
-            _add_measures(row, test, layer, kept, right)
-            found.append((row, right.mean(0)))
-        published = [mean for row, mean in found if row.method == ours_name(0)]
-        for row, mean in found:
-            if published and row.method != ours_name(0):
-                row.over_published = estimate(mean - np.mean(published, axis=0), test.picture_of)
-            yield row
+            found += _in_all_modes(model, test, selector, percent, layer, kept)
+        _compare(found, everything, test.picture_of)
+        yield from (row for row, _ in found)
 
 
-def _row(test: TestSet, method: str, group: str, percent: int, keep: int, right: np.ndarray) -> Row:
+def _in_all_modes(
+    model: Any, test: TestSet, selector: Selector, percent: int, layer: int, kept: Sequence[torch.Tensor]
+) -> Iterator[tuple[Row, np.ndarray]]:
+    """Rows of a selector, and ``[Q]`` of each: how often a question was answered right."""
+    standing = [Standing(model, test, indices) for indices in kept]
+    worth = _Worth(test, layer, kept)
+    for mode in selector.modes:
+        # One draw tells what the modes between the two ends are worth.
+        drawn = standing if mode in (PLAIN, BOTH) else standing[:1]
+        right = np.stack([correct(model, test, *one.seen(mode)) for one in drawn])
+        row = _row(test, selector.name, selector.group, mode, percent, kept[0].shape[1], right)
+        worth.add_to(row, right)
+        yield row, right.mean(0)
+
+
+def _compare(found: Sequence[tuple[Row, np.ndarray]], everything: np.ndarray, picture: np.ndarray) -> None:
+    """Fill in differences between rows of one budget, question by question."""
+    answered = {(row.method, row.group, row.mode): mean for row, mean in found}
+    for row, mean in found:
+        row.over_everything = estimate(mean - everything, picture)
+        plain = answered.get((row.method, row.group, PLAIN))
+        if plain is not None and row.mode != PLAIN:
+            row.over_plain = estimate(mean - plain, picture)
+        chance = answered.get(("random", "", row.mode))
+        if chance is not None and row.method != "random":
+            row.over_random = estimate(mean - chance, picture)
+        published = [
+            each for (method, _, mode), each in answered.items() if (method, mode) == (ours_name(0), row.mode)
+        ]
+        if published and row.method != ours_name(0):
+            row.over_published = estimate(mean - np.mean(published, axis=0), picture)
+
+
+def _row(
+    test: TestSet, method: str, group: str, mode: Mode, percent: int, keep: int, right: np.ndarray
+) -> Row:
     """Of ``right`` ``[seeds, Q]``."""
     mean, picture = right.mean(0), test.picture_of
     return Row(
         split=test.split,
         method=method,
         group=group,
+        mode=mode,
         percent=percent,
         keep=keep,
         seeds=len(right),
@@ -142,13 +176,6 @@ def _row(test: TestSet, method: str, group: str, percent: int, keep: int, right:
         seed_spread=float(right.mean(1).std(ddof=1)) if len(right) > 1 else 0.0,
         kinds={kind: _where(mean, picture, test.kinds == kind) for kind in KINDS},
         sizes=_by_size(test, mean),
-        over_random=None,
-        over_published=None,
-        coverage_read=None,
-        coverage_consumed=None,
-        shown=None,
-        if_shown=None,
-        if_not=None,
         by_picture={"accuracy": _picture_means(mean, picture, len(test))},
     )
 
@@ -165,20 +192,34 @@ def _by_size(test: TestSet, mean: np.ndarray) -> dict[str, Estimate]:
     return found
 
 
-def _add_measures(
-    row: Row, test: TestSet, layer: int, kept: Sequence[torch.Tensor], right: np.ndarray
-) -> None:
-    for name, x in (("coverage_read", test.layers[layer]), ("coverage_consumed", test.tokens)):
-        each = torch.stack([metrics.coverage(x, indices) for indices in kept]).double().mean(0).cpu().numpy()
-        setattr(row, name, float(each.mean()))
-        row.by_picture[name] = each
-    about = test.asked_about_things()
-    shown = np.stack([test.shown(indices) for indices in kept])[:, about]
-    right = right[:, about]
-    row.by_picture["shown"] = _picture_means(shown.mean(0), test.picture_of[about], len(test))
-    row.shown = float(shown.mean())
-    row.if_shown = float(right[shown].mean()) if shown.any() else None
-    row.if_not = float(right[~shown].mean()) if (~shown).any() else None
+class _Worth:
+    """What kept tokens are worth by themselves, in any mode."""
+
+    def __init__(self, test: TestSet, layer: int, kept: Sequence[torch.Tensor]) -> None:
+        self._test = test
+        self._about = test.asked_about_things()
+        self._coverage = {
+            name: torch.stack([metrics.coverage(x, indices) for indices in kept])
+            .double()
+            .mean(0)
+            .cpu()
+            .numpy()
+            for name, x in (("coverage_read", test.layers[layer]), ("coverage_consumed", test.tokens))
+        }
+        self._shown = np.stack([test.shown(indices) for indices in kept])[:, self._about]
+
+    def add_to(self, row: Row, right: np.ndarray) -> None:
+        """Of ``right`` ``[seeds, Q]``, the answers with the first of the kept tokens."""
+        for name, each in self._coverage.items():
+            setattr(row, name, float(each.mean()))
+            row.by_picture[name] = each
+        right, shown = right[:, self._about], self._shown[: len(right)]
+        row.by_picture["shown"] = _picture_means(
+            self._shown.mean(0), self._test.picture_of[self._about], len(self._test)
+        )
+        row.shown = float(self._shown.mean())
+        row.if_shown = float(right[shown].mean()) if shown.any() else None
+        row.if_not = float(right[~shown].mean()) if (~shown).any() else None
 
 
 def _picture_means(values: np.ndarray, picture: np.ndarray, pictures: int) -> np.ndarray:

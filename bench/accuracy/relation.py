@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.accuracy.measure import BUDGETS, Row
+from bench.accuracy.standing import BOTH, PLAIN, Mode
 from bench.accuracy.statistics import Estimate, interval, rank_correlation, within
 
 #: What a selection is worth by itself; a larger value is better.
 MEASURES = {"coverage_read": -1, "coverage_consumed": -1, "shown": 1}
+#: In which accuracy is related to them.
+RELATED: tuple[Mode, ...] = (PLAIN, BOTH)
 _OURS = "ours"
 
 
@@ -21,6 +24,7 @@ class Relation:
     """How a measure goes with accuracy, over the methods of one budget. 1: better measure, better answers.
 
     Attributes:
+        mode: what kept tokens stand for.
         percent: the budget.
         measure: of :data:`MEASURES`.
         methods: how many; several trainings of one are averaged.
@@ -31,6 +35,7 @@ class Relation:
             by resampling pictures.
     """
 
+    mode: Mode
     percent: int
     measure: str
     methods: int
@@ -41,28 +46,31 @@ class Relation:
 
 def relations(rows: Sequence[Row]) -> list[Relation]:
     """Of the rows of one split."""
-    found = []
-    for percent in BUDGETS:
-        some = [row for row in rows if row.percent == percent]
-        names = list(dict.fromkeys(row.method for row in some))
-        accuracy = _by_method(some, names, "accuracy")
-        for measure, sign in MEASURES.items():
-            values = sign * _by_method(some, names, measure)
-            known = ~(np.isnan(accuracy).any(0) | np.isnan(values).any(0))
-            x, y = values[:, known], accuracy[:, known]
-            means = x.mean(1), y.mean(1)
-            rivals = np.array([not name.startswith(_OURS) for name in names])
-            found.append(
-                Relation(
-                    percent,
-                    measure,
-                    len(names),
-                    rank_correlation(*means),
-                    rank_correlation(means[0][rivals], means[1][rivals]),
-                    interval(functools.partial(_within, x, y), x.shape[1]),
-                )
-            )
-    return found
+    return [
+        _relation([row for row in rows if (row.mode, row.percent) == (mode, percent)], mode, percent, measure)
+        for mode in RELATED
+        for percent in BUDGETS
+        for measure in MEASURES
+    ]
+
+
+def _relation(rows: Sequence[Row], mode: Mode, percent: int, measure: str) -> Relation:
+    names = list(dict.fromkeys(row.method for row in rows))
+    accuracy = _by_method(rows, names, "accuracy")
+    values = MEASURES[measure] * _by_method(rows, names, measure)
+    known = ~(np.isnan(accuracy).any(0) | np.isnan(values).any(0))
+    x, y = values[:, known], accuracy[:, known]
+    means = x.mean(1), y.mean(1)
+    rivals = np.array([not name.startswith(_OURS) for name in names])
+    return Relation(
+        mode,
+        percent,
+        measure,
+        len(names),
+        rank_correlation(*means),
+        rank_correlation(means[0][rivals], means[1][rivals]),
+        interval(functools.partial(_within, x, y), x.shape[1]),
+    )
 
 
 def _within(x: np.ndarray, y: np.ndarray, pictures: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,10 +28,17 @@ def estimate(values: np.ndarray, picture: np.ndarray, seed: int = 0) -> Estimate
     _, number = np.unique(picture, return_inverse=True)
     sums = np.bincount(number, weights=values.astype(float))
     counts = np.bincount(number).astype(float)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(_RESAMPLES, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    times = _drawn(len(sums), seed)
+    means = (times @ sums) / (times @ counts)
     low, high = np.percentile(means, _TAILS)
     return Estimate(float(values.mean()), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=32)
+def _drawn(pictures: int, seed: int) -> np.ndarray:
+    """``[resamples, pictures]``: how often each resample has each picture."""
+    drawn = np.random.default_rng(seed).integers(pictures, size=(_RESAMPLES, pictures))
+    return np.stack([np.bincount(row, minlength=pictures) for row in drawn]).astype(np.float32)
 
 
 def interval(value: Callable[[np.ndarray], float], pictures: int, seed: int = 0) -> Estimate:

@@ -28,6 +28,7 @@ class TestSet:
         layers: outputs of encoder layers, ``[P, N, C]``, by number; class token dropped.
         consumed: number of the layer the language model reads.
         received: ``[P, N]`` attention that tokens receive in the consumed layer.
+        projected: ``[P, N, D]``: what the language model would read of all tokens.
         size: of the model.
         vocabulary: number of every word.
     """
@@ -39,6 +40,7 @@ class TestSet:
     layers: dict[int, torch.Tensor]
     consumed: int
     received: torch.Tensor
+    projected: torch.Tensor
     size: Size
     vocabulary: dict[str, int]
 
@@ -113,6 +115,12 @@ class TestSet:
         return np.array(answers)
 
 
+def consumed_layer(model: Any) -> int:
+    """0-based number of the encoder layer that the language model reads."""
+    number: int = model.config.vision_feature_layer % (model.config.vision_config.num_hidden_layers + 1) - 1
+    return number
+
+
 @torch.no_grad()
 def build(
     model: Any, vocabulary: dict[str, int], split: Split, pictures: int, questions: int, layers: Sequence[int]
@@ -127,14 +135,12 @@ def build(
         questions: asked about every picture, at most.
         layers: that selectors read.
     """
-    config = model.config
-    depth = config.vision_config.num_hidden_layers
-    consumed = config.vision_feature_layer % (depth + 1) - 1
+    config, consumed = model.config, consumed_layer(model)
     size = Size(side=config.vision_config.image_size, patch=config.vision_config.patch_size)
     examples = [example(split, i, questions) for i in range(pictures)]
     taps = {*layers, consumed}
     outputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in taps}
-    received = []
+    received, projected = [], []
     tower = model.model.vision_tower
     for start in range(0, pictures, _BATCH):
         some = examples[start : start + _BATCH]
@@ -143,5 +149,8 @@ def build(
         for layer in taps:
             outputs[layer].append(run.outputs[layer][:, 1:])
         received.append(run.received_attention("auto")[:, 1:])
+        projected.append(model.model.multi_modal_projector(outputs[consumed][-1]))
     seen = {layer: torch.cat(parts) for layer, parts in outputs.items()}
-    return TestSet(split, examples, seen, consumed, torch.cat(received), size, vocabulary)
+    return TestSet(
+        split, examples, seen, consumed, torch.cat(received), torch.cat(projected), size, vocabulary
+    )

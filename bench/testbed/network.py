@@ -58,14 +58,26 @@ def see(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     return seen
 
 
-def answer(model: Any, picture: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-    """Logits ``[B, T, V]`` of the segments' tokens, after picture tokens ``[B, n, D]``, if any."""
+def answer(
+    model: Any, picture: torch.Tensor | None, batch: Batch, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits ``[B, T, V]`` of the segments' tokens.
+
+    Args:
+        model: LLaVA.
+        picture: ``[B, n, D]`` tokens before the segments, if any.
+        batch: packed.
+        bias: ``[B, n]``, added to the attention logits of the picture's tokens, whoever looks at them and in
+            every layer.
+    """
     embed = model.get_input_embeddings()
     rows = batch.ids.shape[0]
     begin = embed(batch.ids.new_full((rows, 1), model.config.text_config.bos_token_id))
     before = begin if picture is None else torch.cat([begin, picture.to(begin.dtype)], dim=1)
     count = before.shape[1]
     mask = _mask(batch.segments, count)
+    if bias is not None:
+        mask = _biased(mask, bias.to(begin.dtype))
     places = batch.stretch[:, None] * torch.arange(count - 1, device=mask.device)
     ends = 1 + batch.stretch * (count - 1)
     start = torch.zeros_like(ends)[:, None]
@@ -100,6 +112,12 @@ def _mask(segments: torch.Tensor, before: int) -> torch.Tensor:
     same = own[:, :, None] == own[:, None, :]
     same[:, :, :before] = True
     return (causal & same)[:, None]
+
+
+def _biased(mask: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """``[B, 1, S, S]`` to add to attention logits; ``bias`` ``[B, n]`` of the columns after the first."""
+    columns = F.pad(bias, (1, mask.shape[-1] - 1 - bias.shape[1]))[:, None, None]
+    return columns.expand_as(mask).masked_fill(~mask, torch.finfo(bias.dtype).min)
 
 
 def judge(

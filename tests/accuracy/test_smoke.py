@@ -9,8 +9,10 @@ import torch
 
 from bench.accuracy import gate, testset
 from bench.accuracy.answers import correct
+from bench.accuracy.cases import Case
 from bench.accuracy.loading import ASSETS, MODEL, load_model
-from bench.accuracy.selectors import Selector, ours, rivals
+from bench.accuracy.selectors import Selector, in_consumed, ours, rivals
+from bench.accuracy.standing import BOTH, PLAIN, Mode, Standing
 from ocvtp import OCPruner
 
 KEEP = 28  # 11 % of 256
@@ -37,10 +39,11 @@ def test(loaded: tuple[Any, Any], pruner: OCPruner) -> testset.TestSet:
 
 
 def test_the_model_sees(loaded: tuple[Any, Any], test: testset.TestSet) -> None:
-    right = correct(loaded[0], test, None)
+    right = correct(loaded[0], test)
     assert len(right) == 100
     assert right.mean() >= UNPRUNED
-    assert correct(loaded[0], test, None, shift=1).mean() < 0.6  # of another picture: what can be guessed
+    another = correct(loaded[0], test, test.projected.roll(1, 0))
+    assert another.mean() < 0.6  # of another picture: what can be guessed
 
 
 def test_eleven_percent_of_the_tokens_are_enough_for_most(
@@ -49,8 +52,12 @@ def test_eleven_percent_of_the_tokens_are_enough_for_most(
     """The product's own generate, against the harness, and the harness against the floor."""
     model, processor = loaded
     selector = ours({"": pruner})[0]
-    assert correct(model, test, selector.choose(test, KEEP, 0)).mean() >= FLOOR
-    assert gate.check(model, processor, test, [(selector, pruner, {"refine": 0}, KEEP)]) == 100
+    assert kept_right(model, test, selector).mean() >= FLOOR
+    assert gate.check(model, processor, test, [Case(selector, pruner, KEEP)]) == 100
+
+
+def kept_right(model: Any, test: testset.TestSet, selector: Selector, mode: Mode = PLAIN) -> Any:
+    return correct(model, test, *Standing(model, test, selector.choose(test, KEEP, 0)).seen(mode))
 
 
 def test_the_rule_that_compares_features_is_the_rival(
@@ -58,8 +65,20 @@ def test_the_rule_that_compares_features_is_the_rival(
 ) -> None:
     model, processor = loaded
     farthest = next(each for each in rivals(pruner.config.layer) if each.name == "farthest point")
-    assert correct(model, test, farthest.choose(test, KEEP, 0)).mean() >= FLOOR
-    assert gate.check(model, processor, test, [(farthest, "farthest_point", {}, KEEP)]) == 100
+    assert kept_right(model, test, farthest).mean() >= FLOOR
+    early = {"features": pruner.config.layer}
+    assert gate.check(model, processor, test, [Case(farthest, "farthest_point", KEEP, PLAIN, early)]) == 100
+
+
+def test_standing_for_the_others_is_what_the_product_does(
+    loaded: tuple[Any, Any], test: testset.TestSet, pruner: OCPruner
+) -> None:
+    """The words of ``generate``, and nearly as many right as with all tokens."""
+    model, processor = loaded
+    best = next(each for each in rivals(pruner.config.layer) if each.name == in_consumed("greedy DPP"))
+    case = Case(best, "greedy_dpp", KEEP, BOTH, {"features": "consumed"})
+    assert gate.check(model, processor, test, [case]) == 100
+    assert kept_right(model, test, best, BOTH).mean() >= UNPRUNED
 
 
 @pytest.mark.parametrize("how", ["another picture's", "shuffled over the picture", "next door"])
@@ -75,5 +94,4 @@ def test_a_broken_selection_falls_below_the_floor(
         place = torch.randperm(256, generator=torch.Generator().manual_seed(seed))
         return place[kept].sort(1).values
 
-    right = correct(loaded[0], test, Selector(how, broken).choose(test, KEEP, 0))
-    assert right.mean() < BROKEN
+    assert kept_right(loaded[0], test, Selector(how, broken)).mean() < BROKEN
