@@ -119,7 +119,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    shipped = [("seed 0", ASSETS / "testbed-pruner"), ("seed 1", ASSETS / "testbed-pruner-1")]
+    shipped = [
+        ("seed 0", ASSETS / "testbed-pruner"),
+        ("seed 1", ASSETS / "testbed-pruner-1"),
+        ("consumed, seed 0", ASSETS / "testbed-pruner-consumed"),
+        ("consumed, seed 1", ASSETS / "testbed-pruner-consumed-1"),
+    ]
     parser.add_argument("--model", type=Path, default=MODEL, help="default: assets/testbed")
     parser.add_argument(
         "--pruner",

@@ -64,12 +64,12 @@ def cases(
     for selector in selectors:
         if selector.group:
             pruner: OCPruner | Rule = pruners[selector.group]
-            options: dict[str, Any] = {"refine": selector.rounds}
+            options = dict(selector.options)
         elif selector.name in rules:
             pruner, options = rules[selector.name]
         else:
             continue
         found += [Case(selector, pruner, _KEEP, mode, options) for mode in selector.modes]
-        if selector.group and selector.rounds == 0:
+        if selector.group and not selector.options.get("refine"):
             found += [Case(selector, pruner, keep, BOTH, options) for keep in _OTHERS]
     return found

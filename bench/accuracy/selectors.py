@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from bench.accuracy.standing import BEFORE, BOTH, MODES, PLAIN, Mode
 from bench.accuracy.testset import TestSet
 from ocvtp import OCPruner, Selection, methods
+from ocvtp.pruner.topup import Fill
 
 #: Refinement rounds of our pruner; none is the published rule.
 ROUNDS = (0, 1, 3)
@@ -30,7 +32,7 @@ class Selector:
         choose: of pictures, a budget and a seed: ``[P, keep]`` indices.
         seeds: draws that differ.
         group: lines of one name and several groups are one method trained several times.
-        rounds: of refinement, if it is ours.
+        options: that ours takes besides.
         modes: in which it is measured.
     """
 
@@ -38,7 +40,7 @@ class Selector:
     choose: Callable[[TestSet, int, int], torch.Tensor]
     seeds: int = 1
     group: str = ""
-    rounds: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
     modes: tuple[Mode, ...] = _MODES
 
 
@@ -78,9 +80,9 @@ def ours(pruners: Mapping[str, OCPruner]) -> list[Selector]:
     return [
         Selector(
             ours_name(rounds),
-            _with_rounds(pruner, rounds),
+            _with(pruner, {"refine": rounds}),
             group=group,
-            rounds=rounds,
+            options={"refine": rounds},
             modes=tuple(MODES) if rounds == 0 else (PLAIN, BOTH),
         )
         for rounds in ROUNDS
@@ -89,18 +91,26 @@ def ours(pruners: Mapping[str, OCPruner]) -> list[Selector]:
 
 
 def ours_consumed(pruners: Mapping[str, OCPruner]) -> list[Selector]:
-    """Each pruner of the consumed layer."""
+    """Each pruner of the consumed layer, topped up by farthest points, and as published."""
+    ways: dict[str, Fill] = {in_consumed("ours"): "farthest_point", in_consumed(ours_name(0)): "attention"}
     return [
-        Selector(in_consumed("ours"), _with_rounds(pruner, 0), group=group, modes=tuple(MODES))
+        Selector(
+            name,
+            _with(pruner, {"fill": fill}),
+            group=group,
+            options={"fill": fill},
+            modes=_MODES if fill == "attention" else tuple(MODES),
+        )
+        for name, fill in ways.items()
         for group, pruner in pruners.items()
     ]
 
 
-def _with_rounds(pruner: OCPruner, rounds: int) -> Callable[[TestSet, int, int], torch.Tensor]:
+def _with(pruner: OCPruner, options: Mapping[str, Any]) -> Callable[[TestSet, int, int], torch.Tensor]:
     def choose(test: TestSet, keep: int, seed: int) -> torch.Tensor:
         x, scores = test.layers[pruner.config.layer], test.received
         parts = [
-            pruner(x[i : i + _BATCH], keep, scores[i : i + _BATCH], seed=seed, refine=rounds).indices
+            pruner(x[i : i + _BATCH], keep, scores[i : i + _BATCH], seed=seed, **options).indices
             for i in range(0, len(x), _BATCH)
         ]
         return torch.cat(parts)

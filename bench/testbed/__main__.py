@@ -37,9 +37,12 @@ def _ship(arguments: argparse.Namespace) -> None:
     if arguments.run:
         export.export(arguments.run, arguments.assets / "testbed")
         export.scenes(arguments.assets / "scenes")
-    for number, run in enumerate(arguments.pruner or ()):
-        name = "testbed-pruner" + (f"-{number}" if number else "")
-        export.copy_pruner(run, arguments.assets / name)
+    for name, runs in (
+        ("testbed-pruner", arguments.pruner),
+        ("testbed-pruner-consumed", arguments.consumed_pruner),
+    ):
+        for number, run in enumerate(runs or ()):
+            export.copy_pruner(run, arguments.assets / (name + (f"-{number}" if number else "")))
     export.write_sums(arguments.assets)
 
 
@@ -67,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ship = commands.add_parser("ship", help="write assets")
     ship.add_argument("--run", type=Path, help="a finished run of train")
     ship.add_argument("--pruner", type=Path, nargs="+", help="runs of ocvtp train, the shipped one first")
+    ship.add_argument(
+        "--consumed-pruner", type=Path, nargs="+", help="the same of pruners of the consumed layer"
+    )
     ship.add_argument("--assets", type=Path, default=export.ASSETS, help="default: assets")
     ship.set_defaults(run_command=_ship)
     arguments = parser.parse_args(argv)

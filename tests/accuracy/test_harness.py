@@ -344,9 +344,10 @@ def test_the_gate_is_given_every_selector_that_the_product_has(
     for selector in selectors:
         at_28 = {case.mode for case in found if case.selector is selector and case.keep == 28}
         assert at_28 == (set() if selector.name == "random" else set(selector.modes)), selector.name
-    late = [case for case in found if case.selector.name == in_consumed("ours")]
-    assert {case.pruner for case in late} == {pruners["late"]}
-    assert {case.keep for case in late} == {13, 28, 56, 84}
+    for name, fill, count in (("ours", "farthest_point", 8), ("ours, as published", "attention", 7)):
+        late = [case for case in found if case.selector.name == in_consumed(name)]
+        assert [(case.pruner, case.options) for case in late] == [(pruners["late"], {"fill": fill})] * count
+        assert {case.keep for case in late} == {13, 28, 56, 84}
     dpp = [case for case in found if case.selector.name == in_consumed("greedy DPP")]
     assert {case.options["features"] for case in dpp} == {"consumed"}
 
