@@ -42,25 +42,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         GateError: the product answers otherwise than the harness.
-        SystemExit: pruners of different layers.
+        SystemExit: pruners of other layers than they should be.
     """
     device = torch.device(arguments.device)
     model, processor = load_model(arguments.model, device)
-    pruners = load_pruners(dict(arguments.pruner), device)
+    early, late = (load_pruners(dict(each), device) for each in (arguments.pruner, arguments.consumed_pruner))
     consumed = testset.consumed_layer(model)
-    late = {name: pruner for name, pruner in pruners.items() if pruner.config.layer == consumed}
-    early = {name: pruner for name, pruner in pruners.items() if name not in late}
     layers = {pruner.config.layer for pruner in early.values()}
     if len(layers) != 1:
+        raise SystemExit(f"all of --pruner must read the same layer; these read {sorted(layers)}")
+    if others := {pruner.config.layer for pruner in late.values()} - {consumed}:
         raise SystemExit(
-            f"pruners of layers before the consumed one ({consumed}) must all read the same layer, and there "
-            f"must be one; these read {sorted(pruner.config.layer for pruner in pruners.values())}"
+            f"--consumed-pruner must read layer {consumed}, as the projector does; "
+            f"these read {sorted(others)}"
         )
     layer = layers.pop()
     selectors = [*rivals(layer), *ours(early), *ours_consumed(late)]
     words = processor.tokenizer.get_vocab()
     few = testset.build(model, words, "validation", _GATE_PICTURES, _GATE_QUESTIONS, [layer])
-    checked = gate.check(model, processor, few, cases(few, selectors, pruners, layer))
+    checked = gate.check(model, processor, few, cases(few, selectors, layer))
     print(f"{checked} answers of the product and of this benchmark agree", flush=True)
     blind = None if arguments.blind is None else load_model(arguments.blind, device)[0]
     rows: list[measure.Row] = []
@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "consumed": consumed,
         "tokens": model.config.image_seq_length,
         "pruners": {name: training_notes(path) for name, path in arguments.pruner},
+        "consumed_pruners": {name: training_notes(path) for name, path in arguments.consumed_pruner},
         "rows": [row.to_dict() for row in rows],
         "relations": [
             measure.without_nan(asdict(r))
@@ -119,20 +120,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    shipped = [
-        ("seed 0", ASSETS / "testbed-pruner"),
-        ("seed 1", ASSETS / "testbed-pruner-1"),
-        ("consumed, seed 0", ASSETS / "testbed-pruner-consumed"),
-        ("consumed, seed 1", ASSETS / "testbed-pruner-consumed-1"),
-    ]
     parser.add_argument("--model", type=Path, default=MODEL, help="default: assets/testbed")
-    parser.add_argument(
-        "--pruner",
-        type=_named,
-        nargs="+",
-        default=shipped,
-        help="FOLDER or NAME=FOLDER; default: the shipped",
-    )
+    for option, name, how in (
+        ("--pruner", "testbed-pruner", "FOLDER or NAME=FOLDER, of one early layer; default: the shipped"),
+        ("--consumed-pruner", "testbed-pruner-consumed", "the same of the layer that the projector reads"),
+    ):
+        shipped = [("seed 0", ASSETS / name), ("seed 1", ASSETS / f"{name}-1")]
+        parser.add_argument(option, type=_named, nargs="+", default=shipped, help=how)
     parser.add_argument("--blind", type=Path, help="folder of a model trained without pictures")
     parser.add_argument("--pictures", type=int, default=500, help="of each split; default: 500")
     parser.add_argument("--questions", type=int, default=8, help="about each picture; default: 8")
@@ -146,9 +140,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-document", dest="document", action="store_const", const=None, help="leave it")
     parser.add_argument("--picture", type=Path, default=_PICTURE, help="default: docs/accuracy.png")
     arguments = parser.parse_args(argv)
-    names = [name for name, _ in arguments.pruner]
-    if len(set(names)) < len(names):
-        parser.error(f"two pruners have one name ({', '.join(names)}): say --pruner NAME=FOLDER NAME=FOLDER")
+    for pruners in (arguments.pruner, arguments.consumed_pruner):
+        names = [name for name, _ in pruners]
+        if len(set(names)) < len(names):
+            parser.error(f"two pruners have one name ({', '.join(names)}): say NAME=FOLDER NAME=FOLDER")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     record = run(arguments)

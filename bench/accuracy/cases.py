@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,15 +38,12 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def cases(
-    test: TestSet, selectors: Sequence[Selector], pruners: Mapping[str, OCPruner], layer: int
-) -> list[Case]:
+def cases(test: TestSet, selectors: Sequence[Selector], layer: int) -> list[Case]:
     """Every selector that the product has, plain and in all its modes; other budgets where it is ours.
 
     Args:
         test: whose tokens are kept.
         selectors: of this benchmark.
-        pruners: by the name of their group.
         layer: that rules of an early layer read.
     """
     everything = Selector("all tokens", lambda t, keep, _: torch.arange(keep).expand(len(t), -1))
@@ -62,14 +59,14 @@ def cases(
             name("greedy DPP"): ("greedy_dpp", {"features": where}),
         }
     for selector in selectors:
-        if selector.group:
-            pruner: OCPruner | Rule = pruners[selector.group]
+        if selector.pruner is not None:
+            pruner: OCPruner | Rule = selector.pruner
             options = dict(selector.options)
         elif selector.name in rules:
             pruner, options = rules[selector.name]
         else:
             continue
         found += [Case(selector, pruner, _KEEP, mode, options) for mode in selector.modes]
-        if selector.group and not selector.options.get("refine"):
+        if selector.pruner is not None and not options.get("refine"):
             found += [Case(selector, pruner, keep, BOTH, options) for keep in _OTHERS]
     return found

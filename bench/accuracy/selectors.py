@@ -14,7 +14,7 @@ from ocvtp import OCPruner, Selection, methods
 from ocvtp.pruner.topup import Fill
 
 #: Refinement rounds of our pruner; none is the published rule.
-ROUNDS = (0, 1, 3)
+ROUNDS = (0, 1)
 #: Draws of random tokens. Ours draws the noise of its slots once: what it gains or loses by chance shows
 #: between its two trainings.
 SEEDS = 5
@@ -32,7 +32,8 @@ class Selector:
         choose: of pictures, a budget and a seed: ``[P, keep]`` indices.
         seeds: draws that differ.
         group: lines of one name and several groups are one method trained several times.
-        options: that ours takes besides.
+        pruner: if it is ours.
+        options: that the pruner takes besides.
         modes: in which it is measured.
     """
 
@@ -40,6 +41,7 @@ class Selector:
     choose: Callable[[TestSet, int, int], torch.Tensor]
     seeds: int = 1
     group: str = ""
+    pruner: OCPruner | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     modes: tuple[Mode, ...] = _MODES
 
@@ -78,12 +80,12 @@ def _random(test: TestSet, keep: int, seed: int) -> torch.Tensor:
 def ours(pruners: Mapping[str, OCPruner]) -> list[Selector]:
     """Each pruner of an early layer as published, and with rounds of refinement."""
     return [
-        Selector(
+        _ours(
             ours_name(rounds),
-            _with(pruner, {"refine": rounds}),
-            group=group,
-            options={"refine": rounds},
-            modes=tuple(MODES) if rounds == 0 else (PLAIN, BOTH),
+            group,
+            pruner,
+            {"refine": rounds},
+            tuple(MODES) if rounds == 0 else (PLAIN, BOTH),
         )
         for rounds in ROUNDS
         for group, pruner in pruners.items()
@@ -92,21 +94,20 @@ def ours(pruners: Mapping[str, OCPruner]) -> list[Selector]:
 
 def ours_consumed(pruners: Mapping[str, OCPruner]) -> list[Selector]:
     """Each pruner of the consumed layer, topped up by farthest points, and as published."""
-    ways: dict[str, Fill] = {in_consumed("ours"): "farthest_point", in_consumed(ours_name(0)): "attention"}
+    ways: dict[str, tuple[Fill, tuple[Mode, ...]]] = {
+        in_consumed("ours"): ("farthest_point", tuple(MODES)),
+        in_consumed(ours_name(0)): ("attention", _MODES),
+    }
     return [
-        Selector(
-            name,
-            _with(pruner, {"fill": fill}),
-            group=group,
-            options={"fill": fill},
-            modes=_MODES if fill == "attention" else tuple(MODES),
-        )
-        for name, fill in ways.items()
+        _ours(name, group, pruner, {"fill": fill}, modes)
+        for name, (fill, modes) in ways.items()
         for group, pruner in pruners.items()
     ]
 
 
-def _with(pruner: OCPruner, options: Mapping[str, Any]) -> Callable[[TestSet, int, int], torch.Tensor]:
+def _ours(
+    name: str, group: str, pruner: OCPruner, options: Mapping[str, Any], modes: tuple[Mode, ...]
+) -> Selector:
     def choose(test: TestSet, keep: int, seed: int) -> torch.Tensor:
         x, scores = test.layers[pruner.config.layer], test.received
         parts = [
@@ -115,7 +116,7 @@ def _with(pruner: OCPruner, options: Mapping[str, Any]) -> Callable[[TestSet, in
         ]
         return torch.cat(parts)
 
-    return choose
+    return Selector(name, choose, group=group, pruner=pruner, options=options, modes=modes)
 
 
 def ours_name(rounds: int) -> str:

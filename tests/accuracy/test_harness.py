@@ -302,7 +302,7 @@ def test_from_the_command_to_the_document(
     command.main(
         [
             *("--model", str(tmp_path / "model")),
-            *("--pruner", f"mine={tmp_path / 'pruner'}", f"late={tmp_path / 'late'}"),
+            *("--pruner", f"mine={tmp_path / 'pruner'}", "--consumed-pruner", f"mine={tmp_path / 'late'}"),
             *("--blind", str(tmp_path / "model"), "--pictures", "3", "--questions", "4", "--device", "cpu"),
             *("--record", "--results", str(tmp_path), "--document", str(document)),
             *("--picture", str(tmp_path / "accuracy.png"), "--commit", "abc"),
@@ -320,7 +320,7 @@ def test_from_the_command_to_the_document(
     assert {r["mode"] for r in record["rows"] if r["method"] == "ours, consumed layer"} == set(MODES)
     assert {r["mode"] for r in record["rows"] if r["method"] == "ours, 1 round"} == {"plain", "both"}
     lines = {line.get_label() for line in picture(record).axes[0].lines}
-    ours_drawn = {"ours, as published (mine)", "ours, consumed layer (late)"}
+    ours_drawn = {"ours, as published (mine)", "ours, consumed layer (mine)"}
     assert lines == {"random", "uniform grid", "all tokens"} | ours_drawn
 
 
@@ -334,19 +334,15 @@ def late_pruner() -> OCPruner:
 def test_the_gate_is_given_every_selector_that_the_product_has(
     test: testset.TestSet, pruner: OCPruner
 ) -> None:
-    pruners = {"one": pruner, "late": late_pruner()}
-    selectors = [
-        *rivals(LAYER),
-        *ours({"one": pruner}),
-        *ours_consumed({"late": pruners["late"]}),
-    ]
-    found = cases(test, selectors, pruners, LAYER)
+    selectors = [*rivals(LAYER), *ours({"one": pruner}), *ours_consumed({"one": late_pruner()})]
+    found = cases(test, selectors, LAYER)
     for selector in selectors:
         at_28 = {case.mode for case in found if case.selector is selector and case.keep == 28}
         assert at_28 == (set() if selector.name == "random" else set(selector.modes)), selector.name
     for name, fill, count in (("ours", "farthest_point", 8), ("ours, as published", "attention", 7)):
         late = [case for case in found if case.selector.name == in_consumed(name)]
-        assert [(case.pruner, case.options) for case in late] == [(pruners["late"], {"fill": fill})] * count
+        assert [case.options for case in late] == [{"fill": fill}] * count
+        assert all(isinstance(case.pruner, OCPruner) and case.pruner.config.layer == 2 for case in late)
         assert {case.keep for case in late} == {13, 28, 56, 84}
     dpp = [case for case in found if case.selector.name == in_consumed("greedy DPP")]
     assert {case.options["features"] for case in dpp} == {"consumed"}
@@ -377,10 +373,8 @@ def test_pruners_of_different_layers_are_refused(model: Any, pruner: OCPruner, t
     pruner.save_pretrained(tmp_path / "a")
     other = OCPruner(PrunerConfig(in_dim=48, hidden_dim=96, slot_dim=24, ffn_dim=48, layer=0))
     other.save_pretrained(tmp_path / "b")
+    given = ["--model", str(tmp_path / "model"), "--device", "cpu", "--pruner", str(tmp_path / "a")]
     with pytest.raises(SystemExit, match="same layer"):
-        command.main(
-            [
-                *("--model", str(tmp_path / "model"), "--device", "cpu"),
-                *("--pruner", str(tmp_path / "a"), str(tmp_path / "b")),
-            ]
-        )
+        command.main([*given, str(tmp_path / "b")])
+    with pytest.raises(SystemExit, match="must read layer 2, as the projector does; these read \\[0\\]"):
+        command.main([*given, "--consumed-pruner", str(tmp_path / "b")])
