@@ -297,7 +297,7 @@ def assert_same(got: Any, want: Any) -> None:
         torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "transform"), cases())
+@pytest.mark.parametrize(("name", "transform"), list(cases()))
 def test_as_the_reference_or_refused(name: str, transform: str) -> None:
     operation, run = OPERATIONS[name], TRANSFORMS[transform]
     reason = operation.no_derivative if transform in DERIVATIVES else operation.no_vmap
