@@ -12,7 +12,7 @@ import torch
 
 from bench.accuracy.answers import correct
 from bench.accuracy.selectors import Selector, ours_name
-from bench.accuracy.standing import BOTH, PLAIN, Mode, Standing
+from bench.accuracy.standing import BEFORE, BOTH, PLAIN, Mode, Standing
 from bench.accuracy.statistics import Estimate, estimate
 from bench.accuracy.testset import TestSet
 from bench.evidence.rows import BUDGETS, keep_of
@@ -24,6 +24,8 @@ from ocvtp import metrics
 UNPRUNED, GUESSED, OTHER = "all tokens", "words alone: the commonest answer", "another picture's tokens"
 BLIND = "words alone: a model trained so"
 _ANY_SIZE = ("color", "shape", "position")
+#: Budgets at which it matters where the mean is taken.
+_BEFORE_AT = (5, 11)
 
 
 @dataclass
@@ -133,6 +135,8 @@ def _in_all_modes(
     standing = [Standing(model, test, indices) for indices in kept]
     worth = _Worth(test, layer, kept)
     for mode in selector.modes:
+        if mode == BEFORE and percent not in _BEFORE_AT:
+            continue
         # One draw tells what the modes between the two ends are worth.
         drawn = standing if mode in (PLAIN, BOTH) else standing[:1]
         right = np.stack([correct(model, test, *one.seen(mode)) for one in drawn])
