@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from bench.accuracy import gate, measure, testset
-from bench.accuracy.answers import correct, correct_blind
+from bench.accuracy.answers import correct
+from bench.accuracy.blind import Blind
 from bench.accuracy.cases import cases
 from bench.accuracy.guess import guessed
 from bench.accuracy.loading import ASSETS, MODEL, load_model, load_pruners
@@ -33,6 +34,7 @@ _ROOT = Path(__file__).parents[2]
 _DOCUMENT = _ROOT / "docs" / "accuracy.md"
 _PICTURE = _ROOT / "docs" / "accuracy.png"
 _RESULTS = _ROOT / "bench" / "results"
+_RECORD = "accuracy.json"
 _SPLITS: tuple[Split, ...] = ("test", "unseen")
 _GATE_PICTURES, _GATE_QUESTIONS = 6, 4
 
@@ -62,7 +64,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     few = testset.build(model, words, "validation", _GATE_PICTURES, _GATE_QUESTIONS, [layer])
     checked = gate.check(model, processor, few, cases(few, selectors, layer))
     print(f"{checked} answers of the product and of this benchmark agree", flush=True)
-    blind = None if arguments.blind is None else load_model(arguments.blind, device)[0]
+    if arguments.blind is None:
+        blind = Blind.of_record(_folder(arguments) / _RECORD)
+    else:
+        blind = Blind(load_model(arguments.blind, device)[0])
     rows: list[measure.Row] = []
     sets = {}
     for split in _SPLITS:
@@ -71,8 +76,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         everything = correct(model, test)
         rows.append(measure.plain_row(test, measure.UNPRUNED, everything))
         rows.append(measure.plain_row(test, measure.GUESSED, guessed(test)))
-        if blind is not None:
-            rows.append(measure.plain_row(test, measure.BLIND, correct_blind(blind, test)))
+        rows += blind.rows(test)
         another = correct(model, test, test.projected.roll(1, 0))
         rows.append(measure.plain_row(test, measure.OTHER, another))
         say = _say if arguments.verbose else None
@@ -80,6 +84,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         **provenance(device, arguments.commit),
         "gate": {"answers": checked},
+        "blind": blind.source,
         "sets": sets,
         "layer": layer,
         "consumed": consumed,
@@ -92,6 +97,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             for r in relations([r for r in rows if r.split == "test" and r.percent < 100])
         ],
     }
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    """Of this device's records."""
+    folder: Path = arguments.results / device_slug(torch.device(arguments.device))
+    return folder
 
 
 def _say(what: str) -> None:
@@ -127,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         shipped = [("seed 0", ASSETS / name), ("seed 1", ASSETS / f"{name}-1")]
         parser.add_argument(option, type=_named, nargs="+", default=shipped, help=how)
-    parser.add_argument("--blind", type=Path, help="folder of a model trained without pictures")
+    parser.add_argument(
+        "--blind", type=Path, help="folder of a model trained without pictures; default: as last recorded"
+    )
     parser.add_argument("--pictures", type=int, default=500, help="of each split; default: 500")
     parser.add_argument("--questions", type=int, default=8, help="about each picture; default: 8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -150,9 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, markdown in tables(record).items():
         print(f"\n{name}\n\n{markdown}")
     if arguments.record:
-        folder = arguments.results / device_slug(torch.device(arguments.device))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "accuracy.json", record)
+        _folder(arguments).mkdir(parents=True, exist_ok=True)
+        write_json(_folder(arguments) / _RECORD, record)
     if arguments.record and arguments.document:
         renew(record, arguments.document, arguments.picture)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,6 @@ class Row:
         split: of the questions.
         method: its name.
         group: which of several trainings, or "".
-        mode: what its tokens stand for (:mod:`bench.accuracy.standing`).
         percent: of the tokens, kept.
         keep: tokens kept.
         seeds: draws averaged over.
@@ -45,6 +44,7 @@ class Row:
         kinds: accuracy by kind of question.
         sizes: accuracy by size of the thing asked about, of the kinds that ask about one thing of any size
             (color, shape, position).
+        mode: what its tokens stand for (:mod:`bench.accuracy.standing`).
         over_everything: accuracy beyond that of all tokens, on the same questions.
         over_plain: beyond the same selector's in mode "plain".
         over_random: beyond that of random tokens, in the same mode.
@@ -59,7 +59,6 @@ class Row:
     split: str
     method: str
     group: str
-    mode: Mode
     percent: int
     keep: int
     seeds: int
@@ -67,6 +66,7 @@ class Row:
     seed_spread: float
     kinds: dict[str, Estimate]
     sizes: dict[str, Estimate]
+    mode: Mode = PLAIN
     over_everything: Estimate | None = None
     over_plain: Estimate | None = None
     over_random: Estimate | None = None
@@ -82,6 +82,17 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; an interval is a list of mean, low and high, or nothing where there was no question."""
         return {name: without_nan(value) for name, value in vars(self).items() if name != "by_picture"}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Row:
+        """A row of a record."""
+        return cls(**{name: _estimates(value) for name, value in values.items()})
+
+
+def _estimates(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _estimates(each) for name, each in value.items()}
+    return Estimate(*value) if isinstance(value, list) else value
 
 
 def without_nan(value: Any) -> Any:
@@ -172,7 +183,6 @@ def _row(
         split=test.split,
         method=method,
         group=group,
-        mode=mode,
         percent=percent,
         keep=keep,
         seeds=len(right),
@@ -180,6 +190,7 @@ def _row(
         seed_spread=float(right.mean(1).std(ddof=1)) if len(right) > 1 else 0.0,
         kinds={kind: _where(mean, picture, test.kinds == kind) for kind in KINDS},
         sizes=_by_size(test, mean),
+        mode=mode,
         by_picture={"accuracy": _picture_means(mean, picture, len(test))},
     )
 

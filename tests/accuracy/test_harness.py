@@ -16,6 +16,7 @@ import torch
 from bench.accuracy import __main__ as command
 from bench.accuracy import gate, guess, measure, relation, selectors, testset
 from bench.accuracy.answers import correct
+from bench.accuracy.blind import Blind
 from bench.accuracy.cases import Case, cases
 from bench.accuracy.report import picture, tables
 from bench.accuracy.selectors import Selector, in_consumed, ours, ours_consumed, ours_name, rivals
@@ -322,6 +323,30 @@ def test_from_the_command_to_the_document(
     lines = {line.get_label() for line in picture(record).axes[0].lines}
     ours_drawn = {"ours, as published (mine)", "ours, consumed layer (mine)"}
     assert lines == {"random", "uniform grid", "all tokens"} | ours_drawn
+
+
+def test_a_model_without_pictures_need_not_be_asked_again(
+    model: Any, test: testset.TestSet, tmp_path: Path
+) -> None:
+    """What the last record found is taken over, with where it is from; of other questions, nothing."""
+    assert Blind.of_record(tmp_path / "accuracy.json").rows(test) == []
+    (row,) = Blind(model).rows(test)
+    sets = {"test": {"pictures": 6, "questions": 30}}
+    record = {
+        "commit": "abc",
+        "date": "2026",
+        "sets": sets,
+        "rows": [row.to_dict(), {**row.to_dict(), "split": "unseen"}],
+    }
+    (tmp_path / "accuracy.json").write_text(json.dumps(record))
+    again = Blind.of_record(tmp_path / "accuracy.json")
+    (found,) = again.rows(test)
+    assert found.to_dict() == row.to_dict()
+    assert again.source == {"commit": "abc", "date": "2026"}
+    assert Blind(model).source is None
+    assert Blind(last={**record, "blind": {"commit": "older"}}).source == {"commit": "older"}
+    sets["test"] = {"pictures": 5, "questions": 30}
+    assert Blind(last=record).rows(test) == []
 
 
 def late_pruner() -> OCPruner:
