@@ -23,7 +23,6 @@ from ocvtp.vlm.call.weighing import (
     forget_weights,
     hold_weights,
     leave_weights,
-    shielded,
     weighing,
     with_running_weights,
     with_weights,
@@ -96,12 +95,10 @@ def generate(
     own_cache = getattr(controller.model, "_cache", None)
     if own_cache is not None and own_cache is not cache:
         write_note(own_cache, None)
-        forget_weights(own_cache)
     note = note_of(cache)
     pixels = controller.has_pixels("generate", args, kwargs)
     if note is None and not pixels:
-        with shielded(controller.model, controller.by_name("generate", args, kwargs)):
-            return original(*args, **kwargs)
+        return original(*args, **kwargs)
     arguments = controller.by_name("generate", args, kwargs)
     ids, inputs = arguments.pop("input_ids", None), arguments.pop("inputs", None)
     paged = effective(controller.model, arguments, "cache_implementation") == "paged"

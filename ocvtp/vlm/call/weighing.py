@@ -31,8 +31,6 @@ _ON_CACHE = "_ocvtp_weights"
 #: Numbers for flex attention are made for whole blocks of so many: torch 2.13 can't compile it on a CPU for
 #: numbers whose size changes.
 _FLEX_BLOCK = 128
-#: Arguments by which kept rows are handed over.
-_SHOWN = ("mm_encoder_outputs", "inputs_embeds")
 _SERVED = ("sdpa", "eager", "flex_attention")
 
 
@@ -78,6 +76,10 @@ class Weights:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
         return Weights(self.bias, self._hold)  # of a cache's copy, not of the model's
+
+    def is_of(self, hold: Hold | None) -> bool:
+        """Whether these are of the call that made ``hold``."""
+        return self._hold is hold
 
     def behind(self, columns: int) -> Weights:
         """The same, of a sequence with that many columns more in front."""
@@ -234,6 +236,11 @@ def weighing(owner: Any, bias: torch.Tensor | None, cache: Any, hold: Hold | Non
     finally:
         _running.reset(token)
         forget_weights(cache)
+        # Older generate keeps a static cache on the model. Another thread may use it by now.
+        static = getattr(owner, "_cache", None)
+        left = getattr(static, _ON_CACHE, None)
+        if left is not None and left.is_of(hold):
+            forget_weights(static)
 
 
 def with_running_weights(
@@ -249,10 +256,10 @@ def with_running_weights(
         given: all arguments by name.
         kwargs: those that were given by name.
     """
-    outputs, embeddings = (given.get(name) for name in _SHOWN)
+    outputs, embeddings = given.get("mm_encoder_outputs"), given.get("inputs_embeds")
     cache = given.get("past_key_values")
-    # A chunk of a prompt may bring an empty dict: rows of none of its pictures.
-    if (outputs is None and embeddings is None) or KEY in kwargs or hasattr(cache, _ON_CACHE):
+    # Of a text, generate brings an empty dict.
+    if (not outputs and embeddings is None) or KEY in kwargs or hasattr(cache, _ON_CACHE):
         return kwargs
     if torch.compiler.is_compiling() and not controller.settings.weigh:  # it can't look at the context
         return kwargs
@@ -270,20 +277,6 @@ def with_running_weights(
         return {**kwargs, KEY: weights}
     setattr(cache, _ON_CACHE, weights)
     return kwargs
-
-
-def shielded(owner: Any, given: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """Around a ``generate`` without pictures: no weights of another one that this is called in.
-
-    Unless rows are handed over to it, as a function behind ``custom_generate`` does that calls it again.
-
-    Args:
-        owner: the patched model.
-        given: all arguments by name.
-    """
-    if any(given.get(name) is not None for name in _SHOWN):
-        return contextlib.nullcontext()
-    return weighing(owner, None, None, None)
 
 
 def leave_weights(cache: Any, arguments: Mapping[str, Any]) -> None:
