@@ -205,6 +205,27 @@ def test_gradients_are_those_of_the_hand_built_prompt(name: str, merge: Any) -> 
         torch.testing.assert_close(grads[1][n], want, atol=1e-5 * largest, rtol=1e-3)
 
 
+@pytest.mark.parametrize("merge", ["off", "projected"])
+@pytest.mark.parametrize("family", CASES)
+@torch.no_grad()
+def test_the_projector_sees_each_token_once(family: Family, merge: Any, models: Any) -> None:
+    """Owners are found among the rows that are averaged then."""
+    model, runs = models(family), 0
+
+    def count(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    projectors = {"multi_modal_projector", "connector", "merger"}
+    found = [module for name, module in model.named_modules() if name.rpartition(".")[2] in projectors]
+    ocvtp.apply(model, "grid", keep=family.keep, merge=merge, weigh=True)
+    handles = [module.register_forward_pre_hook(count) for module in found]
+    model(**_rows(family)["one"])
+    for handle in handles:
+        handle.remove()
+    assert (len(found), runs) == (1, 1)
+
+
 @pytest.mark.parametrize("family", CASES[:1])
 def test_what_does_not_fit_is_refused(family: Family, models: Any) -> None:
     model, pruner = models(family), family.pruner()

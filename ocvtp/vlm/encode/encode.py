@@ -83,7 +83,7 @@ def _encode(vision: Vision, settings: Settings, clock: Clock | None) -> KeptRows
     with stage(clock, "pruner", vision.device):
         for i, group in enumerate(run.groups):
             choice, scores = run.choice(i), run.scores(i)
-            source = vision.source(group.which)
+            source = None if settings.standing else vision.source(group.which)  # all are read then
             if source is None:
                 selection, taken = choice.select(scores), None
             else:

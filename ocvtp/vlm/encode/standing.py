@@ -51,11 +51,7 @@ def owners(
         settings: of the call.
         mask: ``[segments, k]`` bool, false where an index only repeats the last one.
     """
-    compared = vision.sources(which)[0] if settings.merge == "features" else vision.projected(which).rows
-    device = compared.device
-    mask = None if mask is None else mask.to(device)
-    owner, mass = nearest_kept(compared.detach(), indices.to(device), mask, backend=settings.backend)
-    return Owners(owner, mass)
+    return _nearest(_candidates(vision, which, settings)[0], indices, settings, mask)
 
 
 def stand_for(
@@ -76,27 +72,30 @@ def stand_for(
     """
     if indices.shape[1] == vision.segments[which[0]].tokens:  # nothing was dropped
         return vision.rows(which, indices, taken)
-    found = owners(vision, which, indices, settings)
-    mass = found.mass if settings.weigh else None
+    every = _candidates(vision, which, settings)  # once: a projector may run for it
+    found = _nearest(every[0], indices, settings)
     if settings.merge == "off":
-        made = _kept(vision.projected(which), indices)
-        return vision.place(which, indices, made, mass)
-    keep = indices.shape[1]
-    if settings.merge == "projected":
-        every = vision.projected(which)
-        rows, *deep = _means((every.rows, *every.deep), found.owner, keep, settings)
-        made = Projected(rows, tuple(deep))
+        kept = tuple(gather_tokens(each, indices.to(each.device)) for each in every)
     else:
-        made = vision.project(which, tuple(_means(vision.sources(which), found.owner, keep, settings)))
-    return vision.place(which, indices, made, mass)
+        keep, backend = indices.shape[1], settings.backend
+        kept = tuple(merge_by(each, found.owner.to(each.device), keep, backend=backend) for each in every)
+    made = vision.project(which, kept) if settings.merge == "features" else Projected(kept[0], kept[1:])
+    return vision.place(which, indices, made, found.mass if settings.weigh else None)
 
 
-def _means(
-    each: Sequence[torch.Tensor], owner: torch.Tensor, keep: int, settings: Settings
-) -> list[torch.Tensor]:
-    return [merge_by(x, owner.to(x.device), keep, backend=settings.backend) for x in each]
+def _candidates(vision: Vision, which: Sequence[int], settings: Settings) -> tuple[torch.Tensor, ...]:
+    """``[segments, N, C]``: what the projector reads of all with ``merge="features"``, or else what the
+    language model reads; then the same of DeepStack layers.
+    """
+    if settings.merge == "features":
+        return vision.sources(which)
+    rows, deep = vision.projected(which)
+    return (rows, *deep)
 
 
-def _kept(every: Projected, indices: torch.Tensor) -> Projected:
-    rows, *deep = (gather_tokens(each, indices.to(each.device)) for each in (every.rows, *every.deep))
-    return Projected(rows, tuple(deep))
+def _nearest(
+    compared: torch.Tensor, indices: torch.Tensor, settings: Settings, mask: torch.Tensor | None = None
+) -> Owners:
+    mask = None if mask is None else mask.to(compared.device)
+    kept = indices.to(compared.device)
+    return Owners(*nearest_kept(compared.detach(), kept, mask, backend=settings.backend))
