@@ -30,11 +30,9 @@ BUDGETS: dict[str, Sequence[float]] = {
 
 
 def counted(model: str, keep: float) -> dict[str, Any]:
-    """One row; ``thrown_away``: in full as well, with dropped tokens thrown away."""
+    """One row."""
     one = PUBLISHED[model]
-    plain = count(one.config(), keep, TEXT_TOKENS, one.image, merge="off", weigh=False).to_dict()["full"]
-    thrown = {name: plain[name] for name in ("pruned", "ratio")}
-    return {**count(one.config(), keep, TEXT_TOKENS, one.image).to_dict(), "thrown_away": thrown}
+    return count(one.config(), keep, TEXT_TOKENS, one.image).to_dict()
 
 
 def name_of(model: str, row: dict[str, Any]) -> str:

@@ -129,6 +129,7 @@ def test_dropped_tokens_are_merged_after_the_projector() -> None:
     both = count(config, 64, 32, merge="projected", weigh=True)
     weighed = count(config, 64, 32, merge="off", weigh=True)
     assert (both.unpruned, plain.pruned.merging) == (plain.unpruned, 0)
+    assert plain.pruned == plain.thrown_away == both.thrown_away == weighed.thrown_away
     for cost in (both, weighed):
         assert cost.pruned.projector == cost.unpruned.projector == 2 * 576 * (1024 * WIDTH + WIDTH * WIDTH)
         # Weights are added to the mask of keys that there are anyway.
@@ -160,7 +161,7 @@ def test_unsaid_is_as_applied() -> None:
 
 def test_keeping_everything_costs_what_the_unpruned_model_costs() -> None:
     cost = count(PUBLISHED["llava-1.5-7b"].config(), 576, 32)
-    assert cost.pruned == cost.unpruned
+    assert cost.pruned == cost.thrown_away == cost.unpruned
     assert cost.to_dict()["full"]["ratio"] == 1.0
 
 

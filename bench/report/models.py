@@ -211,7 +211,7 @@ def flops(results: Results) -> str:
                 f"{paper['ratio']:.1%}",
                 f"{before['first_token']:.2f} → {after['first_token']:.2f}",
                 f"{full['ratio']:.1%}",
-                f"{row['thrown_away']['ratio']:.1%}",
+                f"{full['thrown_away_ratio']:.1%}",
                 f"{after['pruner']:.4f}",
                 f"{after['merging']:.4f}",
                 f"{after['vision_tower']:.2f}",

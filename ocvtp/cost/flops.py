@@ -83,6 +83,7 @@ class Cost:
         prompt_tokens: that the language model reads, unpruned and pruned. LLaVA-NeXT's newlines among them.
         unpruned: operations of the model as it is.
         pruned: with ocvtp.
+        thrown_away: the same if dropped tokens were thrown away, whatever ``merge`` and ``weigh`` are.
         paper: the language model by the paper's accounting (:func:`paper_flops`), unpruned and pruned.
     """
 
@@ -94,6 +95,7 @@ class Cost:
     prompt_tokens: tuple[int, int]
     unpruned: Parts
     pruned: Parts
+    thrown_away: Parts
     paper: tuple[int, int]
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,6 +117,8 @@ class Cost:
                 "unpruned": self.unpruned.tflops(),
                 "pruned": self.pruned.tflops(),
                 "ratio": self.pruned.first_token / self.unpruned.first_token,
+                "thrown_away": self.thrown_away.tflops(),
+                "thrown_away_ratio": self.thrown_away.first_token / self.unpruned.first_token,
             },
         }
 
@@ -207,10 +211,11 @@ def _count(
         with _META:
             made = OCPruner(sizes).eval()
         settings, _ = resolve(adapter, Options(made, keep, **said))
-        after, kept, budget = _pruned_vision(adapter, arguments, settings, before[2], products)
+        after, plain, kept, budget = _pruned_vision(adapter, arguments, settings, before[2], products)
         if budget == candidates:
-            after = before
+            after = plain = before
         prompts = rows + text_tokens, kept + text_tokens
+        long, short = (language.parts(tokens) for tokens in prompts)
         text = config.get_text_config()
         # The published figures have the image's candidates alone: newlines don't count.
         paper = [
@@ -224,8 +229,9 @@ def _count(
             settings.weigh,
             text_tokens,
             prompts,
-            Parts(*before, *language.parts(prompts[0])),
-            Parts(*after, *language.parts(prompts[1])),
+            Parts(*before, *long),
+            Parts(*after, *short),
+            Parts(*plain, *short),
             (paper[0], paper[1]),
         )
 
@@ -256,7 +262,7 @@ def _unpruned_vision(
 
 def _pruned_vision(
     adapter: Adapter, arguments: dict[str, Any], settings: Settings, everywhere: int, products: Products
-) -> tuple[tuple[int, int, int, int], int, int]:
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int], int, int]:
     """Tower, pruner, projector and merging as ocvtp runs them, each the difference it makes.
 
     Args:
@@ -267,7 +273,7 @@ def _pruned_vision(
         products: counts.
 
     Returns:
-        The four; rows; tokens kept.
+        The four; the same without merging and weights; rows; tokens kept.
     """
     plain = replace(settings, merge="off", weigh=False)
 
@@ -281,14 +287,13 @@ def _pruned_vision(
     kept = sum(len(rows) for rows in encode(adapter, arguments, plain, None)["image"].rows)
     tower = products(lambda: vision().run(settings.selector.read_layer, None))
     chosen = products(lambda: choose(adapter, arguments, plain))
-    projector, merging = encoding(plain) - chosen, 0
-    if settings.standing:
-        if settings.merge != "features":
-            projector = everywhere
-        merging = encoding(settings) - chosen - projector
+    on_kept = encoding(plain) - chosen
+    projector = everywhere if settings.standing and settings.merge != "features" else on_kept
+    merging = encoding(settings) - chosen - projector if settings.standing else 0
     budget = settings.budget.of(sum(segment.tokens for segment in vision().segments))
     assert isinstance(budget, int)
-    return (tower, chosen - tower, projector, merging), kept, budget
+    choice = chosen - tower
+    return (tower, choice, projector, merging), (tower, choice, on_kept, 0), kept, budget
 
 
 def _size(config: Any, image: tuple[int, int] | None) -> tuple[int, int]:

@@ -32,7 +32,7 @@ def test_what_becomes_of_dropped_tokens(monkeypatch: pytest.MonkeyPatch) -> None
     found = json.loads(run(*asked, "--merge", "projected", "--no-weigh", "--json"))
     assert (found["merge"], found["weigh"]) == ("projected", False)
     unpruned, pruned = (found["full"][which] for which in ("unpruned", "pruned"))
-    assert pruned["projector"] == unpruned["projector"]
+    assert pruned["projector"] == unpruned["projector"] > found["full"]["thrown_away"]["projector"]
     assert pruned["merging"] > 0 == unpruned["merging"]
     shown = " ".join(run(*asked, "--merge", "features", "--accounting", "full").split())
     assert "merged before the projector" in shown
