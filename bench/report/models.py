@@ -193,7 +193,7 @@ def flops(results: Results) -> str:
         "share",
         "to the first token, TFLOP",
         "share",
-        "dropped tokens thrown away",
+        "share, dropped tokens thrown away",
     ]
     head += ["pruner", "merging", "tower", "each further token"]
     result = results.one("flops")
