@@ -223,9 +223,7 @@ def _report(
         attention=facts.attention,
         backend=resolve_backend(options.backend, "received_attention", facts.device),
         precision=_precision(options, facts.device),
-        captured=isinstance(settings.selector, PrunerSelector)
-        and options.capture
-        and facts.device.type == "cuda",
+        captured=_captured(settings.selector, options, facts.device),
         refine=options.refine,
         keep=str(settings.budget),
         unit=facts.unit,
@@ -238,6 +236,12 @@ def _report(
         weigh=settings.weigh,
         reasons=reasons,
     )
+
+
+def _captured(selector: Selector, options: Options, device: torch.device) -> bool:
+    """Whether a CUDA graph is replayed. Not by rules, and not where farthest points read the whole map."""
+    able = isinstance(selector, PrunerSelector) and selector.reads_scores
+    return able and options.capture and device.type == "cuda"
 
 
 def _precision(options: Options, device: torch.device) -> str:

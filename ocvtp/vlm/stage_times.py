@@ -19,9 +19,10 @@ def stage_times(model: Any) -> Iterator[dict[str, float]]:
         times["pruner"]                      # milliseconds, summed over the calls
 
     The stages are ``"vision tower"`` (up to the deepest consumed layer), ``"pruner"`` (fill scores and
-    selection) and ``"projector"`` (on the kept rows). The device is synchronised around each of them, so
-    their sum is more than what they cost in an undisturbed run. Outside of this context manager nothing is
-    measured and nothing is synchronised.
+    selection) and ``"projector"``: on the kept rows, or on all where they are merged or weighed, and then
+    owners and means as well. The device is synchronised around each of them, so their sum is more than what
+    they cost in an undisturbed run. Outside of this context manager nothing is measured and nothing is
+    synchronised.
 
     Raises:
         PatchError: ``model`` is not patched.
