@@ -20,7 +20,7 @@ from ocvtp.vlm.contracts.selector import Rule, Selector, reads_features
 from ocvtp.vlm.contracts.settings import Frames, Layout, Merge, Newlines, Positions, Settings, Tower
 from ocvtp.vlm.contracts.versions import transformers_older_than
 from ocvtp.vlm.encode.selectors import PrunerSelector, RuleSelector
-from ocvtp.vlm.families.fit import check_fit, check_layers
+from ocvtp.vlm.families.fit import check_fit
 from ocvtp.vlm.report import PruneReport
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import as_int
@@ -165,8 +165,12 @@ def _read_layer(features: object, consumed: tuple[int, ...], tower: Tower) -> in
             raise TypeError(
                 f'features must be "early", "consumed", "auto" or an encoder layer, an int; got {features!r}'
             )
+        if not 0 <= layer <= max(consumed):
+            raise ValueError(
+                f"features must be between 0 and {max(consumed)}, the deepest encoder layer that the "
+                f"language model consumes; got {layer}"
+            )
     assert layer is not None
-    check_layers(layer, consumed)
     return layer
 
 

@@ -113,8 +113,8 @@ def apply(
             ``"auto"`` does where the attention implementation can, sdpa, eager and flex_attention; the report
             says why where it can't. What the model adds, a class token or newlines, stands for itself.
         features: of rules that compare features: ``"consumed"``, the layer that the projector reads, which
-            ``"auto"`` is but for ``tower="kept_rows"``; ``"early"``, one a third of the way up, as the published
-            pruner's; or the 0-based index of an encoder layer. Rules follow the tower in any case.
+            ``"auto"`` is but for ``tower="kept_rows"``; ``"early"``, one a third of the way up, as the
+            published pruner's; or the 0-based index of an encoder layer. Rules follow the tower in any case.
         fill: what tops a pruner's tokens up to the budget: ``"attention"`` received, as published, or
             ``"farthest_point"``, see :class:`~ocvtp.OCPruner`. ``"auto"`` is the latter for a pruner of the
             consumed layer, which it serves better, and the former for others.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+import ocvtp
 from ocvtp import methods
 from ocvtp.vlm.contracts.selector import Group, Rule
 from ocvtp.vlm.encode.selectors import RuleSelector
 from ocvtp_kernels._arch import interpreting
 from ocvtp_kernels._launch import recording
+from tests.vlm.tiny_llava import llava
 
 FEATURES = torch.randn(3, 30, 8, generator=torch.Generator().manual_seed(0))
 GROUP = Group(which=(0, 1, 2), tokens=30, shape=None, keep=5)
@@ -36,3 +38,20 @@ def test_kernels_take_all_segments_at_once(rule: Rule) -> None:
     with recording() as launches:
         select(selector, FEATURES)
     assert [one.grid for one in launches if one.kernel.fn.__name__ == RULES[rule]] == [(1, 3)]
+
+
+def test_a_layer_that_nobody_computes_in_time_is_refused() -> None:
+    model = llava()
+    for layer in (-1, 5):
+        with pytest.raises(ValueError, match=f"features must be between 0 and 4, .* got {layer}"):
+            ocvtp.apply(model, "greedy_dpp", keep=4, features=layer)
+    for wrong in ("late", True, 1.5):
+        with pytest.raises(
+            TypeError, match='features must be "early", "consumed", "auto" or an encoder layer'
+        ):
+            ocvtp.apply(model, "greedy_dpp", keep=4, features=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not for 'grid'"):
+        ocvtp.apply(model, "grid", keep=4, features="early")
+    layers = {features: ocvtp.apply(model, features=features, keep=4).read_layer for features in (0, "early")}
+    assert layers == {0: 0, "early": 1}
+    assert ocvtp.apply(model, keep=4).read_layer == 4
