@@ -59,8 +59,6 @@ class Options:
         if self.fill not in (*get_args(Fill), "auto"):
             known = ", ".join(f'"{value}"' for value in get_args(Fill))
             raise ValueError(f'fill must be one of {known} or "auto"; got {self.fill!r}')
-        if self.fill != "auto" and isinstance(self.pruner, str):
-            raise ValueError(f"fill is for pruners, whose slots may be too few, not for {self.pruner!r}")
         if self.merge not in (*get_args(Merge), "auto"):
             known = ", ".join(f'"{value}"' for value in get_args(Merge))
             raise ValueError(f'merge must be one of {known} or "auto"; got {self.merge!r}')
@@ -176,14 +174,16 @@ def _read_layer(features: object, consumed: tuple[int, ...], tower: Tower) -> in
 
 def _selector(options: Options, consumed: tuple[int, ...]) -> Selector:
     pruner = options.pruner
+    if not isinstance(pruner, torch.nn.Module) and pruner not in get_args(Rule):
+        known = ", ".join(f'"{rule}"' for rule in get_args(Rule))
+        raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")
     compares = isinstance(pruner, str) and reads_features(pruner)
+    if options.fill != "auto" and isinstance(pruner, str):
+        raise ValueError(f"fill is for pruners, whose slots may be too few, not for {pruner!r}")
     if options.features != "auto" and not compares:
         who = repr(pruner) if isinstance(pruner, str) else "a pruner, which reads the layer it was trained on"
         raise ValueError(f"features is for rules that compare features, not for {who}")
     if not isinstance(pruner, torch.nn.Module):
-        if pruner not in get_args(Rule):
-            known = ", ".join(f'"{rule}"' for rule in get_args(Rule))
-            raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")
         if reads_features(pruner):
             layer = _read_layer(options.features, consumed, options.tower)
             return RuleSelector(pruner, read_layer=layer, rounds=options.refine, backend=options.backend)
@@ -199,8 +199,9 @@ def _selector(options: Options, consumed: tuple[int, ...]) -> Selector:
         passed["refine"] = options.refine
     config: Any = pruner.config
     fill = options.fill
-    if fill == "auto":
-        fill = "farthest_point" if config.layer == max(consumed) else "attention"
+    if fill == "auto":  # a module that is called like a pruner need not know of it
+        late = isinstance(pruner, OCPruner) and config.layer == max(consumed)
+        fill = "farthest_point" if late else "attention"
     if fill != "attention":
         passed["fill"] = fill
     return PrunerSelector(
@@ -238,6 +239,7 @@ def _report(
         kept_rows_only=settings.tower == "kept_rows",
         merge=settings.merge,
         weigh=settings.weigh,
+        farthest=isinstance(settings.selector, PrunerSelector) and not settings.selector.reads_scores,
         reasons=reasons,
     )
 

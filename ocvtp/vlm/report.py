@@ -37,6 +37,7 @@ class PruneReport:
         merge: where dropped tokens are averaged into their nearest kept one: ``"projected"`` after the
             projector, ``"features"`` before it, or ``"off"``.
         weigh: whether the language model adds log(how many tokens a kept one stands for) to its logits.
+        farthest: whether farthest points top up a pruner's tokens, rather than those that receive attention.
         reasons: why merging or weights are off although ``"auto"`` would have them.
     """
 
@@ -60,17 +61,19 @@ class PruneReport:
     kept_rows_only: bool = False
     merge: Merge = "off"
     weigh: bool = False
+    farthest: bool = False
     reasons: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         consumed = ", ".join(str(layer) for layer in self.consumed_layers)
         rounds = f", {self.refine} round{'s' * (self.refine > 1)} of refinement" if self.refine else ""
         reads = "no layer" if self.read_layer is None else f"layer {self.read_layer}"
+        topped = ", topped up by farthest points" if self.farthest else ""
         rest = " for kept tokens only" if self.kept_rows_only else ""
         rows = [
             ("image tokens", self._tokens()),
             ("tower", f"{self.tower}, {self.num_layers} layers, {self.attention} attention"),
-            ("chosen by", f"{self.selector}, which reads {reads}{rounds}"),
+            ("chosen by", f"{self.selector}, which reads {reads}{topped}{rounds}"),
             ("model consumes", f"layer {consumed}{rest}; later layers are skipped"),
             ("dropped tokens", self._dropped()),
             *(("", f"({reason})") for reason in self.reasons),

@@ -11,6 +11,7 @@ from ocvtp.vlm.contracts.selector import Group, Rule
 from ocvtp.vlm.encode.selectors import RuleSelector
 from ocvtp_kernels._arch import interpreting
 from ocvtp_kernels._launch import recording
+from tests.vlm.family import families
 from tests.vlm.tiny_llava import llava
 
 FEATURES = torch.randn(3, 30, 8, generator=torch.Generator().manual_seed(0))
@@ -55,3 +56,19 @@ def test_a_layer_that_nobody_computes_in_time_is_refused() -> None:
     layers = {features: ocvtp.apply(model, features=features, keep=4).read_layer for features in (0, "early")}
     assert layers == {0: 0, "early": 1}
     assert ocvtp.apply(model, keep=4).read_layer == 4
+
+
+def test_what_tops_up_a_pruner() -> None:
+    """Farthest points where it reads the consumed layer, unless somebody says otherwise."""
+    family = families()[0]
+    model = family.model()
+    deepest = max(ocvtp.apply(model, "grid", keep=2).consumed_layers)
+    cases = ((deepest, "auto", True), (deepest, "attention", False), (1, "auto", False))
+    for layer, asked, farthest in cases:
+        report = ocvtp.apply(model, family.pruner(layer=layer), keep=4, fill=asked)
+        assert report.farthest is farthest
+        assert ("topped up by farthest points" in str(report)) is farthest
+    with pytest.raises(ValueError, match="fill is for pruners"):
+        ocvtp.apply(model, "grid", keep=4, fill="attention")
+    with pytest.raises(TypeError, match="'bogus'"):
+        ocvtp.apply(model, "bogus", keep=4, features="early")  # type: ignore[arg-type]

@@ -148,8 +148,7 @@ def settle_weights(model: Any) -> None:
     The hook is one plain function without a state: a copy of the model has it too, and without weights it
     does nothing.
     """
-    controller = model.__dict__.get(ATTRIBUTE)
-    wanted = controller is not None and controller.enabled and controller.settings.weigh
+    wanted = _wants_weights(model)
     if not wanted and any(_held.get(model, ())):  # its length may count one that is just going
         return
     for module in attentions_of(model):
@@ -163,8 +162,14 @@ def settle_weights(model: Any) -> None:
 
 def _let_go(owner: weakref.ref[Any]) -> None:
     model = owner()
-    if model is not None:
+    if model is not None and not _wants_weights(model):
         settle_weights(model)
+
+
+def _wants_weights(model: Any) -> bool:
+    """Whether a model is patched so that calls may have weights."""
+    controller = model.__dict__.get(ATTRIBUTE)
+    return controller is not None and bool(controller.enabled and controller.settings.weigh)
 
 
 def why_no_weights(model: Any) -> str | None:
