@@ -44,11 +44,8 @@ def answers(results: Results) -> str:
     head = ["right answers, %"]
     for budget in _BUDGETS:
         head += [f"{budget} % of the tokens", f"{budget} %, merged and weighted"]
-    blind = cell(BLIND, 100)  # of other questions, there is none
-    words = f"; words alone: {blind}" if blind else ""
-    questions = record.data["sets"]["test"]["questions"]
     said = (
-        f"{questions} questions. All tokens: {cell(UNPRUNED, 100)}{words}. "
+        f"All tokens: {cell(UNPRUNED, 100)}; words alone: {cell(BLIND, 100)}. "
         f"{str(record)[0].upper()}{str(record)[1:]}, by `python -m bench.accuracy`."
     )
     return f"{table(head, lines)}\n\n{said}"
