@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.report import __main__ as command
-from bench.report import documents, kernels, models, pictures
+from bench.report import accuracy, documents, kernels, models, pictures
 from bench.report.documents import ALLOWED, CHECKED, ROOT, faults, typed_by_hand
 from bench.report.models import NOT_MEASURED
 from bench.report.results import BadResultError, Result, Results, load
@@ -170,6 +170,36 @@ def test_kernels_against_their_floors() -> None:
     data = pictures.kernels_data(found)
     assert list(data.values()) == [pytest.approx(75 / 11.7)]
     assert pictures.draw_kernels(data).axes
+
+
+def answered(method: str, right: float, percent: int = 100, **changes: Any) -> dict[str, Any]:
+    about = {"method": method, "group": "", "mode": "plain", "split": "test", "percent": percent}
+    return {**about, "accuracy": [right, right - 0.01, right + 0.01], **changes}
+
+
+def test_right_answers_as_they_are_and_merged_and_weighted() -> None:
+    """Trainings in one cell; and the commonest answers, where no model without pictures was asked."""
+    trained = {"method": "ours, consumed layer", "percent": 5}
+    rows = [
+        answered("all tokens", 0.976),
+        answered("words alone: the commonest answer", 0.308),
+        answered("random", 0.5, 5),
+        answered("random", 0.6, 5, mode="both"),
+        answered("random", 0.1, 5, split="unseen"),
+        *(
+            answered(right=right, group=group, mode="both", **trained)
+            for group, right in (("a", 0.9), ("b", 0.8))
+        ),
+    ]
+
+    def made(*more: dict[str, Any]) -> str:
+        return accuracy.answers(Results([Result("cpu", "accuracy", {**HEAD, "rows": [*rows, *more]})]))
+
+    lines = {line.split(" | ")[0]: line for line in made().splitlines()}
+    assert "| 50.0 ± 1.0 | 60.0 ± 1.0 |" in lines["| random"]
+    assert "| 90.0 and 80.0 |" in lines["| pruner trained on the consumed layer, 2 trainings"]
+    assert "All tokens: 97.6 ± 1.0; words alone: 30.8 ± 1.0." in made()
+    assert "words alone: 32.2 ± 1.0." in made(answered("words alone: a model trained so", 0.322))
 
 
 # -------------------------------------------------------------------------------------------- the documents
