@@ -95,15 +95,17 @@ def test_offloaded_weights(
 ) -> None:
     batch, _ = mixed()
     unpruned = model.generate(**batch, **GREEDY)
-    with ocvtp.pruned(model, oc_pruner, keep=KEEP):
-        want = model.generate(**batch, **GREEDY)
-    assert not torch.equal(want, unpruned)
+    with ocvtp.pruned(model, oc_pruner, keep=KEEP), torch.no_grad():
+        want, seen = model.generate(**batch, **GREEDY), model(**batch).logits
+    assert seen.shape[1] < batch["input_ids"].shape[1]  # the words may be the same: kept tokens stand for all
     if when == "after":
         ocvtp.apply(model, oc_pruner, keep=KEEP)
     offload(model, kind, tmp_path)
     if when == "before":
         ocvtp.apply(model, oc_pruner, keep=KEEP)
     assert model.model.multi_modal_projector.linear_1.weight.is_meta
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, seen)
     assert torch.equal(model.generate(**batch, **GREEDY), want)
     ocvtp.remove(model)
     assert torch.equal(model.generate(**batch, **GREEDY), unpruned)
@@ -225,7 +227,8 @@ def test_pipeline(model: Any, oc_pruner: Any, tmp_path: Path) -> None:
     words = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :]).split()
     assert len(words) == GREEDY["max_new_tokens"]
     assert pruned.split()[-len(words) :] == words
-    assert pruned != unpruned
+    with torch.no_grad():  # the first words may be the same: kept tokens stand for all
+        assert model(**inputs).logits.shape[1] < inputs["input_ids"].shape[1]
 
 
 def test_native_route_is_the_one_this_transformers_has(model: Any, oc_pruner: Any) -> None:

@@ -250,9 +250,8 @@ def test_sampling_keeps_the_random_stream(family: Family) -> None:
     ocvtp.apply(model, family.pruner(), keep=1.0)
     assert torch.equal(drawn(), want)
     ocvtp.apply(model, family.pruner(), keep=family.keep)
-    pruned = drawn()
-    assert pruned.shape == want.shape
-    assert not torch.equal(pruned, want)
+    assert drawn().shape == want.shape
+    assert logits(model, inputs).shape[1] < inputs["input_ids"].shape[1]  # it may say the same
 
 
 @CASES
