@@ -86,3 +86,9 @@ def require(condition: torch.Tensor, message: str) -> None:
                 raise ValueError(message)
             return
     torch._assert_async(condition, message)
+
+
+def require_int64(name: str, tensor: object) -> None:
+    """Raise ``TypeError`` unless ``tensor`` is one of int64."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64; got {getattr(tensor, 'dtype', type(tensor).__name__)}")

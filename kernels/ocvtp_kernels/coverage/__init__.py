@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ocvtp_kernels._backend import resolve_backend
-from ocvtp_kernels._checks import as_int, require_floating, require_shape
+from ocvtp_kernels._checks import as_int, require_floating, require_int64, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels._launch import MAX_IMAGES
 from ocvtp_kernels.coverage import op, reference
@@ -93,8 +93,7 @@ def check_rounds(rounds: object) -> int:
 def _check(x: torch.Tensor, indices: torch.Tensor) -> None:
     require_floating("x", x)
     require_shape("x", x, (None, None, None), "[B, N, C]")
-    if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64:
-        raise TypeError(f"indices must be int64; got {getattr(indices, 'dtype', type(indices).__name__)}")
+    require_int64("indices", indices)
     require_shape("indices", indices, (x.shape[0], None), "[B, T]")
     if 0 in x.shape or not 1 <= indices.shape[1] <= x.shape[1]:
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ocvtp_kernels._backend import resolve_backend
-from ocvtp_kernels._checks import require_count, require_floating, require_shape
+from ocvtp_kernels._checks import require_count, require_floating, require_int64, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels._launch import MAX_IMAGES
 from ocvtp_kernels.diversity import op, reference
@@ -75,9 +75,8 @@ def largest_volume(
     return _choose("largest_volume", op.largest_volume, reference.largest_volume, x, keep, ascending, backend)
 
 
-def _check_start(x: torch.Tensor, keep: int, start: object) -> None:
-    if not isinstance(start, torch.Tensor) or start.dtype != torch.int64:
-        raise TypeError(f"start must be int64; got {getattr(start, 'dtype', type(start).__name__)}")
+def _check_start(x: torch.Tensor, keep: int, start: torch.Tensor) -> None:
+    require_int64("start", start)
     require_shape("start", start, (x.shape[0], keep), "[B, keep]")
     if start.device != x.device:
         raise ValueError(f"x is on {x.device}, start on {start.device}; move one with .to(device)")

@@ -8,7 +8,7 @@ import torch
 
 from ocvtp_kernels._alike import image_by_image
 from ocvtp_kernels._backend import resolve_backend
-from ocvtp_kernels._checks import require_count, require_floating, require_shape
+from ocvtp_kernels._checks import require_count, require_floating, require_int64, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels._launch import MAX_IMAGES
 from ocvtp_kernels.merge import op, reference
@@ -134,7 +134,7 @@ def merge_by(x: torch.Tensor, owner: torch.Tensor, keep: int, *, backend: str = 
         BackendUnavailableError: an explicit backend that can't run; says why.
     """
     _check_tokens("x", x)
-    _require_int64("owner", owner)
+    require_int64("owner", owner)
     require_shape("owner", owner, (x.shape[0], x.shape[1]), "[B, N]")
     _require_same_device("owner", owner, x)
     keep = require_count("keep", keep, x.shape[1], "the number of tokens")
@@ -165,7 +165,7 @@ def _check_tokens(name: str, x: torch.Tensor) -> None:
 
 def _check_kept(compare: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor | None) -> None:
     _check_tokens("compare", compare)
-    _require_int64("indices", indices)
+    require_int64("indices", indices)
     require_shape("indices", indices, (compare.shape[0], None), "[B, keep]")
     if not 1 <= indices.shape[1] <= compare.shape[1]:
         raise ValueError(
@@ -179,11 +179,6 @@ def _check_kept(compare: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor
         raise TypeError(f"mask must be bool; got {getattr(mask, 'dtype', type(mask).__name__)}")
     require_shape("mask", mask, (indices.shape[0], indices.shape[1]), "[B, keep]")
     _require_same_device("mask", mask, compare)
-
-
-def _require_int64(name: str, tensor: torch.Tensor) -> None:
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64; got {getattr(tensor, 'dtype', type(tensor).__name__)}")
 
 
 def _require_same_device(name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
