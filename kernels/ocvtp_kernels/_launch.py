@@ -44,3 +44,12 @@ def recording() -> Iterator[list[Launch]]:
         yield _recorded
     finally:
         _recorded = before
+
+
+def why_no_kernel(x: torch.Tensor) -> str | None:
+    """Why kernels of up to 32 bits, a row of programs for each image, can't take ``x`` ``[B, ...]``."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 and bfloat16, not {x.dtype}"
+    if x.shape[0] > MAX_IMAGES:
+        return f"it takes up to {MAX_IMAGES} images; got {x.shape[0]}"
+    return None

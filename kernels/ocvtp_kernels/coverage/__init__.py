@@ -7,7 +7,7 @@ import torch
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import as_int, require_floating, require_int64, require_shape
 from ocvtp_kernels._device import without_autocast
-from ocvtp_kernels._launch import MAX_IMAGES
+from ocvtp_kernels._launch import why_no_kernel
 from ocvtp_kernels.coverage import op, reference
 
 __all__ = ["MAX_ROUNDS", "check_rounds", "coverage_error", "refine", "refine_measured"]
@@ -104,11 +104,4 @@ def _check(x: torch.Tensor, indices: torch.Tensor) -> None:
 
 
 def _resolve(backend: str, x: torch.Tensor) -> str:
-    def unsupported() -> str | None:
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"it takes float32, float16 and bfloat16, not {x.dtype}"
-        if x.shape[0] > MAX_IMAGES:
-            return f"it takes up to {MAX_IMAGES} images; got {x.shape[0]}"
-        return None
-
-    return resolve_backend(backend, "coverage", x.device, unsupported)
+    return resolve_backend(backend, "coverage", x.device, lambda: why_no_kernel(x))

@@ -9,7 +9,7 @@ import torch
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_int64, require_shape
 from ocvtp_kernels._device import without_autocast
-from ocvtp_kernels._launch import MAX_IMAGES
+from ocvtp_kernels._launch import why_no_kernel
 from ocvtp_kernels.diversity import op, reference
 from ocvtp_kernels.diversity.reference import in_range
 
@@ -90,7 +90,7 @@ def _choose(
     if x.shape[2] == 0:
         raise ValueError(f"x has tokens without columns: {list(x.shape)}")
     keep = require_count("keep", keep, x.shape[1], "the number of tokens N")
-    chosen_backend = resolve_backend(backend, name, x.device, lambda: _unsupported(x))
+    chosen_backend = resolve_backend(backend, name, x.device, lambda: why_no_kernel(x))
     if keep == x.shape[1] or len(x) == 0:
         return torch.arange(keep, device=x.device).repeat(len(x), 1)
     x = x.detach()  # torch.no_grad would leave tangents
@@ -100,11 +100,3 @@ def _choose(
         with torch.no_grad(), without_autocast(x.device):
             tokens = pytorch(in_range(x), keep)
     return tokens.sort(dim=1).values if ascending else tokens
-
-
-def _unsupported(x: torch.Tensor) -> str | None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it takes float32, float16 and bfloat16, not {x.dtype}"
-    if x.shape[0] > MAX_IMAGES:
-        return f"it takes up to {MAX_IMAGES} images; got {x.shape[0]}"
-    return None

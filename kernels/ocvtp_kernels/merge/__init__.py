@@ -10,7 +10,7 @@ from ocvtp_kernels._alike import image_by_image
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import require_count, require_floating, require_int64, require_shape
 from ocvtp_kernels._device import without_autocast
-from ocvtp_kernels._launch import MAX_IMAGES
+from ocvtp_kernels._launch import why_no_kernel
 from ocvtp_kernels.merge import op, reference
 
 __all__ = ["Merged", "merge_by", "merge_tokens", "nearest_kept"]
@@ -187,11 +187,4 @@ def _require_same_device(name: str, tensor: torch.Tensor, x: torch.Tensor) -> No
 
 
 def _resolve(backend: str, x: torch.Tensor) -> str:
-    def unsupported() -> str | None:
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"it takes float32, float16 and bfloat16, not {x.dtype}"
-        if x.shape[0] > MAX_IMAGES:
-            return f"it takes up to {MAX_IMAGES} images; got {x.shape[0]}"
-        return None
-
-    return resolve_backend(backend, "merge", x.device, unsupported)
+    return resolve_backend(backend, "merge", x.device, lambda: why_no_kernel(x))
