@@ -226,7 +226,7 @@ def _report(
         consumed_layers=facts.consumed_layers,
         num_layers=facts.num_layers,
         attention=facts.attention,
-        backend=resolve_backend(options.backend, "received_attention", facts.device),
+        backend=_backend(adapter.model, options, facts.device),
         precision=_precision(options, facts.device),
         captured=_captured(settings.selector, options, facts.device),
         refine=options.refine,
@@ -248,6 +248,16 @@ def _captured(selector: Selector, options: Options, device: torch.device) -> boo
     """Whether a CUDA graph is replayed. Not by rules, and not where farthest points read the whole map."""
     able = isinstance(selector, PrunerSelector) and selector.reads_scores
     return able and options.capture and device.type == "cuda"
+
+
+def _backend(model: Any, options: Options, device: torch.device) -> Literal["triton", "torch"]:
+    """Of the operations that read what the model computes.
+
+    Raises:
+        BackendUnavailableError: an explicit backend that can't run there, or not in the model's dtype.
+    """
+    why = "it takes up to 32 bits, and the model is float64" if model.dtype == torch.float64 else None
+    return resolve_backend(options.backend, "received_attention", device, lambda: why)
 
 
 def _precision(options: Options, device: torch.device) -> str:

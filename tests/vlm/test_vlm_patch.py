@@ -224,6 +224,15 @@ def test_triton_kernels_run_or_apply_refuses(
     assert "forward" not in model.__dict__
 
 
+def test_apply_refuses_kernels_for_a_model_in_float64(oc_pruner: Any) -> None:
+    """The kernels of a rule and of merging take up to 32 bits: said before the first call, not in it."""
+    model = llava().double().to("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(BackendUnavailableError, match="up to 32 bits, and the model is float64"):
+        ocvtp.apply(model, "greedy_dpp", keep=KEEP, backend="triton")
+    assert "forward" not in model.__dict__
+    assert ocvtp.apply(model, "greedy_dpp", keep=KEEP).backend == "torch"
+
+
 def test_unsupported_models(oc_pruner: Any) -> None:
     with pytest.raises(ocvtp.UnsupportedModelError, match=r"model_type 'llama'\); supported: .*llava"):
         ocvtp.apply(LlamaForCausalLM(text_config()), oc_pruner)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from ocvtp.selection import Selection
 from ocvtp.vlm.contracts.adapter import Adapter, Vision
 from ocvtp.vlm.contracts.budgets import Budget
 from ocvtp.vlm.contracts.pixels import pixels_in
-from ocvtp.vlm.contracts.rows import KeptRows, Segment, assemble
+from ocvtp.vlm.contracts.rows import KeptRows, Piece, Segment, assemble
 from ocvtp.vlm.contracts.selector import Begun, Group
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.weights import inside
@@ -89,15 +88,29 @@ def _encode(vision: Vision, settings: Settings, clock: Clock | None) -> KeptRows
             else:
                 selection, taken = choice.select_rows(scores, source)
             chosen.append((group, selection, taken))
-    rows_of = functools.partial(stand_for, vision, settings=settings) if settings.standing else vision.rows
     with stage(clock, "projector", vision.device):
         made = [
             (which, piece)
             for group, selection, taken in chosen
             for part, indices, rows in _split(group, selection, taken)
-            for which, piece in _matched(part, rows_of(part, indices, rows))
+            for which, piece in _matched(part, _rows(vision, part, indices, rows, settings))
         ]
     return assemble(vision.segments, vision.totals, made)
+
+
+def _rows(
+    vision: Vision,
+    which: tuple[int, ...],
+    indices: torch.Tensor,
+    taken: torch.Tensor | None,
+    settings: Settings,
+) -> Sequence[Piece]:
+    """Of kept candidates, for themselves or for all."""
+    return (
+        stand_for(vision, which, indices, settings)
+        if settings.standing
+        else vision.rows(which, indices, taken)
+    )
 
 
 def _with_owners(vision: Vision, group: Group, selection: Selection, settings: Settings) -> Selection:

@@ -16,7 +16,7 @@ import torch
 from ocvtp.vlm.contracts.adapter import Vision
 from ocvtp.vlm.contracts.rows import Piece, Projected
 from ocvtp.vlm.contracts.settings import Settings
-from ocvtp_kernels.merge import merge_by, nearest_kept
+from ocvtp_kernels.merge import merge_by, merge_tokens, nearest_kept
 from ocvtp_kernels.selection import gather_tokens
 
 
@@ -58,7 +58,6 @@ def stand_for(
     vision: Vision,
     which: Sequence[int],
     indices: torch.Tensor,
-    taken: torch.Tensor | None,
     settings: Settings,
 ) -> list[Piece]:
     """Rows of kept candidates that stand for the dropped ones.
@@ -67,20 +66,21 @@ def stand_for(
         vision: after its tower ran.
         which: segments.
         indices: ``[segments, k]``, ascending.
-        taken: rows of the vision's source at ``indices``, if there was one.
         settings: of the call.
     """
     if indices.shape[1] == vision.segments[which[0]].tokens:  # nothing was dropped
-        return vision.rows(which, indices, taken)
+        return vision.rows(which, indices, None)
     every = _candidates(vision, which, settings)  # once: a projector may run for it
-    found = _nearest(every[0], indices, settings)
+    keep, backend = indices.shape[1], settings.backend
     if settings.merge == "off":
+        mass = _nearest(every[0], indices, settings).mass
         kept = tuple(gather_tokens(each, indices.to(each.device)) for each in every)
     else:
-        keep, backend = indices.shape[1], settings.backend
-        kept = tuple(merge_by(each, found.owner.to(each.device), keep, backend=backend) for each in every)
+        first, *deep = every
+        rows, mass, owner = merge_tokens(first, indices.to(first.device), backend=backend)
+        kept = (rows, *(merge_by(each, owner.to(each.device), keep, backend=backend) for each in deep))
     made = vision.project(which, kept) if settings.merge == "features" else Projected(kept[0], kept[1:])
-    return vision.place(which, indices, made, found.mass if settings.weigh else None)
+    return vision.place(which, indices, made, mass if settings.weigh else None)
 
 
 def _candidates(vision: Vision, which: Sequence[int], settings: Settings) -> tuple[torch.Tensor, ...]:
