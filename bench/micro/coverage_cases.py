@@ -14,6 +14,7 @@ import torch
 
 from bench.micro.case import Candidate, Case, Gate, bench_device, compiled, where_kernels_run
 from bench.micro.ceilings import Work
+from bench.micro.clusters import clustered, some_tokens
 from bench.micro.gates import GateError, Outputs, require_equal, require_error, worst_error
 from bench.micro.kmeans import LOOSE, PEER, grouped, why_not
 from ocvtp_kernels.coverage import coverage_error, reference, refine
@@ -77,13 +78,9 @@ class RoundCase(Case[RoundInputs, RoundExpected]):
     def draw(self, seed: int, device: torch.device) -> RoundInputs:
         """Tokens around as many centres as are kept; the kept ones at random, ascending."""
         generator = torch.Generator(device).manual_seed(seed)
-        sizes = self.batch, self.tokens, self.width
-        centres = torch.randn(self.batch, self.keep, self.width, generator=generator, device=device)
-        noise = torch.randn(sizes, generator=generator, device=device)
-        near = torch.randint(self.keep, sizes[:2], generator=generator, device=device)
-        x = centres.gather(1, near[:, :, None].expand(sizes)) + 0.5 * noise
-        order = torch.rand(sizes[:2], generator=generator, device=device).argsort(dim=1)
-        return RoundInputs(x.to(self.dtype), order[:, : self.keep].sort(dim=1).values)
+        x = clustered(generator, self.batch, self.tokens, self.width, self.keep)
+        kept = some_tokens(generator, self.batch, self.tokens, self.keep)
+        return RoundInputs(x.to(self.dtype), kept)
 
     def expect(self, inputs: RoundInputs) -> RoundExpected:
         """The reference in float64."""

@@ -16,6 +16,7 @@ import torch
 
 from bench.micro.case import Candidate, Case, Gate, bench_device, where_kernels_run
 from bench.micro.ceilings import Work
+from bench.micro.clusters import clustered
 from bench.micro.gates import GateError, Outputs
 from ocvtp_kernels import diversity
 
@@ -60,11 +61,7 @@ class DiverseCase(Case[Drawn, torch.Tensor]):
     def draw(self, seed: int, device: torch.device) -> Drawn:
         """Tokens around as many centres as are kept."""
         generator = torch.Generator(device).manual_seed(seed)
-        sizes = self.batch, self.tokens, self.width
-        centres = torch.randn(self.batch, self.keep, self.width, generator=generator, device=device)
-        noise = torch.randn(sizes, generator=generator, device=device)
-        near = torch.randint(self.keep, sizes[:2], generator=generator, device=device)
-        x = centres.gather(1, near[:, :, None].expand(sizes)) + 0.5 * noise
+        x = clustered(generator, self.batch, self.tokens, self.width, self.keep)
         return Drawn(x.to(self.dtype))
 
     def expect(self, inputs: Drawn) -> torch.Tensor:

@@ -11,42 +11,33 @@ pytest.importorskip("triton")
 
 from ocvtp_kernels import BackendUnavailableError, _nearest
 from ocvtp_kernels._nearest_reference import centred
-from ocvtp_kernels._tiles import table
 from ocvtp_kernels.coverage import coverage_error, refine
 from ocvtp_kernels.coverage import triton as kernels
 from ocvtp_kernels.coverage.reference import cover
 from tests.kernels.test_coverage import KINDS, features, kept_of
-from tests.kernels.triton_device import DEVICE, PoisonedTorch, far_apart, interpreter_only, surrounded
+from tests.kernels.triton_device import (
+    DEVICE,
+    NEAREST,
+    PoisonedTorch,
+    coarse_tiles,
+    far_apart,
+    interpreter_only,
+    on_device,
+    surrounded,
+)
 
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Few big steps where the interpreter runs, but more than one of each."""
-    if DEVICE.type == "cuda" or "real_tiles" in request.fixturenames:
-        return
     sizes = {
-        "token_mean": {"BN": 32, "BC": 16},
-        "centre": {"BN": 32, "BC": 16},
-        "assign": {"BM": 32, "BK": 16, "BC": 16},
-        "means": {"BT": 16, "BN": 32, "BC": 16},
-        "away": {"BM": 32, "BC": 16},
-        "choose": {"BT": 16, "BN": 32},
-        "accept": {"BN": 64},
-        "finish": {"BN": 64},
+        **NEAREST,
+        "coverage.means": {"BT": 16, "BN": 32, "BC": 16},
+        "coverage.away": {"BM": 32, "BC": 16},
+        "coverage.choose": {"BT": 16, "BN": 32},
+        "coverage.accept": {"BN": 64},
+        "coverage.finish": {"BN": 64},
     }
-    for (kernel, arch, shape), tile in list(table().items()):
-        operation, name = kernel.split(".")
-        if operation in ("coverage", "nearest"):
-            monkeypatch.setitem(table(), (kernel, arch, shape), {**tile, **sizes[name]})
-
-
-@pytest.fixture
-def real_tiles() -> None:
-    """The table's own."""
-
-
-def on_device(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(tensor.to(DEVICE) for tensor in tensors)
+    coarse_tiles(monkeypatch, request, sizes)
 
 
 def errors_of(x: torch.Tensor, indices: torch.Tensor) -> tuple[float, float]:

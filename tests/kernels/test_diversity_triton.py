@@ -12,11 +12,17 @@ pytest.importorskip("triton")
 
 from ocvtp_kernels import BackendUnavailableError
 from ocvtp_kernels._launch import recording
-from ocvtp_kernels._tiles import table
 from ocvtp_kernels.diversity import farthest_points, largest_volume, reference
 from ocvtp_kernels.diversity import triton as kernels
 from tests.kernels.test_diversity import assert_greedy, features, values
-from tests.kernels.triton_device import DEVICE, PoisonedTorch, far_apart, interpreter_only, surrounded
+from tests.kernels.triton_device import (
+    DEVICE,
+    PoisonedTorch,
+    coarse_tiles,
+    far_apart,
+    interpreter_only,
+    surrounded,
+)
 
 Choose = Callable[..., torch.Tensor]
 #: Kernels, and the public function.
@@ -29,23 +35,13 @@ both = pytest.mark.parametrize("name", CHOOSERS)
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Few big steps where the interpreter runs, but more than one of each."""
-    if DEVICE.type == "cuda" or "real_tiles" in request.fixturenames:
-        return
     sizes = {
-        "statistics": {"BN": 32, "BC": 16},
-        "farthest": {"BM": 32, "BC": 16, "BT": 64},
-        "units": {"BM": 32, "BC": 16},
-        "volume": {"BM": 32, "BC": 16, "BT": 64, "BL": 4},
+        "diversity.statistics": {"BN": 32, "BC": 16},
+        "diversity.farthest": {"BM": 32, "BC": 16, "BT": 64},
+        "diversity.units": {"BM": 32, "BC": 16},
+        "diversity.volume": {"BM": 32, "BC": 16, "BT": 64, "BL": 4},
     }
-    for (kernel, arch, shape), tile in list(table().items()):
-        if kernel.startswith("diversity."):
-            monkeypatch.setitem(table(), (kernel, arch, shape), {**tile, **sizes[kernel.split(".")[1]]})
-
-
-@pytest.fixture
-def real_tiles() -> None:
-    """The table's own."""
+    coarse_tiles(monkeypatch, request, sizes)
 
 
 def oracle(name: str, x: torch.Tensor, keep: int) -> torch.Tensor:

@@ -10,16 +10,18 @@ import torch
 pytest.importorskip("triton")
 
 from ocvtp_kernels import BackendUnavailableError, _nearest
-from ocvtp_kernels._tiles import table
 from ocvtp_kernels.merge import merge_by, merge_tokens, nearest_kept, op
 from ocvtp_kernels.merge import triton as kernels
 from tests.kernels.test_coverage import KINDS, features, kept_of
 from tests.kernels.test_merge import SHAPES, counts, exact, masked, means, owners
 from tests.kernels.triton_device import (
     DEVICE,
+    NEAREST,
     PoisonedTorch,
+    coarse_tiles,
     far_apart,
     interpreter_only,
+    on_device,
     rounded,
     surrounded,
 )
@@ -27,30 +29,13 @@ from tests.kernels.triton_device import (
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Few big steps where the interpreter runs, but more than one of each."""
-    if DEVICE.type == "cuda" or "real_tiles" in request.fixturenames:
-        return
     sizes = {
-        "token_mean": {"BN": 32, "BC": 16},
-        "centre": {"BN": 32, "BC": 16},
-        "assign": {"BM": 32, "BK": 16, "BC": 16},
-        "line_up": {"BT": 8, "BN": 32},
-        "average": {"BN": 4, "BC": 16},
-        "spread": {"BN": 32, "BC": 16},
+        **NEAREST,
+        "merge.line_up": {"BT": 8, "BN": 32},
+        "merge.average": {"BN": 4, "BC": 16},
+        "merge.spread": {"BN": 32, "BC": 16},
     }
-    for (kernel, arch, shape), tile in list(table().items()):
-        operation, name = kernel.split(".")
-        if operation in ("merge", "nearest"):
-            monkeypatch.setitem(table(), (kernel, arch, shape), {**tile, **sizes[name]})
-
-
-@pytest.fixture
-def real_tiles() -> None:
-    """The table's own."""
-
-
-def on_device(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(tensor.to(DEVICE) for tensor in tensors)
+    coarse_tiles(monkeypatch, request, sizes)
 
 
 def assert_exact(x: torch.Tensor, owner: torch.Tensor, keep: int) -> None:

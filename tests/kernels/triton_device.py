@@ -6,11 +6,13 @@ for each operation on a block, so sizes are small. On a GPU the very same tests 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
+
+from ocvtp_kernels._tiles import Tile, table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -50,6 +52,37 @@ def rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.bfloat16 and not ON_GPU:
         return (tensor.float().view(torch.int32) & -(2**16)).view(torch.float32).to(dtype)
     return tensor.to(dtype)
+
+
+#: Tiles of _nearest.py, for :func:`coarse_tiles`.
+NEAREST = {
+    "nearest.token_mean": {"BN": 32, "BC": 16},
+    "nearest.centre": {"BN": 32, "BC": 16},
+    "nearest.assign": {"BM": 32, "BK": 16, "BC": 16},
+}
+
+
+def coarse_tiles(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, sizes: Mapping[str, Tile]
+) -> None:
+    """Few big steps where the interpreter runs, but more than one of each.
+
+    Not for a test that takes the fixture ``real_tiles`` (tests/kernels/conftest.py).
+
+    Args:
+        monkeypatch: of the test.
+        request: of the test.
+        sizes: what to change, by kernel, as the table calls it.
+    """
+    if ON_GPU or "real_tiles" in request.fixturenames:
+        return
+    for key, tile in list(table().items()):
+        if key[0] in sizes:
+            monkeypatch.setitem(table(), key, {**tile, **sizes[key[0]]})
+
+
+def on_device(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.to(DEVICE) for tensor in tensors)
 
 
 def _poison(dtype: torch.dtype) -> Any:
