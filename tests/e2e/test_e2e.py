@@ -177,7 +177,7 @@ def test_other_masses_fail(llava: Any, oc_pruner: OCPruner, monkeypatch: pytest.
     fails(llava, oc_pruner, "masses: 10 of 10 differ|masses: 5 of 5 differ")
 
 
-@pytest.mark.parametrize(("what", "name"), [("merge_by", MERGED), ("weights", WEIGHED)])
+@pytest.mark.parametrize(("what", "name"), [("means", MERGED), ("weights", WEIGHED)])
 def test_other_means_and_weights_fail(
     llava: Any, oc_pruner: OCPruner, what: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,9 +185,14 @@ def test_other_means_and_weights_fail(
     from ocvtp.vlm.call import weighing
     from ocvtp.vlm.encode import standing
 
-    if what == "merge_by":
-        right = standing.merge_by
-        monkeypatch.setattr(standing, "merge_by", lambda *args, **options: 1.01 * right(*args, **options))
+    if what == "means":
+        right = standing.merge_tokens
+
+        def wrong(*args: Any, **options: Any) -> Any:
+            merged = right(*args, **options)
+            return merged._replace(rows=1.01 * merged.rows)
+
+        monkeypatch.setattr(standing, "merge_tokens", wrong)
     else:
         columns = weighing.Weights._columns
         monkeypatch.setattr(weighing.Weights, "_columns", lambda *args: 0.9 * columns(*args))

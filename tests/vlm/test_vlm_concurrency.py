@@ -24,7 +24,9 @@ from transformers import DynamicCache, LogitsProcessorList
 import ocvtp
 from ocvtp import OCPruner
 from ocvtp.vlm import methods, patch
+from ocvtp.vlm.call import calls
 from ocvtp.vlm.call.controller import controller_of
+from ocvtp.vlm.call.weighing import attentions_of, hold_weights
 from ocvtp.vlm.towers.clip import root
 from tests.vlm import tiny_llava, tiny_qwen
 from tests.vlm.skips import NATIVE_ROUTE, VERSION, needs_images_behind_cache
@@ -368,6 +370,63 @@ def test_an_unpruned_call_stays_unpruned(kind: Kind, place: str) -> None:
     with At(model, kind, place, lambda: at_once(change) and None) as more:
         assert identical(told(model, inputs, **more), kind.told(0, None))
     assert identical(told(model, inputs), kind.told(0))
+
+
+def test_weights_reach_a_call_under_which_the_patch_goes_and_comes_back(kind: Kind) -> None:
+    """Off when generate calls forward, on again before the first attention: nobody else brings them then."""
+    model, inputs, pruner = kind.model(), kind.prompts()[0], kind.pruner()
+    ocvtp.apply(model, pruner, keep=KEEP)
+    order: list[str] = []
+
+    def off(*_: Any) -> None:
+        order.append("off")
+        ocvtp.remove(model)
+
+    def on(*_: Any) -> None:
+        if order == ["off"]:
+            order.append("on")
+            ocvtp.apply(model, pruner, keep=KEEP + 2)
+
+    hooks = [
+        kind.projector(model).register_forward_pre_hook(off),
+        model.get_decoder().layers[0].register_forward_pre_hook(on),
+    ]
+    got = told(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    assert order == ["off", "on"]
+    assert identical(got, kind.told(0))
+
+
+def test_weights_reach_a_call_that_begins_while_the_patch_goes(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The patch, and its hooks, go after the call has found its controller and before it holds on to them."""
+    model, inputs = kind.model(), kind.prompts()[0]
+    ocvtp.apply(model, kind.pruner(), keep=KEEP)
+
+    def late(controller: Any) -> Any:
+        ocvtp.remove(model)
+        return hold_weights(controller)
+
+    monkeypatch.setattr(calls, "hold_weights", late)
+    assert identical(told(model, inputs), kind.told(0))
+    gc.collect()
+    assert not any(module._forward_pre_hooks for module in attentions_of(model))
+
+
+def test_a_hook_that_is_half_on_lets_calls_pass(kind: Kind) -> None:
+    """PyTorch puts a hook on first and says then that it takes keyword arguments; another thread may run
+    in between, with the patch not on yet."""
+    model, text = kind.model(), kind.prompts()[2]
+    want = told(model, text)
+    ocvtp.apply(model, kind.pruner(), keep=KEEP)
+    half = 0
+    for module in model.modules():
+        half += len(module._forward_pre_hooks_with_kwargs)
+        module._forward_pre_hooks_with_kwargs.clear()
+    assert half > 1
+    assert identical(told(model, text), want)
 
 
 def test_switching_on_and_off_beside_a_generating_thread(switching: None) -> None:

@@ -117,6 +117,31 @@ def test_trl_itself(model: Any, oc_pruner: Any) -> None:
     assert model(**batch).logits.shape[1] == labels.shape[1]
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["off", "off and on"])
+@torch.no_grad()
+def test_the_patch_goes_while_a_call_is_under_way(
+    model: Any, oc_pruner: Any, one: dict[str, torch.Tensor], again: bool
+) -> None:
+    """As another thread may have it: the call still gets the states of the long sequence, and once."""
+    needs_mm_route()
+    ocvtp.apply(model, oc_pruner, keep=KEEP)
+    want = model.model(**one).last_hidden_state
+
+    def off(*_: Any) -> None:
+        ocvtp.remove(model)
+        if again:
+            ocvtp.apply(model, oc_pruner, keep=KEEP)
+
+    hook = model.get_decoder().register_forward_pre_hook(off)
+    got = model.model(**one).last_hidden_state
+    hook.remove()
+    assert torch.equal(got, want)
+    ocvtp.remove(model)
+    assert not model.model._forward_hooks
+    assert not model.model._forward_pre_hooks
+    assert not torch.equal(model.model(**one).last_hidden_state, want)
+
+
 @torch.no_grad()
 def test_states_of_every_column(model: Any, oc_pruner: Any) -> None:
     """A column gets the states of the last kept one at or before it; text columns their own."""

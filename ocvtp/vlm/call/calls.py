@@ -23,6 +23,7 @@ from ocvtp.vlm.call.weighing import (
     forget_weights,
     hold_weights,
     leave_weights,
+    serving,
     weighing,
     with_running_weights,
     with_weights,
@@ -34,6 +35,15 @@ def forward(
     controller: Controller, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """``forward`` on the pruned prompt. Logits, loss and cache are those of the short sequence."""
+    if torch.compiler.is_compiling():
+        return _forward(controller, original, args, kwargs)
+    with serving():
+        return _forward(controller, original, args, kwargs)
+
+
+def _forward(
+    controller: Controller, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     cache = controller.argument("forward", "past_key_values", args, kwargs)
     note = note_of(cache)
     pixels = controller.has_pixels("forward", args, kwargs)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+import threading
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -26,15 +28,20 @@ from ocvtp.vlm.call.wrappers import foreign_layer, is_transparent_module, label
 from ocvtp.vlm.contracts.errors import PatchError
 from ocvtp.vlm.contracts.pixels import pixels_in
 
+#: For what is handed out; a call may come back in the middle of that.
+_lock = threading.RLock()
+
 
 class Handed(dict[str, Any]):
     """``mm_encoder_outputs`` of a call that was shortened here.
 
     Attributes:
+        around: whose hooks shortened it.
         note: what the cache will hold; ``None`` if no column changed.
         columns: ``[B, long]``, for every column of the call the short one whose states it gets; or ``None``.
     """
 
+    around: Around | None = None
     note: CacheNote | None = None
     columns: torch.Tensor | None = None
 
@@ -54,11 +61,14 @@ class Around:
         self._controller = controller
         self.inner = inner
         self._names = positional_names(type(inner).forward)
-        self._handles = [inner.register_forward_hook(self.spread, with_kwargs=True)]
+        #: Calls that were shortened and have not come back, by the number of what they were handed.
+        self._out: set[int] = set()
+        self._gone = False
+        self._spreading = inner.register_forward_hook(self.spread, with_kwargs=True)
         try:
-            self._handles.append(inner.register_forward_pre_hook(self.shorten, with_kwargs=True))
+            self._shortening = inner.register_forward_pre_hook(self.shorten, with_kwargs=True)
         except BaseException:
-            self.remove()
+            self._spreading.remove()
             raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Around:
@@ -66,24 +76,48 @@ class Around:
         whole = self._controller is not None and id(self._controller.model) in memo
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy.deepcopy(value, memo) if whole else None
+        twin._out = set()
         return twin
 
     def __reduce__(self) -> Any:
         return _without_controller, ()
 
     def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+        """Take the hooks off; the one that spreads as soon as every call that was shortened is back."""
+        with _lock:
+            self._gone = True
+            self._shortening.remove()
+            if not self._out:
+                self._spreading.remove()
 
-    def shorten(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _hand_out(self, handed: Handed) -> bool:
+        """Begin a call that :meth:`spread` will end; false if nobody would any more."""
+        if torch.compiler.is_compiling():  # it can't trace what comes, and threads don't matter to it
+            handed.around = self
+            return True
+        with _lock:
+            if self._gone:
+                return False
+            handed.around = self
+            self._out.add(id(handed))
+        weakref.finalize(handed, self._back, id(handed)).atexit = False  # also when the call fails
+        return True
+
+    def _back(self, number: int) -> None:
+        with _lock:
+            self._out.discard(number)
+            if self._gone and not self._out:
+                self._spreading.remove()
+
+    def shorten(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """The same call on the pruned prompt; ``None`` for one without pixels or with features handed over.
 
         Raises:
             PatchError: it can't be shortened.
         """
         controller = self._controller
-        if controller is None or not controller.enabled:
+        # PyTorch gives a hook no keyword arguments until a moment after it is put on.
+        if controller is None or not controller.enabled or kwargs is None:
             return None
         given = by_name(f"{type(self.inner).__name__}.forward", self._names, args, kwargs)
         adapter, settings = controller.adapter, controller.settings
@@ -120,6 +154,8 @@ class Around:
             pad_token_id=pad_token_id(controller.model, given),
         )
         handed = Handed(call.arguments.get("mm_encoder_outputs") or {})
+        if not self._hand_out(handed):  # another thread has taken the patch off since
+            return None
         handed.note = call.note
         if call.note is not None:
             handed.columns = spread_columns(call.index, ids.shape[1])
@@ -130,10 +166,13 @@ class Around:
         arguments = with_weights(call.arguments, call.note, hold)
         return (), {**arguments, "input_ids": call.ids, "mm_encoder_outputs": handed}
 
-    def spread(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def spread(self, _: Any, args: tuple[Any, ...], *kwargs_and_output: Any) -> Any:
         """States of the long sequence; what :meth:`shorten` left alone stays as it is."""
+        if len(kwargs_and_output) == 1:  # without keyword arguments, see there: nothing is handed out yet
+            return None
+        kwargs, output = kwargs_and_output
         handed = kwargs.get("mm_encoder_outputs")
-        if not isinstance(handed, Handed):
+        if not isinstance(handed, Handed) or handed.around is not self:
             return None
         if output.past_key_values is not None:
             write_note(output.past_key_values, handed.note)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -44,10 +45,13 @@ class Hold:
 
     def __init__(self, owner: Any) -> None:
         self.owner = weakref.ref(owner)
-        _held.setdefault(owner, weakref.WeakSet()).add(self)
+        with _settling:
+            _held.setdefault(owner, weakref.WeakSet()).add(self)
         weakref.finalize(self, _let_go, self.owner).atexit = False
 
 
+#: For holds and hooks. A hold may go, and settle hooks, in the middle of that.
+_settling = threading.RLock()
 #: Holds that live, by model.
 _held: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Hold]] = weakref.WeakKeyDictionary()
 
@@ -56,7 +60,9 @@ def hold_weights(controller: Controller) -> Hold | None:
     """For a call that may have weights; nothing if they are off, or while something traces."""
     if not controller.settings.weigh or torch.compiler.is_compiling():
         return None
-    return Hold(controller.model)
+    hold = Hold(controller.model)
+    settle_weights(controller.model)  # another thread may have taken the patch off, and the hooks with it
+    return hold
 
 
 class Weights:
@@ -143,21 +149,22 @@ class Weights:
 
 
 def settle_weights(model: Any) -> None:
-    """Put the hooks on that take weights if the model is patched so, else off as soon as no call has any.
+    """Put the hooks on that take weights if the model is patched so or a call may have some, else off.
 
     The hook is one plain function without a state: a copy of the model has it too, and without weights it
     does nothing.
     """
-    wanted = _wants_weights(model)
-    if not wanted and any(_held.get(model, ())):  # its length may count one that is just going
-        return
-    for module in attentions_of(model):
-        numbers = [number for number, hook in module._forward_pre_hooks.items() if hook is _take]
-        if wanted and not numbers:
-            module.register_forward_pre_hook(_take, with_kwargs=True)
-        for number in () if wanted else numbers:
-            module._forward_pre_hooks.pop(number, None)
-            module._forward_pre_hooks_with_kwargs.pop(number, None)
+    with _settling:  # of two threads the second sees what the first has done
+        # The length of what is held may count one that is just going.
+        wanted = _wants_weights(model) or any(_held.get(model, ()))
+        for module in attentions_of(model):
+            hooks = list(module._forward_pre_hooks.items())
+            numbers = [number for number, hook in hooks if hook is _take]
+            if wanted and not numbers:
+                module.register_forward_pre_hook(_take, with_kwargs=True)
+            for number in () if wanted else numbers:
+                module._forward_pre_hooks.pop(number, None)
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def _let_go(owner: weakref.ref[Any]) -> None:
@@ -220,6 +227,20 @@ def with_weights(arguments: Mapping[str, Any], note: CacheNote | None, hold: Hol
 _running: contextvars.ContextVar[tuple[tuple[Any, Weights | None], ...]] = contextvars.ContextVar(
     "ocvtp_running", default=()
 )
+#: What :data:`_running` held when a patched ``forward`` took the call that is under way.
+_served: contextvars.ContextVar[tuple[tuple[Any, Weights | None], ...] | None] = contextvars.ContextVar(
+    "ocvtp_served", default=None
+)
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[None]:
+    """A patched ``forward`` is under way, which knows best whether its call has weights."""
+    token = _served.set(_running.get())
+    try:
+        yield
+    finally:
+        _served.reset(token)
 
 
 @contextlib.contextmanager
@@ -296,12 +317,16 @@ def forget_weights(cache: Any) -> None:
         delattr(cache, _ON_CACHE)
 
 
-def _of_a_call_whose_patch_is_gone(module: Any, cache: Any) -> Weights | None:
-    """Weights where :func:`ocvtp.remove` came after ``generate`` had begun, but before it used the cache."""
-    for owner, weights in reversed(_running.get()):
-        controller = owner.__dict__.get(ATTRIBUTE)
-        patched = controller is not None and controller.enabled
-        if not patched and any(module is one for one in attentions_of(owner)):
+def _of_a_call_that_nobody_served(module: Any, cache: Any) -> Weights | None:
+    """Weights where the patch was off when ``generate``, which had begun with it, called ``forward``.
+
+    Whether it is on by now tells nothing: another thread may have put it on again since.
+    """
+    running = _running.get()
+    if _served.get() is running:
+        return None
+    for owner, weights in reversed(running):
+        if any(module is one for one in attentions_of(owner)):
             if cache is not None and weights is not None:
                 setattr(cache, _ON_CACHE, weights)
             return weights
@@ -311,15 +336,21 @@ def _of_a_call_whose_patch_is_gone(module: Any, cache: Any) -> Weights | None:
 # ------------------------------------------------------------------------------------------------ in the hook
 
 
-def _take(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before an attention module runs: weights off its arguments, and into its mask."""
+def _take(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    """Before an attention module runs: weights off its arguments, and into its mask.
+
+    Without keyword arguments, which PyTorch gives a hook from a moment after it is put on until a moment
+    before it is off: another thread's call, which has none of ours.
+    """
+    if kwargs is None:
+        return None
     cache = kwargs.get("past_key_values")
     kwargs = dict(kwargs)
     weights = kwargs.pop(KEY, None)
     if weights is None:
         weights = getattr(cache, _ON_CACHE, None)
     if weights is None and not torch.compiler.is_compiling() and _running.get():
-        weights = _of_a_call_whose_patch_is_gone(module, cache)
+        weights = _of_a_call_that_nobody_served(module, cache)
     if weights is None:
         return None
     attention = module.config._attn_implementation
