@@ -138,3 +138,13 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsal]:
 
     monkeypatch.setattr("ocvtp.pruner.capture.lane_for", lane_for)
     return made
+
+
+@pytest.fixture
+def fresh_inputs() -> Iterator[None]:
+    """Microbenchmarks draw a case's inputs once a process; a test that changes cases draws its own."""
+    from bench.micro.measure import prepared
+
+    prepared.cache_clear()
+    yield
+    prepared.cache_clear()

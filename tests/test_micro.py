@@ -82,11 +82,7 @@ SPREAD = SpreadCase("tiny", 2, torch.float32, 6, 24, width=12)
 TINY = (SELECT, GATHER, SCATTER, DENSE, PACKED, LOSS, TRAINED, ROUND, MERGE, SPREAD, SLOTS, PRUNER)
 
 
-@pytest.fixture(autouse=True)
-def fresh_inputs() -> Iterator[None]:
-    prepared.cache_clear()
-    yield
-    prepared.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_inputs")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
@@ -19,7 +18,6 @@ from bench.micro.ceilings import CEILINGS, floor
 from bench.micro.coverage_cases import RoundCase, RoundInputs, round_cases
 from bench.micro.gates import GateError, poisoned_memory
 from bench.micro.kmeans import PEER
-from bench.micro.measure import prepared
 from ocvtp_kernels._arch import interpreting
 from ocvtp_kernels.coverage import coverage_error, refine
 
@@ -28,11 +26,7 @@ GPU = torch.device("cuda", 0)
 TINY = RoundCase("tiny", 3, torch.float32, 6, 40, 16)
 
 
-@pytest.fixture(autouse=True)
-def fresh_inputs() -> Iterator[None]:
-    prepared.cache_clear()
-    yield
-    prepared.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_inputs")
 
 
 def candidate(name: str) -> Candidate:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,6 @@ from bench.micro.case import Candidate
 from bench.micro.ceilings import CEILINGS, floor
 from bench.micro.diversity_cases import DiverseCase, FarthestCase, VolumeCase, diverse_cases
 from bench.micro.gates import GateError, poisoned_memory
-from bench.micro.measure import prepared
 from ocvtp_kernels import diversity
 from ocvtp_kernels._arch import interpreting
 
@@ -23,11 +21,7 @@ TINY = [kind("tiny", 2, torch.float32, 6, 40, 16) for kind in (FarthestCase, Vol
 each = pytest.mark.parametrize("case", TINY, ids=lambda case: case.op)
 
 
-@pytest.fixture(autouse=True)
-def fresh_inputs() -> Iterator[None]:
-    prepared.cache_clear()
-    yield
-    prepared.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_inputs")
 
 
 def candidate(name: str) -> Candidate:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,6 @@ from bench.micro.case import Candidate
 from bench.micro.ceilings import CEILINGS, floor
 from bench.micro.gates import GateError, poisoned_memory
 from bench.micro.kmeans import PEER
-from bench.micro.measure import prepared
 from bench.micro.merge_cases import MergeCase, SpreadCase, merge_cases, spread_cases
 from ocvtp_kernels._arch import interpreting
 from ocvtp_kernels.merge import merge_by, merge_tokens
@@ -27,11 +25,7 @@ TINY = MergeCase("tiny", 3, torch.float32, 6, 40, 16)
 BACKWARD = SpreadCase("tiny", 3, torch.float32, 6, 40, 16)
 
 
-@pytest.fixture(autouse=True)
-def fresh_inputs() -> Iterator[None]:
-    prepared.cache_clear()
-    yield
-    prepared.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_inputs")
 
 
 def candidate(case: MergeCase | SpreadCase, name: str) -> Candidate:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.micro.gates import GateError, poisoned_memory
-from bench.micro.measure import prepared
 from bench.micro.slot_inputs import Widths
 from bench.micro.slot_training_cases import StepCase, _forward, step_cases
 from ocvtp_kernels._arch import interpreting
@@ -18,11 +15,7 @@ CPU = torch.device("cpu")
 TINY = StepCase("tiny", 2, torch.float32, 4, 24, Widths(24, 40, 16, 32))
 
 
-@pytest.fixture(autouse=True)
-def fresh_inputs() -> Iterator[None]:
-    prepared.cache_clear()
-    yield
-    prepared.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_inputs")
 
 
 @pytest.mark.skipif(not interpreting(), reason="Triton doesn't interpret here")

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
 
 import ocvtp
-from ocvtp.vlm.call.weighing import Weights, attentions_of
+from ocvtp.vlm.call.weighing import attentions_of
 from tests.vlm.family import Inputs, assert_rows_answer_alike, by_name, packed, steps
 from tests.vlm.test_vlm_concurrency import At, Kind, at_once
 from tests.vlm.test_vlm_ecosystem import with_lora
@@ -175,27 +174,6 @@ def test_a_compiled_language_model(order: str, oc_pruner: Any, one: Inputs) -> N
     gc.collect()  # the compiler leaves a call's arguments to it
     assert not any(hooks(model))
     torch.testing.assert_close(model(**one).logits, unpruned, atol=1e-5, rtol=1e-5)
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_a_decode_step_compiles_into_one_graph(weighed: Any, one: Inputs) -> None:
-    want = weighed.generate(**one, **GREEDY)
-    torch._dynamo.reset()
-    step = torch.compile(weighed.forward, backend="eager", fullgraph=True)
-    cache = StaticCache(config=weighed.config.get_text_config(), max_cache_len=64)
-    out = weighed(**one, past_key_values=cache, use_cache=True)
-    length = out.logits.shape[1]
-    note = cache.__dict__.pop("_ocvtp_note")  # as inside generate, which leaves weights on the cache
-    cache._ocvtp_weights = Weights(note.bias, None)
-    ids = one["input_ids"]
-    for i in range(GREEDY["max_new_tokens"]):
-        token = out.logits[:, -1:].argmax(-1)
-        ids = torch.cat([ids, token], dim=1)
-        position = torch.tensor([[length + i]])
-        out = step(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True)
-    assert torch.equal(ids, want)
     torch._dynamo.reset()
 
 
