@@ -10,9 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-import threading
 import types
-import weakref
 from typing import Any
 
 import torch
@@ -23,13 +21,11 @@ from ocvtp.vlm.call.memory import CacheNote, note_of, prefix_of, write_note
 from ocvtp.vlm.call.named import by_name, positional_names
 from ocvtp.vlm.call.prompt import identity, short_columns
 from ocvtp.vlm.call.shorten import shorten
+from ocvtp.vlm.call.under_way import UnderWay, lock
 from ocvtp.vlm.call.weighing import hold_weights, with_running_weights, with_weights
 from ocvtp.vlm.call.wrappers import foreign_layer, is_transparent_module, label
 from ocvtp.vlm.contracts.errors import PatchError
 from ocvtp.vlm.contracts.pixels import pixels_in
-
-#: For what is handed out; a call may come back in the middle of that.
-_lock = threading.RLock()
 
 
 class Handed(dict[str, Any]):
@@ -61,8 +57,7 @@ class Around:
         self._controller = controller
         self.inner = inner
         self._names = positional_names(type(inner).forward)
-        #: Calls that were shortened and have not come back, by the number of what they were handed.
-        self._out: set[int] = set()
+        self._out = UnderWay(self._settle)  # calls that were shortened and have not come back
         self._gone = False
         self._spreading = inner.register_forward_hook(self.spread, with_kwargs=True)
         try:
@@ -75,8 +70,10 @@ class Around:
         twin = memo[id(self)] = object.__new__(type(self))
         whole = self._controller is not None and id(self._controller.model) in memo
         for name, value in self.__dict__.items():
+            if name == "_out":  # calls of the one copied
+                continue
             twin.__dict__[name] = copy.deepcopy(value, memo) if whole else None
-        twin._out = set()
+        twin._out = UnderWay(twin._settle)
         return twin
 
     def __reduce__(self) -> Any:
@@ -84,30 +81,25 @@ class Around:
 
     def remove(self) -> None:
         """Take the hooks off; the one that spreads as soon as every call that was shortened is back."""
-        with _lock:
+        with lock:
             self._gone = True
             self._shortening.remove()
-            if not self._out:
+            self._settle()
+
+    def _settle(self) -> None:
+        with lock:
+            if self._gone and not self._out:
                 self._spreading.remove()
 
     def _hand_out(self, handed: Handed) -> bool:
         """Begin a call that :meth:`spread` will end; false if nobody would any more."""
+        handed.around = self
         if torch.compiler.is_compiling():  # it can't trace what comes, and threads don't matter to it
-            handed.around = self
             return True
-        with _lock:
-            if self._gone:
-                return False
-            handed.around = self
-            self._out.add(id(handed))
-        weakref.finalize(handed, self._back, id(handed)).atexit = False  # also when the call fails
-        return True
-
-    def _back(self, number: int) -> None:
-        with _lock:
-            self._out.discard(number)
-            if self._gone and not self._out:
-                self._spreading.remove()
+        with lock:
+            if not self._gone:
+                self._out.hold(handed)
+            return not self._gone
 
     def shorten(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """The same call on the pruned prompt; ``None`` for one without pixels or with features handed over.

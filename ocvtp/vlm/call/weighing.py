@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import inspect
-import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 
 from ocvtp.vlm.call.controller import ATTRIBUTE, Controller, unwrap
 from ocvtp.vlm.call.memory import CacheNote, cached_length
+from ocvtp.vlm.call.under_way import UnderWay, lock
 
 #: The argument under which weights travel, and the attribute of a cache that holds them.
 KEY = "ocvtp_weights"
@@ -38,30 +39,23 @@ _SERVED = ("sdpa", "eager", "flex_attention")
 class Hold:
     """Keeps the hooks on a model while this lives: a call that began patched ends so, and a backward pass may
     come after :func:`ocvtp.remove`.
-
-    Args:
-        owner: the model.
     """
 
-    def __init__(self, owner: Any) -> None:
-        self.owner = weakref.ref(owner)
-        with _settling:
-            _held.setdefault(owner, weakref.WeakSet()).add(self)
-        weakref.finalize(self, _let_go, self.owner).atexit = False
 
-
-#: For holds and hooks. A hold may go, and settle hooks, in the middle of that.
-_settling = threading.RLock()
 #: Holds that live, by model.
-_held: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Hold]] = weakref.WeakKeyDictionary()
+_held: weakref.WeakKeyDictionary[Any, UnderWay] = weakref.WeakKeyDictionary()
 
 
 def hold_weights(controller: Controller) -> Hold | None:
     """For a call that may have weights; nothing if they are off, or while something traces."""
     if not controller.settings.weigh or torch.compiler.is_compiling():
         return None
-    hold = Hold(controller.model)
-    settle_weights(controller.model)  # another thread may have taken the patch off, and the hooks with it
+    model, hold = controller.model, Hold()
+    with lock:
+        if model not in _held:
+            _held[model] = UnderWay(functools.partial(_let_go, weakref.ref(model)))
+        _held[model].hold(hold)
+        settle_weights(model)  # another thread may have taken the patch off, and the hooks with it
     return hold
 
 
@@ -89,7 +83,7 @@ class Weights:
 
     def behind(self, columns: int) -> Weights:
         """The same, of a sequence with that many columns more in front."""
-        return Weights(torch.nn.functional.pad(self.bias, (columns, 0)), self._hold) if columns else self
+        return Weights(pad(self.bias, (columns, 0)), self._hold) if columns else self
 
     def added(self, module: Any, hidden: torch.Tensor, mask: Any, cache: Any) -> torch.Tensor:
         """A mask of numbers ``[B, 1, queries, keys]`` in the place of ``mask``.
@@ -154,9 +148,8 @@ def settle_weights(model: Any) -> None:
     The hook is one plain function without a state: a copy of the model has it too, and without weights it
     does nothing.
     """
-    with _settling:  # of two threads the second sees what the first has done
-        # The length of what is held may count one that is just going.
-        wanted = _wants_weights(model) or any(_held.get(model, ()))
+    with lock:  # of two threads the second sees what the first has done
+        wanted = _wants_weights(model) or bool(_held.get(model))
         for module in attentions_of(model):
             hooks = list(module._forward_pre_hooks.items())
             numbers = [number for number, hook in hooks if hook is _take]
