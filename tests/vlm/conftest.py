@@ -13,7 +13,7 @@ import ocvtp
 from ocvtp import OCPruner
 from tests.vlm.family import Family, made
 from tests.vlm.skips import needs_mm_route, needs_original
-from tests.vlm.tiny_llava import llava, pruner
+from tests.vlm.tiny_llava import KEEP, WEIGHED, llava, pruner
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,3 +63,11 @@ def models() -> Iterator[Any]:
 @pytest.fixture
 def oc_pruner() -> OCPruner:
     return pruner()
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def weighed(request: pytest.FixtureRequest, oc_pruner: OCPruner) -> LlavaForConditionalGeneration:
+    """Patched, with kept tokens that stand for the others, on each attention."""
+    model = llava(request.param)
+    ocvtp.apply(model, oc_pruner, keep=KEEP, **WEIGHED)
+    return model

@@ -13,18 +13,22 @@ import ocvtp
 from ocvtp.vlm.call.weighing import attentions_of
 from tests.vlm.family import Inputs, assert_rows_answer_alike, by_name, families, joined, steps
 from tests.vlm.skips import NATIVE_ROUTE, needs_chunked_prefill, needs_mm_route
-from tests.vlm.tiny_llava import GREEDY, KEEP, NONE, ONE, TWO, llava, mixed, pixels, prompt, text_config
+from tests.vlm.tiny_llava import (
+    GREEDY,
+    KEEP,
+    MERGED,
+    NONE,
+    ONE,
+    TWO,
+    WEIGHED,
+    llava,
+    mixed,
+    pixels,
+    prompt,
+    text_config,
+)
 
-WEIGHED: Inputs = {"merge": "projected", "weigh": True}
-PLAIN: Inputs = {"merge": "projected", "weigh": False}
 STATIC: Inputs = {"cache_implementation": "static", "disable_compile": True}
-
-
-@pytest.fixture(params=["sdpa", "eager"])
-def weighed(request: pytest.FixtureRequest, oc_pruner: Any) -> Any:
-    model = llava(request.param)
-    ocvtp.apply(model, oc_pruner, keep=KEEP, **WEIGHED)
-    return model
 
 
 @torch.no_grad()
@@ -57,7 +61,7 @@ def assert_recomputed(model: Any, row: Inputs, **options: Any) -> None:
 def test_decoding_is_recomputing(weighed: Any, options: Inputs) -> None:
     row = prompt(TWO, pixels(2))
     assert_recomputed(weighed, row, **options)
-    ocvtp.apply(weighed, weighed._ocvtp.settings.selector.pruner, keep=KEEP, **PLAIN)
+    ocvtp.apply(weighed, weighed._ocvtp.settings.selector.pruner, keep=KEEP, **MERGED)
     plain = steps(weighed, row)
     ocvtp.apply(weighed, weighed._ocvtp.settings.selector.pruner, keep=KEEP, **WEIGHED)
     assert (steps(weighed, row).logits[0] - plain.logits[0]).abs().max() > 0.05

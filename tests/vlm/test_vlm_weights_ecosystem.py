@@ -17,10 +17,7 @@ from ocvtp.vlm.call.weighing import attentions_of
 from tests.vlm.family import Inputs, assert_rows_answer_alike, by_name, packed, steps
 from tests.vlm.test_vlm_concurrency import At, Kind, at_once
 from tests.vlm.test_vlm_ecosystem import with_lora
-from tests.vlm.tiny_llava import GREEDY, KEEP, ONE, TWO, llava, mixed, pixels, prompt
-
-WEIGHED: Inputs = {"merge": "projected", "weigh": True}
-PLAIN: Inputs = {"merge": "projected", "weigh": False}
+from tests.vlm.tiny_llava import GREEDY, KEEP, MERGED, ONE, TWO, WEIGHED, llava, mixed, pixels, prompt
 
 
 @pytest.fixture
@@ -95,7 +92,7 @@ def test_packed_documents(name: str, models: Any) -> None:
     alone = torch.cat([model(**document, use_cache=False).logits[0] for document in documents])
     together = model(**packed(family, model, [documents]), use_cache=False).logits[0]
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
-    ocvtp.apply(model, family.pruner(), keep=family.keep, **PLAIN)
+    ocvtp.apply(model, family.pruner(), keep=family.keep, **MERGED)
     other = model(**packed(family, model, [documents]), use_cache=False).logits[0]
     assert (other - together).abs().max() > 0.05
 
@@ -113,7 +110,7 @@ def test_half_precision(way: str, attention: str, dtype: torch.dtype, oc_pruner:
     ocvtp.apply(model, "grid", keep=KEEP, **WEIGHED)
     batch, _ = mixed()
     want = model(**batch).logits[:, -1]
-    ocvtp.apply(model, "grid", keep=KEEP, **PLAIN)
+    ocvtp.apply(model, "grid", keep=KEEP, **MERGED)
     unweighed = float((model(**batch).logits[:, -1] - want).abs().max())
     if way == "cast":
         model.to(dtype)
@@ -238,7 +235,7 @@ def test_the_model_inside_is_copied_and_pickled(weighed: Any) -> None:
 
 def test_pruned_within_and_back(model: Any, oc_pruner: Any, one: Inputs) -> None:
     said = {}
-    for key, options in (("plain", PLAIN), ("weighed", WEIGHED)):
+    for key, options in (("plain", MERGED), ("weighed", WEIGHED)):
         ocvtp.apply(model, oc_pruner, keep=KEEP, **options)
         said[key] = steps(model, one).logits
     ocvtp.remove(model)
@@ -250,14 +247,14 @@ def test_pruned_within_and_back(model: Any, oc_pruner: Any, one: Inputs) -> None
 
     with ocvtp.pruned(model, oc_pruner, keep=KEEP, **WEIGHED):
         assert is_now("weighed")
-        with ocvtp.pruned(model, oc_pruner, keep=KEEP, **PLAIN):
+        with ocvtp.pruned(model, oc_pruner, keep=KEEP, **MERGED):
             assert is_now("plain")
             with ocvtp.pruned(model, oc_pruner, keep=KEEP, **WEIGHED):
                 assert is_now("weighed")
             assert is_now("plain")
         assert is_now("weighed")
     assert is_now("unpruned")
-    ocvtp.apply(model, oc_pruner, keep=KEEP, **PLAIN)
+    ocvtp.apply(model, oc_pruner, keep=KEEP, **MERGED)
     with ocvtp.pruned(model, oc_pruner, keep=KEEP, **WEIGHED):
         assert is_now("weighed")
     assert is_now("plain")
@@ -274,7 +271,7 @@ def test_threads_of_two_models(oc_pruner: Any) -> None:
     """One with weights, one without, and a third that shares the second's language model."""
     models = [llava(), llava(seed=1), llava()]
     row = prompt(TWO, pixels(2))
-    for model, options in zip(models, (WEIGHED, PLAIN, WEIGHED), strict=True):
+    for model, options in zip(models, (WEIGHED, MERGED, WEIGHED), strict=True):
         ocvtp.apply(model, oc_pruner, keep=KEEP, **options)
     want = [told(model, row) for model in models]
 
@@ -292,7 +289,7 @@ def test_threads_of_two_models(oc_pruner: Any) -> None:
 def test_a_running_answer_ends_as_it_began(place: str, what: str, options: Inputs, oc_pruner: Any) -> None:
     """Another thread turns weights off meanwhile: they stay to its end, and their hooks no longer."""
     kind, model, row = Kind("llava"), llava(), prompt(ONE, pixels(1))
-    ocvtp.apply(model, oc_pruner, keep=KEEP, **PLAIN)
+    ocvtp.apply(model, oc_pruner, keep=KEEP, **MERGED)
     plain = told(model, row)
     ocvtp.remove(model)
     unpruned = told(model, row)
@@ -303,7 +300,7 @@ def test_a_running_answer_ends_as_it_began(place: str, what: str, options: Input
         if what.startswith("remove"):
             ocvtp.remove(model)
         if what != "remove":
-            ocvtp.apply(model, oc_pruner, keep=KEEP, **PLAIN)
+            ocvtp.apply(model, oc_pruner, keep=KEEP, **MERGED)
 
     with At(model, kind, place, lambda: at_once(change) and None) as more:
         got = told(model, row, **options, **more)

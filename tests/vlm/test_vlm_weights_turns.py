@@ -13,20 +13,24 @@ from transformers import DynamicCache, StaticCache
 import ocvtp
 from tests.vlm.family import Inputs, by_name, steps
 from tests.vlm.skips import NATIVE_ROUTE, needs_images_behind_cache, needs_mm_route
-from tests.vlm.tiny_llava import GREEDY, IMAGE, KEEP, NONE, ONE, TOKENS, llava, mixed, pixels, prompt
+from tests.vlm.tiny_llava import (
+    GREEDY,
+    IMAGE,
+    KEEP,
+    MERGED,
+    NONE,
+    ONE,
+    TOKENS,
+    WEIGHED,
+    llava,
+    mixed,
+    pixels,
+    prompt,
+)
 
 NEW = GREEDY["max_new_tokens"]
 FOLLOW_UP = [40, 41, 42]
 SECOND = [43, *[IMAGE] * TOKENS, 44, 45]
-WEIGHED: Inputs = {"merge": "projected", "weigh": True}
-PLAIN: Inputs = {"merge": "projected", "weigh": False}
-
-
-@pytest.fixture(params=["sdpa", "eager"])
-def weighed(request: pytest.FixtureRequest, oc_pruner: Any) -> Any:
-    model = llava(request.param)
-    ocvtp.apply(model, oc_pruner, keep=KEEP, **WEIGHED)
-    return model
 
 
 def extended(sequences: torch.Tensor, text: list[int]) -> torch.Tensor:
@@ -149,7 +153,7 @@ def test_cropped_copied_and_emptied(weighed: Any) -> None:
 @pytest.mark.parametrize("began", ["with", "without"])
 @torch.no_grad()
 def test_a_cache_is_not_continued_the_other_way(began: str, oc_pruner: Any) -> None:
-    first, second = (WEIGHED, PLAIN) if began == "with" else (PLAIN, WEIGHED)
+    first, second = (WEIGHED, MERGED) if began == "with" else (MERGED, WEIGHED)
     model, row = llava(), prompt(ONE, pixels(1))
     ocvtp.apply(model, oc_pruner, keep=KEEP, **first)
     caches = [steps(model, row).past_key_values, model(**row, use_cache=True).past_key_values]
@@ -183,12 +187,12 @@ def test_a_cache_that_holds_no_pictures_is_anybodys(oc_pruner: Any) -> None:
     asked: Inputs = {"input_ids": ids, "pixel_values": image[:1]}
     assert_alike(steps(model, asked, past_key_values=cache), steps(model, asked))
     cache = DynamicCache()
-    ocvtp.apply(model, oc_pruner, keep=1.0, **PLAIN)
+    ocvtp.apply(model, oc_pruner, keep=1.0, **MERGED)
     turn = steps(model, prompt(ONE, image[:1]), past_key_values=cache)
     ocvtp.apply(model, oc_pruner, keep=KEEP, **WEIGHED)
     ids = extended(turn.sequences, SECOND)
     out = steps(model, {"input_ids": ids, "pixel_values": image[1:]}, past_key_values=cache)
-    ocvtp.apply(model, oc_pruner, keep=KEEP, **PLAIN)
+    ocvtp.apply(model, oc_pruner, keep=KEEP, **MERGED)
     with pytest.raises(ValueError, match="filled with weights"):
         steps(model, {"input_ids": extended(out.sequences, FOLLOW_UP)}, past_key_values=cache)
 

@@ -14,7 +14,7 @@ from tests.vlm.family import Inputs, joined, steps
 from tests.vlm.skips import needs_mm_route
 from tests.vlm.standing import nearest
 from tests.vlm.test_vlm_gemma3 import builder
-from tests.vlm.tiny_llava import IMAGE
+from tests.vlm.tiny_llava import IMAGE, WEIGHED
 
 FAMILY = next(family for family in FAMILIES if family.name == "gemma3")
 WINDOW, KEPT, NEW = (
@@ -22,7 +22,6 @@ WINDOW, KEPT, NEW = (
     5,
     14,
 )  # the window begins to slide in the prompt, and passes the pictures in the answer
-WEIGHED: Inputs = {"merge": "projected", "weigh": True}
 STATIC: Inputs = {"cache_implementation": "static", "disable_compile": True}
 ASKED: Inputs = {"do_sample": False, "max_new_tokens": NEW}
 

@@ -23,6 +23,9 @@ KEEP = 5
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
 #: Dropped tokens are thrown away, as published: what was built by hand of kept tokens alone.
 PLAIN: dict[str, Any] = {"merge": "off", "weigh": False}
+#: They are averaged into kept ones; and the language model knows how many a kept one stands for.
+MERGED: dict[str, Any] = {"merge": "projected", "weigh": False}
+WEIGHED: dict[str, Any] = {"merge": "projected", "weigh": True}
 
 _RUN = [IMAGE] * TOKENS
 ONE = [1, 5, 6, *_RUN, 7, 8, 9]
