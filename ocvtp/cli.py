@@ -151,6 +151,10 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _wishes(merge: Merge | None, weigh: bool | None, features: str | None = None) -> Wishes:
+    return Wishes(None if merge is None else merge.value, weigh, features)
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -196,7 +200,7 @@ def prune(
             layer=layer,
             seed=seed,
             refine=refine,
-            wishes=Wishes(None if merge is None else merge.value, weigh, features),
+            wishes=_wishes(merge, weigh, features),
             console=Console(stderr=True),
         )
         if as_json:
@@ -236,7 +240,7 @@ def visualize(
             layer=layer,
             seed=seed,
             refine=refine,
-            wishes=Wishes(None if merge is None else merge.value, weigh, features),
+            wishes=_wishes(merge, weigh, features),
             console=Console(stderr=True),
         )
         typer.echo(f"wrote {out}")
@@ -442,7 +446,7 @@ def flops(
             keep=keep,
             text_tokens=text_tokens,
             image=image,
-            wishes=Wishes(None if merge is None else merge.value, weigh),
+            wishes=_wishes(merge, weigh),
             counter=counter.value,
         )
     if as_json:

@@ -17,7 +17,7 @@ import ocvtp
 from bench.e2e.methods import OFFICIAL, OURS, UNPRUNED, VARIANTS, WEIGHED, Method
 from bench.e2e.official import Kept, OfficialDataflow
 from bench.e2e.prompts import Inputs
-from bench.e2e.standing import stand_by_hand, vision_arguments
+from bench.e2e.standing import stand_by_hand
 from bench.micro.gates import GateError, require_error, worst_error
 from ocvtp import OCPruner
 from ocvtp.vlm import select
@@ -167,12 +167,17 @@ def _by_default(model: Any, pruner: OCPruner, keep: int, inputs: Inputs) -> list
     with ocvtp.pruned(model, pruner, keep=keep, **plain) as report:
         if report.backend == "torch":
             return []
-        ours = select(model, **vision_arguments(model, inputs)).indices
+        ours = _kept(model, inputs)
     with ocvtp.pruned(model, pruner, keep=keep, backend="torch", precision="fp32", **plain):
-        share = _share(ours, select(model, **vision_arguments(model, inputs)).indices)
+        share = _share(ours, _kept(model, inputs))
     if not share >= SAME_BY_DEFAULT:
         raise GateError(f"{report.precision} keeps {share:.1%} of the tokens that float32 keeps")
     return [f"{OURS} in {report.precision} keeps {share:.1%} of the tokens that PyTorch in float32 keeps"]
+
+
+def _kept(model: Any, inputs: Inputs) -> torch.Tensor:
+    """Indices that a patched model keeps of the images among ``inputs``."""
+    return select(model, **controller_of(model).of_images(inputs)).indices
 
 
 def _share(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -198,7 +203,7 @@ def _against_official(model: Any, pruner: OCPruner, keep: int, inputs: Inputs) -
     def both(given: Inputs) -> tuple[OfficialDataflow, Kept, torch.Tensor]:
         official = OfficialDataflow(model, pruner, keep)
         with ocvtp.pruned(model, pruner, keep=keep, **options):
-            return official, official.encode(given), select(model, **vision_arguments(model, given)).indices
+            return official, official.encode(given), _kept(model, given)
 
     with _wide_vision(model, inputs) as wide:
         official, theirs, ours = both(wide)

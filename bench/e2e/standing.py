@@ -12,12 +12,6 @@ from ocvtp.vlm import select
 from ocvtp.vlm.call.controller import controller_of
 
 
-def vision_arguments(model: Any, inputs: Inputs) -> Inputs:
-    """Of a patched model's inputs those that describe its pictures."""
-    names = ("pixel_values", *controller_of(model).adapter.vision_keys)
-    return {name: inputs[name] for name in names if name in inputs}
-
-
 def stand_by_hand(
     model: Any, inputs: Inputs, rows: torch.Tensor, places: torch.Tensor, rounding: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +30,7 @@ def stand_by_hand(
     Raises:
         GateError: an owner that is not the nearest kept token, or a number that is not that of its tokens.
     """
-    selection = select(model, **vision_arguments(model, inputs))
+    selection = select(model, **controller_of(model).of_images(inputs))
     owner, mass = selection.owner, selection.mass
     assert owner is not None
     assert mass is not None

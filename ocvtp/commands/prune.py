@@ -119,8 +119,7 @@ def _mass(model: Any, inputs: Any) -> list[int]:
     from ocvtp.vlm import select
     from ocvtp.vlm.call.controller import controller_of
 
-    names = ("pixel_values", *controller_of(model).adapter.vision_keys)
-    found = select(model, **{name: inputs[name] for name in names if name in inputs})
+    found = select(model, **controller_of(model).of_images(inputs))
     assert found.mass is not None
     return [int(count) for count in found.mass.flatten().tolist()]
 

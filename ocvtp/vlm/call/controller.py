@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,11 @@ class Controller:
     def by_name(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a call, by name."""
         return by_name(method, self._names[method], args, kwargs)
+
+    def of_images(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What describes images among a processor's inputs: the arguments of :func:`ocvtp.vlm.select`."""
+        names = (self.adapter.pixel_keys["image"], *self.adapter.vision_keys)
+        return {name: inputs[name] for name in names if name in inputs}
 
     def has_pixels(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call brings pixels along."""

@@ -98,4 +98,4 @@ def _nearest(
 ) -> Owners:
     mask = None if mask is None else mask.to(compared.device)
     kept = indices.to(compared.device)
-    return Owners(*nearest_kept(compared.detach(), kept, mask, backend=settings.backend))
+    return Owners(*nearest_kept(compared, kept, mask, backend=settings.backend))
