@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import ocvtp
-from ocvtp.vlm.call.weighing import attentions_of
+from ocvtp.vlm.call.controller import controller_of
+from ocvtp.vlm.call.weighing import attentions_of, hold_weights
 from tests.vlm.family import Inputs, assert_rows_answer_alike, by_name, packed, steps
 from tests.vlm.test_vlm_concurrency import At, Kind, at_once
 from tests.vlm.test_vlm_ecosystem import with_lora
@@ -172,6 +173,32 @@ def test_a_compiled_language_model(order: str, oc_pruner: Any, one: Inputs) -> N
     assert not any(hooks(model))
     torch.testing.assert_close(model(**one).logits, unpruned, atol=1e-5, rtol=1e-5)
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_hooks_stay_while_something_compiles(model: Any, oc_pruner: Any, one: Inputs) -> None:
+    """Garbage collection ends the last call in the middle of it; the guards that follow name the hooks."""
+    want = model(**one).logits
+    ocvtp.apply(model, oc_pruner, keep=KEEP, **WEIGHED)
+    held = [hold_weights(controller_of(model))]
+    ocvtp.remove(model)
+    assert hooks(model) == [1, 1]
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        held.clear()
+        gc.collect()
+        seen.append(hooks(model))
+        return graph.forward
+
+    compiled = torch.compile(model.forward, backend=backend)
+    torch.testing.assert_close(compiled(**one).logits, want, atol=1e-5, rtol=1e-5)
+    assert seen[0] == [1, 1]
+    torch._dynamo.reset()
+    gc.collect()
+    assert hooks(model) == [0, 0]
 
 
 # ---------------------------------------------------------------------------------------- copies, on and off

@@ -6,6 +6,9 @@ import threading
 import weakref
 from collections.abc import Callable
 
+import torch
+from torch._guards import CompileContext
+
 #: For whoever takes on, or lets go, what another thread may be taking off. A holder may go in the middle of
 #: that, in the same thread.
 lock = threading.RLock()
@@ -15,7 +18,8 @@ class UnderWay:
     """Objects that hold something while they live. True while there are any.
 
     Args:
-        let_go: called after each of them is gone.
+        let_go: called when the last of them is gone; never while something compiles, which may have seen
+            what is let go, and would look for it again.
     """
 
     def __init__(self, let_go: Callable[[], None]) -> None:
@@ -33,5 +37,20 @@ class UnderWay:
 
     def _gone(self, number: int) -> None:
         with lock:
+            if _compiles():
+                self.hold(_Garbage())
             self._holders.discard(number)
-        self._let_go()
+        if not self:
+            self._let_go()
+
+
+class _Garbage:
+    """Gone when garbage is collected next."""
+
+    def __init__(self) -> None:
+        self._itself = self
+
+
+def _compiles() -> bool:
+    """Whether anything compiles; PyTorch before 2.13 tells of this thread alone."""
+    return torch.compiler.is_compiling() or CompileContext.try_get() is not None
