@@ -8,7 +8,8 @@ import torch
 
 from ocvtp.vlm.families import adapter_for
 from ocvtp.vlm.families.arguments import picture_arguments
-from ocvtp.vlm.options import Options, resolve
+from ocvtp.vlm.options import Options
+from ocvtp.vlm.resolving import resolve
 
 Inputs = dict[str, Any]
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ocvtp import OCPruner, PrunerConfig, PruneReport
-    from ocvtp.vlm.contracts.adapter import Adapter, TowerFacts
+    from ocvtp.vlm.contracts.adapter import Adapter
+    from ocvtp.vlm.contracts.layout import TowerFacts
 
 DEFAULT_KEEP = 64
 _MOST = 2**31  # of anything that a model's configuration counts
@@ -103,13 +104,11 @@ def load_pruner(source: str, layer: int | None = None) -> OCPruner:
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    from ocvtp import OCPruner, PrunerConfig
+    from ocvtp.pruner.sources import read_pruner
 
     with blamed_on_input(OSError, ValueError):
         try:
-            if not os.path.isfile(source):
-                return OCPruner.from_pretrained(source, layer=layer)
-            return OCPruner.from_official(source, layer=PrunerConfig.layer if layer is None else layer)
+            return read_pruner(source, layer)
         except GatedRepoError:  # a kind of the next; its message says how to get access
             raise
         except RepositoryNotFoundError as error:
@@ -203,8 +202,8 @@ def check_fit(config: Any, pruner: PrunerConfig | None, keep: float) -> Adapter:
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from ocvtp.vlm.contracts.fit import check_fit as check_pruner
     from ocvtp.vlm.families import adapter_for
-    from ocvtp.vlm.families.fit import check_fit as check_pruner
 
     with blamed_on_input(ValueError):
         try:
@@ -357,7 +356,8 @@ def prepare(
 
 def _planned(skeleton: Adapter, chosen: Any, options: dict[str, Any]) -> PruneReport:
     """What ``apply`` would do, or why it won't, told from shapes."""
-    from ocvtp.vlm.options import Options, resolve
+    from ocvtp.vlm.options import Options
+    from ocvtp.vlm.resolving import resolve
 
     with blamed_on_input(ValueError):
         return resolve(skeleton, Options(chosen, **options))[1]

@@ -25,7 +25,8 @@ from ocvtp.vlm.contracts.settings import Merge, Settings
 from ocvtp.vlm.encode.encode import choose, encode
 from ocvtp.vlm.families import adapter_for
 from ocvtp.vlm.families.arguments import picture_arguments
-from ocvtp.vlm.options import Options, resolve
+from ocvtp.vlm.options import Options
+from ocvtp.vlm.resolving import resolve
 from ocvtp_kernels._arch import pretend
 from ocvtp_kernels._checks import as_int
 

@@ -17,8 +17,9 @@ from ocvtp.vlm.contracts.settings import Frames, Layout, Merge, Newlines, Settin
 from ocvtp.vlm.encode.encode import choose
 from ocvtp.vlm.families import adapter_for
 from ocvtp.vlm.methods import Run, install, resettle, uninstall
-from ocvtp.vlm.options import Options, resolve
+from ocvtp.vlm.options import Options
 from ocvtp.vlm.report import PruneReport
+from ocvtp.vlm.resolving import resolve
 
 _PATCHED: dict[str, Run] = {"forward": calls.forward, "generate": calls.generate}
 

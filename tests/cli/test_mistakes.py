@@ -138,7 +138,7 @@ class TestSources:
 
     def test_weights_that_no_attention_takes(self, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
         """Told of shapes alone, as everything that apply would refuse."""
-        monkeypatch.setattr("ocvtp.vlm.options.why_no_weights", lambda _: "no room for them: do this")
+        monkeypatch.setattr("ocvtp.vlm.resolving.why_no_weights", lambda _: "no room for them: do this")
         said = refused(files, None, None, "--weigh")
         assert "weigh=True is not possible here: no room for them: do this" in said
 

@@ -21,7 +21,7 @@ from ocvtp.training.recipe import Recipe
 from ocvtp.training.trainer import default_config, train
 from ocvtp.vlm.encode.selectors import PrunerSelector
 from ocvtp.vlm.families import adapter_for
-from ocvtp.vlm.towers.qwen_geometry import patchify
+from ocvtp.vlm.layouts.qwen_geometry import patchify
 from tests.vlm import tiny_qwen
 from tests.vlm.family import Family, families
 from tests.vlm.hub_families import FAMILIES as HUB

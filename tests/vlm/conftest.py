@@ -29,7 +29,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """Both hand-over routes; the older one also on a transformers that has the newer."""
     if request.param == "mm_encoder_outputs":
         needs_mm_route()
-    monkeypatch.setattr("ocvtp.vlm.options.route_of", lambda model: request.param)
+    monkeypatch.setattr("ocvtp.vlm.resolving.route_of", lambda model: request.param)
     return request.param
 
 

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import ocvtp
-from ocvtp.vlm import options, select
+from ocvtp.vlm import resolving, select
 from ocvtp.vlm.call.controller import controller_of
 from ocvtp.vlm.families import adapter_for
 from tests.vlm.family import Family, Inputs, families
@@ -149,7 +149,7 @@ def main(folder: Path, cases: list[str]) -> None:
     found = {}
     for case in cases:
         name, wrapping, *route = case.split("/")
-        other = mock.patch.object(options, "route_of", return_value=route[0]) if route else nullcontext()
+        other = mock.patch.object(resolving, "route_of", return_value=route[0]) if route else nullcontext()
         with other:
             found[case] = said(known[name], wrapping)
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))

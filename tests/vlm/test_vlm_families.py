@@ -13,8 +13,8 @@ from packaging.version import Version
 from transformers import DynamicCache, LlamaForCausalLM
 
 import ocvtp
-from ocvtp.vlm.families import adapter_for, merged, tiles
-from ocvtp.vlm.towers import qwen_geometry
+from ocvtp.vlm.families import adapter_for
+from ocvtp.vlm.layouts import packing, qwen_geometry, squares
 from tests.vlm.family import Family, Inputs, assert_rows_answer_alike, by_hand, families, joined, steps
 from tests.vlm.skips import (
     IMAGES_BEHIND_CACHE,
@@ -44,7 +44,7 @@ def _rows(family: Family) -> dict[str, Inputs]:
 def any_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "mm_encoder_outputs":
         needs_mm_route()
-    monkeypatch.setattr("ocvtp.vlm.options.route_of", lambda model: request.param)
+    monkeypatch.setattr("ocvtp.vlm.resolving.route_of", lambda model: request.param)
     return request.param
 
 
@@ -400,7 +400,7 @@ def test_half_precision(family: Family, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("family", CASES)
 def test_training_after_inference_mode(family: Family) -> None:
     """Nothing that was made under inference mode is kept for later."""
-    for cached in (tiles.packing, tiles.whole_picture, merged.members, qwen_geometry.geometry):
+    for cached in (packing.packing, packing.whole_picture, squares.members, qwen_geometry.geometry):
         cached.cache_clear()
     model, row = family.model(), dict(_rows(family)["two"])
     ocvtp.apply(model, family.pruner(), keep=family.keep)

@@ -138,7 +138,7 @@ def test_chunked_prefill_equals_greedy(patched: Any, chunk: int) -> None:
 def test_the_old_route_refuses_what_it_cannot_do(
     model: Any, oc_pruner: Any, one: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ocvtp.vlm.options.route_of", lambda model: "inputs_embeds")
+    monkeypatch.setattr("ocvtp.vlm.resolving.route_of", lambda model: "inputs_embeds")
     ocvtp.apply(model, oc_pruner, keep=KEEP)
     assistant = LlamaForCausalLM(text_config()).eval()
     for options in (

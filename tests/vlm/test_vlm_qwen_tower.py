@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from ocvtp.vlm.towers import qwen_geometry
-from ocvtp.vlm.towers.qwen import run_qwen_tower, scored_block
+from ocvtp.vlm.layouts import qwen_geometry
+from ocvtp.vlm.layouts.units import scored_block
+from ocvtp.vlm.towers.qwen import run_qwen_tower
 from tests.vlm.tiny_qwen import DEPTH, FAMILIES, FULL, MERGE, STACKED, WIDTH, WINDOW, grid, pixels, units
 
 # Sizes that fill windows of 2 x 2 units and ones that don't, twice the same, and a video among them.
@@ -206,7 +207,7 @@ def test_scores_come_from_a_block_with_full_attention() -> None:
     want = torch.empty(len(run.merged()), dtype=torch.float64)
     want[tower_order("qwen2_5_vl", MIXED)] = plain_scores(seen[4], 4, MIXED)
     torch.testing.assert_close(run.received_attention("torch").double(), want, atol=1e-6, rtol=1e-4)
-    assert scored_block(tower) == 4
+    assert scored_block(tower, len(tower.blocks)) == 4
 
 
 def test_no_scores_without_full_attention() -> None:

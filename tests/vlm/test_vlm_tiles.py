@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from ocvtp.vlm.families.tiles import packing
+from ocvtp.vlm.layouts.packing import packing
 
 GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 CPU = torch.device("cpu")

@@ -258,7 +258,7 @@ def test_padding_between_turns(patched: Any) -> None:
 def test_an_image_behind_a_cache_on_old_versions(
     model: Any, oc_pruner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ocvtp.vlm.options.route_of", lambda model: "inputs_embeds")
+    monkeypatch.setattr("ocvtp.vlm.resolving.route_of", lambda model: "inputs_embeds")
     monkeypatch.setattr("transformers.__version__", "5.2.0")
     ocvtp.apply(model, oc_pruner, keep=KEEP)
     turn = ask(model, torch.tensor([ONE]), None, pixels(1))

@@ -11,7 +11,8 @@ import torch
 from ocvtp import PrunerConfig, Selection
 from ocvtp.vlm.encode.encode import encode
 from ocvtp.vlm.families import adapter_for
-from ocvtp.vlm.options import Options, resolve
+from ocvtp.vlm.options import Options
+from ocvtp.vlm.resolving import resolve
 from tests.vlm.family import Inputs
 from tests.vlm.tiny_llava import PLAIN, WIDTH
 

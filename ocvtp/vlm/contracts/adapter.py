@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from ocvtp.vlm.contracts.layout import Layout, TowerFacts
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
-
-
-@dataclass(frozen=True)
-class TowerFacts:
-    """Static facts about a model's vision side, for checks and the report.
-
-    Attributes:
-        tower: ``model_type`` of the vision tower.
-        width: of the features a pruner reads.
-        unit: patches along each side of a token that is chosen or dropped: 1, or 2 where 2 x 2 are merged.
-        num_layers: of the tower.
-        consumed_layers: encoder layers whose outputs the language model consumes.
-        tokens: candidates of every image; ``None`` where images differ.
-        extra_rows: rows per image that are kept on top of the budget.
-        attention: attention implementation of the tower.
-        device: where it computes.
-    """
-
-    tower: str
-    width: int
-    num_layers: int
-    consumed_layers: tuple[int, ...]
-    tokens: int | None
-    extra_rows: int
-    attention: str
-    device: torch.device
-    unit: int = 1
 
 
 class Vision(Protocol):
@@ -219,11 +192,10 @@ class Family:
     needs_mm_route = False
     masks_by_layer = True
     projects_tokens = True
-    #: Options of :func:`ocvtp.apply` that not every family has, which this one has.
-    options: frozenset[str] = frozenset()
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layout: Layout) -> None:
         self.model = model
+        self.layout: Any = layout
 
     def token_id(self, modality: str) -> int:
         """See :class:`Adapter`."""
@@ -231,12 +203,14 @@ class Family:
         return found
 
     def check(self, settings: Settings) -> None:
-        """Raise ``ValueError`` for an option that was chosen and means nothing here."""
-        for name in ("layout", "newlines", "frames", "tower"):
-            if name not in self.options and getattr(settings, name) != Settings.default(name):
-                raise ValueError(
-                    f"{name}={getattr(settings, name)!r} is not available for {self.model.config.model_type}"
-                )
+        """See :class:`Adapter`."""
+        self.layout.check(settings)
+
+    def facts(self, arguments: Mapping[str, Any]) -> TowerFacts:
+        """See :class:`Adapter`."""
+        attention = str(self.tower.config._attn_implementation)
+        facts: TowerFacts = self.layout.facts(arguments, attention=attention, device=device_of(self.tower))
+        return facts
 
     def check_call(self, arguments: Mapping[str, Any], *, generating: bool) -> None:
         """See :class:`Adapter`."""

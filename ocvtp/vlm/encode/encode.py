@@ -49,7 +49,7 @@ def encode(
     def run(*pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         given = {**arguments, **{key: pixels[i] for i, key in enumerate(keys.values())}}
         visions = {modality: adapter.vision(modality, given, settings) for modality in keys}
-        kept.update({modality: _encode(vision, settings, clock) for modality, vision in visions.items()})
+        kept.update({modality: prune_rows(vision, settings, clock) for modality, vision in visions.items()})
         return tuple(tensor for rows in kept.values() for tensor in rows.tensors())
 
     pixels = (arguments[key] for key in keys.values())
@@ -76,7 +76,14 @@ def choose(
     return found
 
 
-def _encode(vision: Vision, settings: Settings, clock: Clock | None) -> KeptRows:
+def prune_rows(vision: Vision, settings: Settings, clock: Clock | None = None) -> KeptRows:
+    """Tower, choice and projector of the images (or the videos) of a call.
+
+    Args:
+        vision: of the images.
+        settings: of the call.
+        clock: times the stages, if one runs.
+    """
     run = _Run(vision, settings, clock)
     chosen = []
     with stage(clock, "pruner", vision.device):

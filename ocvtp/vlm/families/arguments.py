@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ocvtp.vlm.families.tiles import packing
+from ocvtp.vlm.layouts.packing import packing
 
 
 def picture_arguments(

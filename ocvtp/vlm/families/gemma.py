@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,11 +56,6 @@ class Gemma3Adapter(MergedFamily):
 
     needs_mm_route = True  # its generate takes no embeddings
     projects_tokens = False
-
-    @property
-    def unit(self) -> int:
-        """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""
-        return self.side // math.isqrt(int(self.model.config.mm_tokens_per_image))
 
     def project_all(self, patches: torch.Tensor) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""

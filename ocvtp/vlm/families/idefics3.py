@@ -36,11 +36,6 @@ class Idefics3Adapter(MergedFamily):
             ("model.connector.pixel_shuffle", connector, "pixel_shuffle"),
         ]
 
-    @property
-    def unit(self) -> int:
-        """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""
-        return int(self.model.config.scale_factor)
-
     def pictures(self, arguments: Mapping[str, Any]) -> torch.Tensor:
         """Real tiles of ``pixel_values`` ``[prompts, most tiles, 3, H, W]``.
 
@@ -72,7 +67,8 @@ class Idefics3Adapter(MergedFamily):
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""
-        every = torch.ones(len(pixels), self.side, self.side, dtype=torch.bool, device=pixels.device)
+        side = self.layout.side
+        every = torch.ones(len(pixels), side, side, dtype=torch.bool, device=pixels.device)
         hidden: torch.Tensor = self.tower.embeddings(pixel_values=pixels, patch_attention_mask=every)
         return hidden
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.families.merged import MergedFamily
 
 
@@ -19,46 +18,9 @@ class InternVLAdapter(MergedFamily):
 
     vision_keys = ("vision_feature_layer", "vision_feature_select_strategy")
 
-    @property
-    def unit(self) -> int:
-        """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""
-        return int(1 / self.model.config.downsample_ratio)
-
-    def consumed(self, arguments: Mapping[str, Any]) -> int:
-        """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""
-        wanted = self._layer(arguments)
-        layers = int(self.tower.config.num_hidden_layers)
-        if not isinstance(wanted, int) or not -layers <= wanted <= layers or wanted == 0:
-            raise ValueError(
-                f"vision_feature_layer={wanted!r} must be the output of one of this tower's {layers} layers: "
-                f"1..{layers} or -{layers}..-1"
-            )
-        return wanted % (layers + 1) - 1
-
-    def _layer(self, arguments: Mapping[str, Any]) -> Any:
-        wanted = arguments.get("vision_feature_layer")
-        return self.model.config.vision_feature_layer if wanted is None else wanted
-
-    def prefix(self, arguments: Mapping[str, Any]) -> int:
-        """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""
-        strategy = arguments.get("vision_feature_select_strategy")
-        if strategy is None:
-            strategy = self.model.config.vision_feature_select_strategy
-        if strategy != "default":
-            raise ValueError(
-                f'vision_feature_select_strategy must be "default" to be pruned; got {strategy!r}: with the '
-                "class token, patches make no square"
-            )
-        return 1
-
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
         return [*super().bypassed_methods(), ("model.pixel_shuffle", self.model.model, "pixel_shuffle")]
-
-    def check(self, settings: Settings) -> None:
-        """Raise ``ValueError`` for settings or a configuration that can't be pruned."""
-        super().check(settings)
-        self.prefix({})
 
     def pictures(self, arguments: Mapping[str, Any]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""
@@ -91,11 +53,11 @@ class InternVLAdapter(MergedFamily):
 
     def norm(self, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""
-        return self.tower.layernorm(hidden) if self._layer(arguments) == -1 else hidden
+        return self.tower.layernorm(hidden) if self.layout.layer(arguments) == -1 else hidden
 
     def project_all(self, patches: torch.Tensor) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""
-        picture = patches.unflatten(1, (self.side, self.side))
+        picture = patches.unflatten(1, (self.layout.side, self.layout.side))
         shuffled = self.model.model.pixel_shuffle(picture, scale_factor=self.model.config.downsample_ratio)
         rows: torch.Tensor = self.model.model.multi_modal_projector(shuffled.flatten(1, 2))
         return rows

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision, device_of
+from ocvtp.vlm.contracts.adapter import Family, Vision
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
+from ocvtp.vlm.contracts.fit import check_layers
 from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
-from ocvtp.vlm.families.fit import check_layers
-from ocvtp.vlm.towers.clip import TOWERS, TowerRun, root, run_tower
+from ocvtp.vlm.layouts import layout_for
+from ocvtp.vlm.towers.clip import TowerRun, root, run_tower
 from ocvtp_kernels.selection import gather_tokens
 
 
 class LlavaAdapter(Family):
-    """Tower -> pruner -> projector on the kept rows (``LlavaModel.get_image_features``, pruned).
-
-    Candidates are the patch tokens. With ``vision_feature_select_strategy="default"`` the first token of a
-    tower is dropped, as upstream does: CLIP's class token, or SigLIP's first patch. With ``"full"`` CLIP's
-    class token is always kept and does not count against the budget.
-    """
+    """Tower -> pruner -> projector on the kept rows (``LlavaModel.get_image_features``, pruned)."""
 
     vision_keys: tuple[str, ...] = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-    options = frozenset({"tower"})
 
     def __init__(self, model: Any) -> None:
         inner: Any = getattr(model, "model", None)
@@ -34,40 +28,7 @@ class LlavaAdapter(Family):
             raise UnsupportedModelError(
                 f"can't prune a {type(model).__name__}: pass the ...ForConditionalGeneration itself"
             )
-        kind = inner.vision_tower.config.model_type
-        if kind not in TOWERS:
-            raise UnsupportedModelError(
-                f"can't prune a {model.config.model_type} model with a {kind!r} vision tower; "
-                f"supported: {', '.join(sorted(TOWERS))}"
-            )
-        super().__init__(model)
-
-    def facts(self, arguments: Mapping[str, Any]) -> TowerFacts:
-        """The vision side under the model's configuration and per-call ``arguments``.
-
-        Raises:
-            ValueError: a feature layer or select strategy that the tower does not have.
-        """
-        tower = self.model.model.vision_tower
-        config = tower.config
-        prefix, class_rows = self.prefix(arguments)
-        return TowerFacts(
-            tower=config.model_type,
-            width=config.hidden_size,
-            num_layers=config.num_hidden_layers,
-            consumed_layers=self.consumed(arguments),
-            tokens=tower_tokens(tower) - prefix,
-            extra_rows=class_rows,
-            attention=str(config._attn_implementation),
-            device=device_of(tower),
-        )
-
-    def check(self, settings: Settings) -> None:
-        """Raise ``ValueError`` if the budget does not suit images of one size."""
-        super().check(settings)
-        tokens = self.facts({}).tokens
-        assert tokens is not None
-        settings.budget.check(tokens)
+        super().__init__(model, layout_for(model.config, inner.vision_tower.config))
 
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
         """Upstream methods on the way from pixels to rows, which the patch replaces."""
@@ -104,7 +65,7 @@ class LlavaAdapter(Family):
         body = root(self.tower)
         found = [*super().around(arguments, settings), *([] if body is self.tower else [body]), body.encoder]
         if settings.tower == "kept_rows":
-            layer = body.encoder.layers[max(self.consumed(arguments))]
+            layer = body.encoder.layers[max(self.layout.consumed(arguments))]
             found += [layer, layer.self_attn]
         return found
 
@@ -115,41 +76,8 @@ class LlavaAdapter(Family):
 
     def picture_features(self, pictures: torch.Tensor, layer: int) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
-        prefix, _ = self.prefix({})
+        prefix, _ = self.layout.prefix({})
         return run_tower(self.tower, pictures, {layer}).outputs[layer][:, prefix:]
-
-    def consumed(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
-        """Layers the projector reads, in its order; ``hidden_states[i + 1]`` is the output of layer ``i``."""
-        wanted = arguments.get("vision_feature_layer")
-        if wanted is None:
-            wanted = self.model.config.vision_feature_layer
-        layers = self.model.model.vision_tower.config.num_hidden_layers
-        consumed = []
-        for index in [wanted] if isinstance(wanted, int) else list(wanted):
-            if not -layers <= index <= layers or index == 0:
-                raise ValueError(
-                    f"vision_feature_layer={wanted!r} needs outputs of encoder layers; this tower has "
-                    f"{layers} layers, so indices are 1..{layers} or -{layers}..-1"
-                )
-            consumed.append(index % (layers + 1) - 1)
-        return tuple(consumed)
-
-    def prefix(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
-        """Tokens before the first candidate, and how many of them are handed over nevertheless."""
-        strategy = arguments.get("vision_feature_select_strategy")
-        if strategy is None:
-            strategy = self.model.config.vision_feature_select_strategy
-        if strategy not in ("default", "full"):
-            raise ValueError(f'vision_feature_select_strategy must be "default" or "full"; got {strategy!r}')
-        has_class_token = TOWERS[self.model.model.vision_tower.config.model_type]
-        if strategy == "default":
-            return 1, 0
-        return int(has_class_token), int(has_class_token)
-
-
-def tower_tokens(tower: Any) -> int:
-    """Tokens that a CLIP or SigLIP tower makes of a picture, a class token among them."""
-    return int(root(tower).embeddings.num_patches) + TOWERS[tower.config.model_type]
 
 
 class Pictures:
@@ -179,17 +107,16 @@ class Pictures:
         self._tower = adapter.model.model.vision_tower
         self._projector = adapter.model.model.multi_modal_projector
         self._pixels = pixel_values
-        self._consumed = adapter.consumed(arguments)
+        self._consumed = adapter.layout.consumed(arguments)
         self.hold = settings.tower == "kept_rows"
         self._read: torch.Tensor | None = None
         self._received: torch.Tensor | None = None
         self._run: TowerRun | None = None
         self._projected: torch.Tensor | None = None
         self.device = pixel_values.device
-        self.prefix, self.class_rows = adapter.prefix(arguments)
-        self.patches = tower_tokens(self._tower) - self.prefix
-        side = math.isqrt(self.patches)
-        self.shape = (side, side) if side * side == self.patches else None
+        self.prefix, self.class_rows = adapter.layout.prefix(arguments)
+        self.patches: int = adapter.layout.patches(arguments)
+        self.shape: tuple[int, int] | None = adapter.layout.shape(arguments)
         check_layers(settings.selector.read_layer, self._consumed)
 
     def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
@@ -283,7 +210,7 @@ class _Images(Pictures):
     ) -> None:
         super().__init__(adapter, pixel_values, arguments, settings)
         count = pixel_values.shape[0]
-        self.segments = [Segment(i, self.patches, self.shape) for i in range(count)]
+        self.segments: list[Segment] = adapter.layout.segments(count, arguments)
         self.totals = [self.patches + self.class_rows] * count
 
     def features(self, which: Sequence[int]) -> torch.Tensor:

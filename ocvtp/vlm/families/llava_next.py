@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision
+from ocvtp.vlm.contracts.adapter import Vision
 from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Newlines, Settings
-from ocvtp.vlm.families.llava import LlavaAdapter, Pictures, tower_tokens
-from ocvtp.vlm.families.tiles import Packing, packing
+from ocvtp.vlm.families.llava import LlavaAdapter, Pictures
+from ocvtp.vlm.layouts.packing import Packing, alone, packed_piece
 
 
 class LlavaNextAdapter(LlavaAdapter):
@@ -24,35 +22,6 @@ class LlavaNextAdapter(LlavaAdapter):
     tokens of all tiles, tile by tile, and one newline follows, as in the published code. In both, an image
     that keeps all its candidates stays as the model packs it.
     """
-
-    options = frozenset({"layout", "newlines", "tower"})
-
-    def facts(self, arguments: Mapping[str, Any]) -> TowerFacts:
-        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`; images differ in size."""
-        return dataclasses.replace(super().facts(arguments), tokens=None, extra_rows=0)
-
-    def check(self, settings: Settings) -> None:
-        """Raise ``ValueError`` for settings that contradict each other, or features that make no picture."""
-        Family.check(self, settings)
-        self.check_square({})
-        if settings.layout == "official":
-            if settings.positions == "original":
-                raise ValueError(
-                    'layout="official" keeps padding, which has no position in the long prompt: use '
-                    'positions="compact"'
-                )
-            if settings.newlines != "last":
-                raise ValueError('layout="official" has one newline, the last')
-
-    def check_square(self, arguments: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` unless the features of a tile are its patches, all and nothing else."""
-        first, class_rows = self.prefix(arguments)
-        patches = tower_tokens(self.tower) - first
-        if class_rows or math.isqrt(patches) ** 2 != patches:
-            raise ValueError(
-                "tiles can be packed if all patches and nothing else are features of the tower; this "
-                f"vision_feature_select_strategy leaves {patches + class_rows} of each tile"
-            )
 
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
@@ -71,7 +40,7 @@ class LlavaNextAdapter(LlavaAdapter):
         if isinstance(sizes, torch.Tensor):
             sizes = sizes.tolist()
         pixels = arguments["pixel_values"]
-        made = self.packings(sizes, arguments, pixels.device)
+        made = self.layout.packings(sizes, arguments, pixels.device)
         tiles = [one.tiles for one in made]
         if pixels.ndim == 5 and len(pixels) == len(made) and pixels.shape[1] >= max(tiles):
             pixels = torch.cat([picture[:count] for picture, count in zip(pixels, tiles, strict=True)])
@@ -91,15 +60,6 @@ class LlavaNextAdapter(LlavaAdapter):
     ) -> Vision:
         """All tiles of all images ``[tiles, 3, H, W]``, to be encoded."""
         return Tiled(self, pixels, packings, arguments, settings)
-
-    def packings(
-        self, sizes: Sequence[Sequence[int]], arguments: Mapping[str, Any], device: torch.device
-    ) -> list[Packing]:
-        """How images of these ``(height, width)`` are packed."""
-        config = self.model.config
-        grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
-        tile, patch = config.vision_config.image_size, config.vision_config.patch_size
-        return [packing(int(h), int(w), grids, tile, tile // patch, device) for h, w in sizes]
 
 
 def newline_of(model: Any) -> torch.Tensor:
@@ -133,7 +93,7 @@ class Tiled(Pictures):
         settings: Settings,
     ) -> None:
         super().__init__(adapter, pixel_values, arguments, settings)
-        adapter.check_square(arguments)
+        adapter.layout.check_square(arguments)
         self._newline = newline_of(adapter.model)
         self._newlines: Newlines = settings.newlines
         self._official = settings.layout == "official"
@@ -233,37 +193,7 @@ class Tiled(Pictures):
         one = self.packings[image]
         if indices is not None and self._official:
             slots = torch.arange(len(rows) + 1, device=rows.device)  # only their number matters
-            masses = None if mass is None else _alone(mass, 1)[None]
-            return Piece(torch.cat([rows, self._lines(rows, 1)])[None], slots[None], mass=masses)
-        if indices is None:
-            slots, newlines = one.slots, one.newlines
-        else:
-            indices = indices.to(one.slots.device)
-            slots, newlines = one.slots[indices], self._kept_newlines(one, indices)
-        slots = torch.cat([slots, newlines])
-        rows = torch.cat([rows, self._lines(rows, len(newlines))])
-        mass = None if mass is None else _alone(mass, len(newlines))
-        if indices is None or self._newlines != "last":
-            slots, order = slots.sort()
-            rows = rows[order.to(rows.device)]
-            mass = None if mass is None else mass[order.to(mass.device)]
-        return Piece(rows[None], slots[None], mass=None if mass is None else mass[None])
-
-    def _kept_newlines(self, one: Packing, indices: torch.Tensor) -> torch.Tensor:
-        if self._newlines == "last":
-            return one.newlines[-1:]
-        if self._newlines == "all":
-            return one.newlines
-        lines = one.rows[indices]
-        ended = torch.zeros(len(one.newlines) + 1, dtype=torch.bool, device=lines.device)
-        ended[lines] = True  # -1, the whole picture, ends at the spare place
-        return one.newlines[ended[:-1]]
-
-    def _lines(self, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """``[count, D]`` newlines."""
-        return self._newline.to(rows).expand(count, -1)
-
-
-def _alone(mass: torch.Tensor, more: int) -> torch.Tensor:
-    """``[k + more]``: rows that the model adds stand for nobody but themselves."""
-    return torch.nn.functional.pad(mass, (0, more), value=1.0)
+            line = self._newline.to(rows)[None]
+            masses = None if mass is None else alone(mass, 1)[None]
+            return Piece(torch.cat([rows, line])[None], slots[None], mass=masses)
+        return packed_piece(one, rows, self._newline, indices, self._newlines, mass)

@@ -13,7 +13,7 @@ from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.families.llava import Pictures
 from ocvtp.vlm.families.llava_next import LlavaNextAdapter, Tiled, newline_of
-from ocvtp.vlm.families.tiles import Packing, packing, whole_picture
+from ocvtp.vlm.layouts.packing import Packing, shrink
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
@@ -31,7 +31,6 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         "batch_num_images",
         "image_sizes_videos",
     )
-    options = frozenset({"newlines", "frames"})
     projects_tokens = False
 
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
@@ -59,29 +58,6 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     ) -> Vision:
         """See :class:`~ocvtp.vlm.families.llava_next.LlavaNextAdapter`."""
         return _Shrinking(self, pixels, packings, arguments, settings)
-
-    def packings(
-        self, sizes: Sequence[Sequence[int]], arguments: Mapping[str, Any], device: torch.device
-    ) -> list[Packing]:
-        """See :class:`~ocvtp.vlm.families.llava_next.LlavaNextAdapter`."""
-        config = self.model.config
-        grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
-        tile, patch = config.vision_config.image_size, config.vision_config.patch_size
-        side = tile // patch
-        ratio = arguments.get("vision_aspect_ratio") or config.vision_aspect_ratio
-        most = int(str(ratio).rpartition("_")[2])
-        cut = [True] * len(sizes)
-        if arguments.get("batch_num_images") is not None:
-            counts = [int(count) for count in arguments["batch_num_images"]]
-            cut = [count == 1 for count in counts for _ in range(count)]
-        if len(cut) != len(sizes):
-            raise ValueError(f"batch_num_images counts {len(cut)} images, image_sizes has {len(sizes)}")
-        return [
-            packing(int(h), int(w), grids, tile, side, device, most)
-            if cut[i]
-            else whole_picture(side, device)
-            for i, (h, w) in enumerate(sizes)
-        ]
 
     def output(self, kept: KeptRows, modality: str) -> Any:
         """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`; videos come as one tensor.
@@ -120,7 +96,7 @@ class _Shrinking(Tiled):
         if one.shrunk is None:
             return flat
         whole, stitched = flat[: self.patches], flat[self.patches :]
-        return torch.cat([whole, _shrink(stitched[None], one.stitched, one.shrunk)[0]])
+        return torch.cat([whole, shrink(stitched[None], one.stitched, one.shrunk)[0]])
 
 
 class _Videos(Pictures):
@@ -199,7 +175,7 @@ class _Videos(Pictures):
     def _of(self, tokens: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         """Candidates: ``[frames, N, C] -> [segments, n, C]``."""
         assert self.shape is not None
-        small = _shrink(tokens, self.shape, (self._side, self._side))
+        small = shrink(tokens, self.shape, (self._side, self._side))
         parts = small.reshape(len(self.segments), -1, tokens.shape[2])
         return parts if len(which) == len(parts) else parts[list(which)]
 
@@ -214,10 +190,3 @@ class _Videos(Pictures):
             slots = torch.cat([slots, slots.new_full((1,), self.totals[0] - 1)])
             mass = None if mass is None else torch.nn.functional.pad(mass, (0, 1), value=1.0)
         return Piece(rows[None], slots[None], mass=None if mass is None else mass[None])
-
-
-def _shrink(tokens: torch.Tensor, shape: tuple[int, int], to: tuple[int, int]) -> torch.Tensor:
-    """``[b, rows * columns, C]`` in raster order, bilinearly interpolated to another shape."""
-    picture = tokens.unflatten(1, shape).permute(0, 3, 1, 2).contiguous()
-    small = torch.nn.functional.interpolate(picture, size=to, mode="bilinear")
-    return small.flatten(2).transpose(1, 2)

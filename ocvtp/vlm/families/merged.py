@@ -10,17 +10,19 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 
-from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision, device_of
+from ocvtp.vlm.contracts.adapter import Family, Vision
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
+from ocvtp.vlm.contracts.fit import check_layers
+from ocvtp.vlm.contracts.layout import first
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.weights import inside
-from ocvtp.vlm.families.fit import check_layers
+from ocvtp.vlm.layouts import layout_for
+from ocvtp.vlm.layouts.squares import grouped, members
 from ocvtp_kernels.received_attention import received_attention
 
 
@@ -43,7 +45,8 @@ class MergedFamily(Family):
             raise UnsupportedModelError(
                 f"can't prune a {type(model).__name__}: pass the ...ForConditionalGeneration itself"
             )
-        super().__init__(model)
+        tower = getattr(model.model, self.tower_name)
+        super().__init__(model, layout_for(model.config, tower.config))
 
     @property
     def tower(self) -> Any:
@@ -55,39 +58,9 @@ class MergedFamily(Family):
         body = tower_root(self.tower)
         return [*super().around(arguments, settings), *([] if body is self.tower else [body]), body.encoder]
 
-    @property
-    def side(self) -> int:
-        """Patches along the side of a picture."""
-        config = self.model.config.vision_config
-        size, patch = config.image_size, config.patch_size
-        return int(_first(size)) // int(_first(patch))
-
-    @property
-    def unit(self) -> int:
-        """Patches along the side of a token."""
-        return 1
-
-    def facts(self, arguments: Mapping[str, Any]) -> TowerFacts:
-        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
-        config = self.tower.config
-        return TowerFacts(
-            tower=config.model_type,
-            width=config.hidden_size,
-            unit=self.unit,
-            num_layers=config.num_hidden_layers,
-            consumed_layers=(self.consumed(arguments),),
-            tokens=(self.side // self.unit) ** 2,
-            extra_rows=0,
-            attention=str(config._attn_implementation),
-            device=device_of(self.tower),
-        )
-
     def check(self, settings: Settings) -> None:
         """Raise ``ValueError`` for settings that don't suit pictures of one size."""
         super().check(settings)
-        tokens = self.facts({}).tokens
-        assert tokens is not None
-        settings.budget.check(tokens)
         stacked = self.stacked and settings.route == "mm_encoder_outputs"
         if stacked and settings.budget.keep == "auto":
             raise ValueError(
@@ -111,25 +84,26 @@ class MergedFamily(Family):
             ValueError: arguments that don't describe pictures of this model.
         """
         pixels = self.pictures(arguments)
-        side = int(pixels.shape[-1]) // int(_first(self.model.config.vision_config.patch_size))
-        if pixels.ndim != 4 or (side, side) != (self.side, self.side) or pixels.shape[-2] != pixels.shape[-1]:
+        patch, wanted = first(self.model.config.vision_config.patch_size), self.layout.side
+        side = int(pixels.shape[-1]) // patch
+        if pixels.ndim != 4 or side != wanted or pixels.shape[-2] != pixels.shape[-1]:
             raise ValueError(
-                f"pixel_values {list(pixels.shape)} are not pictures of {self.side} x {self.side} patches; "
-                "use the model's processor"
+                f"pixel_values {list(pixels.shape)} are not pictures of {wanted} x {wanted} patches; use the "
+                "model's processor"
             )
         return Units(self, pixels, arguments, settings)
 
     @property
     def picture_side(self) -> int:
         """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
-        return int(_first(self.model.config.vision_config.image_size))
+        return int(first(self.model.config.vision_config.image_size))
 
     def picture_features(self, pictures: torch.Tensor, layer: int) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
         hidden = self.embed(pictures)
         for one in itertools.islice(self.layers(), layer + 1):
             hidden = self.run_layer(one, hidden)
-        return grouped(hidden[:, self.prefix({}) :], self.side, self.unit).mean(2)
+        return grouped(hidden[:, self.layout.prefix({}) :], self.layout.side, self.layout.unit).mean(2)
 
     def output(self, kept: KeptRows, modality: str) -> Any:
         """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
@@ -139,10 +113,6 @@ class MergedFamily(Family):
         return made
 
     # What a subclass may say otherwise.
-
-    def consumed(self, arguments: Mapping[str, Any]) -> int:
-        """The layer whose output the model consumes."""
-        return int(self.tower.config.num_hidden_layers) - 1
 
     def pictures(self, arguments: Mapping[str, Any]) -> torch.Tensor:
         """``[pictures, 3, H, W]`` from the arguments of a call."""
@@ -173,10 +143,6 @@ class MergedFamily(Family):
         attention, x = layer.self_attn, layer.layer_norm1(hidden)
         return attention.q_proj(x), attention.k_proj(x)
 
-    def prefix(self, arguments: Mapping[str, Any]) -> int:
-        """Tokens before the first patch."""
-        return 0
-
     def norm(self, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
         """What the tower does after its last layer, token by token."""
         out: torch.Tensor = tower_root(self.tower).post_layernorm(hidden)
@@ -205,17 +171,16 @@ class Units:
         self._family = family
         self._pixels = pixels
         self._arguments = arguments
-        self._consumed = family.consumed(arguments)
-        self._prefix = family.prefix(arguments)
-        self._members = members(family.side, family.unit)
+        self._consumed = family.layout.consumed(arguments)
+        self._prefix = family.layout.prefix(arguments)
+        self._members = members(family.layout.side, family.layout.unit)
         self._read: torch.Tensor | None = None
         self._last: torch.Tensor | None = None
         self._last_input: torch.Tensor | None = None
         self._scores: torch.Tensor | None = None
         self.device = pixels.device
         count, tokens = len(pixels), len(self._members)
-        across = family.side // family.unit
-        self.segments = [Segment(i, tokens, (across, across)) for i in range(count)]
+        self.segments: list[Segment] = family.layout.segments([1] * count)
         self.totals = [tokens] * count
         check_layers(settings.selector.read_layer, (self._consumed,))
 
@@ -275,12 +240,12 @@ class Units:
 
     def sources(self, which: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`: a unit's patches, side by side."""
-        units = grouped(self._normed(which), self._family.side, self._family.unit)
+        units = grouped(self._normed(which), self._family.layout.side, self._family.layout.unit)
         return (units.flatten(2),)
 
     def project(self, which: Sequence[int], sources: tuple[torch.Tensor, ...]) -> Projected:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        return Projected(self._family.project(sources[0].unflatten(2, (self._family.unit**2, -1))))
+        return Projected(self._family.project(sources[0].unflatten(2, (self._family.layout.unit**2, -1))))
 
     def place(
         self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
@@ -295,25 +260,7 @@ class Units:
 
     def _grouped(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[pictures, tokens, C] -> [pictures, units, unit * unit, C]``."""
-        return grouped(hidden[:, self._prefix :], self._family.side, self._family.unit)
+        return grouped(hidden[:, self._prefix :], self._family.layout.side, self._family.layout.unit)
 
     def _of(self, tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         return tensor if len(which) == len(self.segments) else tensor[list(which)]
-
-
-def grouped(patches: torch.Tensor, side: int, unit: int) -> torch.Tensor:
-    """``[pictures, side * side, C] -> [pictures, units, unit * unit, C]``."""
-    blocks = patches.unflatten(1, (side // unit, unit, side // unit, unit))
-    return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-@lru_cache(maxsize=32)
-def members(side: int, unit: int) -> torch.Tensor:
-    """``[units, unit * unit]``: the patches of each unit, both in raster order."""
-    with torch.inference_mode(False):  # what is made in it could never be used for training
-        patches = torch.arange(side * side).view(side // unit, unit, side // unit, unit)
-        return patches.transpose(1, 2).reshape((side // unit) ** 2, unit * unit)
-
-
-def _first(size: Any) -> Any:
-    return size if isinstance(size, int) else size[0]

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from ocvtp.vlm.contracts.adapter import Family, TowerFacts, Vision, device_of
+from ocvtp.vlm.contracts.adapter import Family, Vision
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
+from ocvtp.vlm.contracts.fit import check_layers
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.versions import transformers_older_than
-from ocvtp.vlm.families.fit import check_layers
-from ocvtp.vlm.towers.qwen import QWEN_TOWERS, QwenTowerRun, run_qwen_tower, scored_block
-from ocvtp.vlm.towers.qwen_geometry import as_grids, patchify
+from ocvtp.vlm.layouts import layout_for
+from ocvtp.vlm.layouts.qwen_geometry import as_grids, patchify
+from ocvtp.vlm.towers.qwen import QwenTowerRun, run_qwen_tower
 
 
 class _Enough(Exception):
@@ -35,7 +36,6 @@ class QwenAdapter(Family):
     pixel_keys: Mapping[str, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
     vision_keys = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     mrope = True
-    options = frozenset({"frames"})
 
     def __init__(self, model: Any) -> None:
         inner: Any = getattr(model, "model", None)
@@ -43,33 +43,9 @@ class QwenAdapter(Family):
             raise UnsupportedModelError(
                 f"can't prune a {type(model).__name__}: pass the ...ForConditionalGeneration itself"
             )
-        kind = inner.visual.config.model_type
-        if kind.removesuffix("_vision") not in QWEN_TOWERS:
-            raise UnsupportedModelError(
-                f"can't prune a {model.config.model_type} model with a {kind!r} vision tower; "
-                f"supported: {', '.join(QWEN_TOWERS)}"
-            )
-        super().__init__(model)
+        super().__init__(model, layout_for(model.config, inner.visual.config))
         # Embeddings have no place for the features that DeepStack adds inside the language model.
         self.needs_mm_route = bool(getattr(inner.visual, "deepstack_visual_indexes", ()))
-
-    def facts(self, arguments: Mapping[str, Any]) -> TowerFacts:
-        """See :class:`~ocvtp.vlm.contracts.adapter.Adapter`."""
-        tower = self.model.model.visual
-        depth = len(tower.blocks)
-        # In Qwen2-VL's configuration, hidden_size is the language model's.
-        width = getattr(tower.config, "embed_dim", None) or tower.config.hidden_size
-        return TowerFacts(
-            tower=tower.config.model_type,
-            width=int(width),
-            unit=int(tower.spatial_merge_size),
-            num_layers=depth,
-            consumed_layers=(depth - 1,),
-            tokens=None,
-            extra_rows=0,
-            attention=str(tower.config._attn_implementation),
-            device=device_of(tower),
-        )
 
     def check(self, settings: Settings) -> None:
         """Raise ``ValueError`` for settings that this family or this tower can't serve."""
@@ -78,11 +54,6 @@ class QwenAdapter(Family):
             raise ValueError(
                 f"pruning {self.model.config.model_type} needs transformers >= 5.10: generate of older ones "
                 "can't take positions in three dimensions"
-            )
-        if settings.selector.reads_scores and scored_block(self.model.model.visual) is None:
-            raise ValueError(
-                "no block of this tower attends to whole images, so there are no scores to fill the budget "
-                'by; choose "farthest_point", "random" or "grid"'
             )
 
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
@@ -198,18 +169,10 @@ class _Units:
         self._features: torch.Tensor | None = None
         self._all: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         self.device = pixels.device
-        self.segments: list[Segment] = []
-        self.totals: list[int] = []
-        offsets: list[int] = []  # of each segment in its item
-        for item, (frames, height, width) in enumerate(self._grids):
-            rows, columns = height // facts.unit, width // facts.unit
-            each = settings.frames == "each" or frames == 1
-            count, shape = (frames, (rows, columns)) if each else (1, (frames * rows, columns))
-            tokens = shape[0] * shape[1]
-            self.segments += [Segment(item, tokens, shape)] * count
-            offsets += [tokens * i for i in range(count)]
-            self.totals.append(frames * rows * columns)
-        self._offsets = offsets
+        cut = adapter.layout.cut(self._grids, settings.frames)
+        self.segments: list[Segment] = cut.segments
+        self.totals: list[int] = cut.totals
+        self._offsets: list[int] = cut.offsets
         self._starts = list(itertools.accumulate((s.tokens for s in self.segments), initial=0))
 
     def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:

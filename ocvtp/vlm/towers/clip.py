@@ -18,9 +18,6 @@ from ocvtp.vlm.contracts.weights import inside
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.selection import gather_tokens
 
-#: ``model_type`` of a tower -> whether its first token is a class token.
-TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
-
 
 def root(tower: Any) -> Any:
     """The module that holds embeddings and encoder (transformers < 5.10 nests it in ``vision_model``)."""

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.contracts.weights import inside
-from ocvtp.vlm.towers.qwen_geometry import Geometry, Grid, as_grids, corners, geometry
+from ocvtp.vlm.layouts.qwen_geometry import Geometry, Grid, as_grids, corners, geometry
+from ocvtp.vlm.layouts.units import full_blocks, scored_block, window_units
 from ocvtp_kernels.received_attention import received_attention
-
-#: ``model_type`` of the towers, which newer releases end in ``_vision``.
-QWEN_TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 class QwenTowerRun:
@@ -60,7 +58,7 @@ class QwenTowerRun:
         """
         if self._scored_input is None or self._angles is None:
             raise ValueError("this tower has no block with full attention; choose a selector without scores")
-        block = self._tower.blocks[scored_block(self._tower)]
+        block = self._tower.blocks[scored_block(self._tower, len(self._tower.blocks))]
         with torch.no_grad():
             attention = block.attn
             projected = inside(
@@ -174,10 +172,10 @@ def run_qwen_tower(
     if len(pixels) != patches:
         raise ValueError(f"the grids {list(grids)} hold {patches} patches, but there are {len(pixels)}")
 
-    full = _full_blocks(tower)
+    full = full_blocks(tower)
     hidden = tower.patch_embed(pixels)
     pinned = hidden.device.type == "cuda"
-    plan = geometry(grids, merge, _window_units(tower), pinned)
+    plan = geometry(grids, merge, window_units(tower), pinned)
     hidden = _embed_positions(tower, hidden, grids, merge, pinned)
     if plan.order is not None:
         order = plan.order.to(hidden.device, non_blocking=True)
@@ -192,7 +190,7 @@ def run_qwen_tower(
             (False, plan.windows, plan.longest_window),
         )
     }
-    scored, stacked = scored_block(tower), _stacked_layers(tower)
+    scored, stacked = scored_block(tower, depth), _stacked_layers(tower)
     for layer, block in enumerate(tower.blocks):
         if layer == scored:
             run._scored_input = hidden
@@ -205,25 +203,6 @@ def run_qwen_tower(
                 after(layer, features)
     run._last = hidden
     return run
-
-
-def scored_block(tower: Any) -> int | None:
-    """The last block in which patches attend to their whole frame; ``None`` if there is none."""
-    full = _full_blocks(tower)
-    return len(tower.blocks) - 1 if full is None else max(full, default=None)
-
-
-def _full_blocks(tower: Any) -> Collection[int] | None:
-    """Blocks with full attention; ``None`` is all of them."""
-    blocks: Collection[int] | None = getattr(tower, "fullatt_block_indexes", None)
-    return blocks
-
-
-def _window_units(tower: Any) -> int | None:
-    """Units along the side of an attention window."""
-    if _full_blocks(tower) is None:
-        return None
-    return int(tower.window_size // tower.spatial_merge_size // tower.patch_size)
 
 
 def _stacked_layers(tower: Any) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ocvtp.pruner.config import PrunerConfig
-from ocvtp.vlm.contracts.adapter import TowerFacts
+from ocvtp.vlm.contracts.layout import TowerFacts
 
 
 def check_fit(config: PrunerConfig, facts: TowerFacts, model: str = "MODEL") -> None:

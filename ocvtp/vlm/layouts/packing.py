@@ -13,8 +13,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
+
+from ocvtp.vlm.contracts.rows import Piece
+from ocvtp.vlm.contracts.settings import Newlines
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,69 @@ def whole_picture(side: int, device: torch.device) -> Packing:
         tokens = torch.arange(side**2, device=device)
         newline = torch.tensor([side**2], device=device)
         return Packing(1, tokens, tokens, newline, torch.zeros_like(tokens), side**2 + 1)
+
+
+def packed_piece(
+    one: Packing,
+    rows: torch.Tensor,
+    newline: torch.Tensor,
+    indices: torch.Tensor | None,
+    kept_lines: Newlines,
+    mass: torch.Tensor | None = None,
+) -> Piece:
+    """Rows of an image with its newlines, as the language model reads them.
+
+    Args:
+        one: how the image is packed.
+        rows: ``[k, D]`` of candidates.
+        newline: ``[D]``.
+        indices: ``[k]``, the candidates they are of, ascending; ``None`` for all, with all newlines.
+        kept_lines: which newlines stay of an image that drops candidates.
+        mass: ``[k]``, how many candidates each row stands for.
+    """
+    if indices is None:
+        slots, newlines = one.slots, one.newlines
+    else:
+        indices = indices.to(one.slots.device)
+        slots, newlines = one.slots[indices], _kept_newlines(one, indices, kept_lines)
+    slots = torch.cat([slots, newlines])
+    rows = torch.cat([rows, newline.to(rows).expand(len(newlines), -1)])
+    mass = None if mass is None else alone(mass, len(newlines))
+    if indices is None or kept_lines != "last":
+        slots, order = slots.sort()
+        rows = rows[order.to(rows.device)]
+        mass = None if mass is None else mass[order.to(mass.device)]
+    return Piece(rows[None], slots[None], mass=None if mass is None else mass[None])
+
+
+def alone(mass: torch.Tensor, more: int) -> torch.Tensor:
+    """``[k + more]``: rows that the model adds stand for nobody but themselves."""
+    return torch.nn.functional.pad(mass, (0, more), value=1.0)
+
+
+def placeholders(one: Packing, keep: int, kept_lines: Literal["last", "all"]) -> int:
+    """Rows of :func:`packed_piece` for an image that keeps ``keep`` candidates."""
+    if keep == len(one.slots):
+        return one.total
+    return keep + (len(one.newlines) if kept_lines == "all" else 1)
+
+
+def _kept_newlines(one: Packing, indices: torch.Tensor, kept_lines: Newlines) -> torch.Tensor:
+    if kept_lines == "last":
+        return one.newlines[-1:]
+    if kept_lines == "all":
+        return one.newlines
+    lines = one.rows[indices]
+    ended = torch.zeros(len(one.newlines) + 1, dtype=torch.bool, device=lines.device)
+    ended[lines] = True  # -1, the whole picture, ends at the spare place
+    return one.newlines[ended[:-1]]
+
+
+def shrink(tokens: torch.Tensor, shape: tuple[int, int], to: tuple[int, int]) -> torch.Tensor:
+    """``[b, rows * columns, C]`` in raster order, bilinearly interpolated to another shape."""
+    picture = tokens.unflatten(1, shape).permute(0, 3, 1, 2).contiguous()
+    small = torch.nn.functional.interpolate(picture, size=to, mode="bilinear")
+    return small.flatten(2).transpose(1, 2)
 
 
 def best_grid(height: int, width: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -1,0 +1,74 @@
+"""The command line and the arguments that make vLLM serve a pruned model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ocvtp.serving.vllm.plan import plan_for
+from ocvtp.serving.vllm.spec import KEY, Spec
+from ocvtp.serving.vllm.twins import architecture_of
+
+_FLAG = "--hf-overrides"
+
+
+def overrides(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``hf_overrides`` for a model, checked against its configuration.
+
+    Args:
+        model: folder or Hub id.
+        settings: fields of :class:`Spec`.
+
+    Raises:
+        UnsupportedModelError, TypeError, ValueError, OSError: see :func:`ocvtp.serving.engine_args`.
+    """
+    from transformers import AutoConfig
+
+    spec = Spec.from_dict(settings)
+    config = AutoConfig.from_pretrained(model)
+    architecture = architecture_of(config, model)
+    plan_for(config, spec, model)
+    return {"architectures": [architecture], KEY: dict(settings)}
+
+
+def command(model: str, ours: Mapping[str, Any], rest: Sequence[str]) -> list[str]:
+    """``vllm serve`` with our overrides and the user's own options.
+
+    Args:
+        model: folder or Hub id.
+        ours: of :func:`overrides`.
+        rest: vLLM's own options. Overrides among them are joined with ours.
+
+    Raises:
+        ValueError: overrides that are no JSON object, or that say what ours say.
+    """
+    theirs, kept = _overrides_in(rest)
+    both = sorted(set(theirs) & set(ours))
+    if both:
+        raise ValueError(f"{_FLAG} sets {', '.join(both)}, which ocvtp serve has to set: leave it out")
+    return ["vllm", "serve", model, _FLAG, json.dumps({**theirs, **ours}), *kept]
+
+
+def _overrides_in(rest: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What a user overrides, and the options that are left."""
+    found: dict[str, Any] = {}
+    kept: list[str] = []
+    words = iter(rest)
+    for word in words:
+        name, equals, value = word.partition("=")
+        spelled = name.replace("_", "-")
+        if spelled.startswith(f"{_FLAG}."):
+            raise ValueError(f"give {_FLAG} one JSON object, not {word}")
+        if spelled != _FLAG:
+            kept.append(word)
+            continue
+        text = value if equals else next(words, "")
+        try:
+            read = json.loads(text)
+        except ValueError:
+            read = None
+        if not isinstance(read, dict):
+            raise ValueError(f"{_FLAG} must be a JSON object; got {text!r}")
+        found.update(read)
+    return found, kept

@@ -1,0 +1,91 @@
+"""From options to who chooses."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+
+from ocvtp.pruner.capture import SlotRunner
+from ocvtp.pruner.pruner import OCPruner
+from ocvtp.vlm.contracts.selector import Rule, Selector, reads_features
+from ocvtp.vlm.contracts.settings import Tower
+from ocvtp.vlm.encode.selectors import PrunerSelector, RuleSelector
+from ocvtp.vlm.options import Options
+from ocvtp_kernels._checks import as_int
+
+
+def selector_for(options: Options, consumed: tuple[int, ...]) -> Selector:
+    """Who chooses, by what was asked.
+
+    Args:
+        options: what was asked.
+        consumed: encoder layers that the language model consumes.
+
+    Raises:
+        TypeError, ValueError: a pruner that is none, or options that mean nothing to it.
+    """
+    pruner = options.pruner
+    if not isinstance(pruner, torch.nn.Module) and pruner not in get_args(Rule):
+        known = ", ".join(f'"{rule}"' for rule in get_args(Rule))
+        raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")
+    compares = isinstance(pruner, str) and reads_features(pruner)
+    if options.fill != "auto" and isinstance(pruner, str):
+        raise ValueError(f"fill is for pruners, whose slots may be too few, not for {pruner!r}")
+    if options.features != "auto" and not compares:
+        who = repr(pruner) if isinstance(pruner, str) else "a pruner, which reads the layer it was trained on"
+        raise ValueError(f"features is for rules that compare features, not for {who}")
+    if not isinstance(pruner, torch.nn.Module):
+        if reads_features(pruner):
+            layer = _read_layer(options.features, consumed, options.tower)
+            return RuleSelector(pruner, read_layer=layer, rounds=options.refine, backend=options.backend)
+        if options.refine:
+            raise ValueError(f"refine needs features; {pruner!r} reads none")
+        return RuleSelector(pruner, options.seed)
+    passed: dict[str, Any] = {
+        "seed": options.seed,
+        "backend": options.backend,
+        "precision": options.precision,
+    }
+    if options.refine:
+        passed["refine"] = options.refine
+    config: Any = pruner.config
+    fill = options.fill
+    if fill == "auto":  # a module that is called like a pruner need not know of it
+        late = isinstance(pruner, OCPruner) and config.layer == max(consumed)
+        fill = "farthest_point" if late else "attention"
+    if fill != "attention":
+        passed["fill"] = fill
+    return PrunerSelector(
+        pruner, passed, SlotRunner(options.capture), options.max_error, reads_scores=fill == "attention"
+    )
+
+
+def _read_layer(features: object, consumed: tuple[int, ...], tower: Tower) -> int:
+    """The layer whose features a rule compares.
+
+    Raises:
+        TypeError, ValueError: none of the tower, or one that is computed too late.
+    """
+    if features == "early" or (features == "auto" and tower == "kept_rows"):
+        layer: int | None = _early(consumed)
+    elif features in ("auto", "consumed"):
+        layer = max(consumed)
+    else:
+        layer = as_int(features)
+        if layer is None:
+            raise TypeError(
+                f'features must be "early", "consumed", "auto" or an encoder layer, an int; got {features!r}'
+            )
+        if not 0 <= layer <= max(consumed):
+            raise ValueError(
+                f"features must be between 0 and {max(consumed)}, the deepest encoder layer that the "
+                f"language model consumes; got {layer}"
+            )
+    assert layer is not None
+    return layer
+
+
+def _early(consumed: tuple[int, ...]) -> int:
+    """A layer as far up as the published pruner's, which reads 8 where LLaVA-1.5 consumes 22."""
+    return round(max(consumed) * 8 / 22)
