@@ -400,6 +400,63 @@ def demo(
         )
 
 
+class Newlines(str, enum.Enum):
+    """Which newlines of a packed image stay."""
+
+    last = "last"
+    all = "all"
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Model folder, or Hub id. vLLM's own options follow it.",
+            callback=_at_home,
+            show_default=False,
+        ),
+    ],
+    keep: BudgetOption = DEFAULT_KEEP,
+    pruner: PrunerOrDefaultOption = None,
+    layer: LayerOption = None,
+    pruner_seed: SeedOption = 0,
+    refine: RefineOption = 0,
+    merge: MergeOption = None,
+    features: FeaturesOption = None,
+    newlines: Annotated[
+        Newlines, typer.Option(help="LLaVA-NeXT and LLaVA-OneVision: which newlines of an image stay.")
+    ] = Newlines.last,
+    print_only: Annotated[
+        bool, typer.Option("--print", help="Print the command, and don't run it. Needs no vLLM.")
+    ] = False,
+) -> None:
+    """Serve a model with vLLM's OpenAI server, most of its image tokens left out.
+
+    Options that are not listed here go to vLLM as they are: --tensor-parallel-size 2, --port 8000 and so on.
+    """
+    import shlex
+
+    from ocvtp.commands import serve as command
+
+    with told_plainly():
+        wishes = _wishes(merge, None, features)
+        given = {"pruner": pruner, "layer": layer, **wishes.options()}
+        unusual = {"seed": (pruner_seed, 0), "refine": (refine, 0), "newlines": (newlines.value, "last")}
+        settings = {
+            "keep": keep,
+            **{name: value for name, value in given.items() if value is not None},
+            **{name: value for name, (value, usual) in unusual.items() if value != usual},
+        }
+        words = command.words(model, settings, context.args)
+        if not print_only:
+            command.check_installed()
+        typer.echo(shlex.join(words))
+        if not print_only:
+            command.run(words)
+
+
 class Accounting(str, enum.Enum):
     """Whose count of operations."""
 

@@ -45,9 +45,14 @@ def load_image(path: Path) -> Image:
         return decode(path)
 
 
-def model_source(given: str) -> str:
-    """A model's folder or Hub id, as far as can be told without loading anything."""
-    return _model_source(given, "--model")
+def model_source(given: str, option: str = "--model") -> str:
+    """A model's folder or Hub id, as far as can be told without loading anything.
+
+    Args:
+        given: what was typed.
+        option: where it was typed, for messages.
+    """
+    return _model_source(given, option)
 
 
 def encoder_source(given: str) -> str:
@@ -62,7 +67,7 @@ def _model_source(given: str, option: str) -> str:
         raise UserError(f"{given} is a file; {option} takes the folder that holds config.json")
     if os.path.isdir(given):
         if _is_pruner_folder(Path(given)):
-            swapped = ": are --model and --pruner swapped?" if option == "--model" else ""
+            swapped = "" if option == "--encoder" else f": are {option} and --pruner swapped?"
             raise UserError(f"{given} holds a pruner, not a model{swapped}")
     elif given.startswith((".", "/", "~")) or given.count("/") > 1:
         raise UserError(f"no model folder at {given}")

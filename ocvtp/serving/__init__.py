@@ -26,6 +26,8 @@ def engine_args(model: str, **settings: Any) -> dict[str, Any]:
         TypeError, ValueError: settings that make no sense, or that don't suit this model.
         OSError: no such model, or no such pruner.
     """
+    from transformers import AutoConfig
+
     from ocvtp.serving.vllm.launch import overrides
 
-    return {"hf_overrides": overrides(model, settings)}
+    return {"hf_overrides": overrides(AutoConfig.from_pretrained(model), model, settings)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,23 +14,24 @@ from ocvtp.serving.vllm.twins import architecture_of
 _FLAG = "--hf-overrides"
 
 
-def overrides(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def overrides(config: Any, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """``hf_overrides`` for a model, checked against its configuration.
 
     Args:
-        model: folder or Hub id.
+        config: of the model.
+        model: folder or Hub id it came from.
         settings: fields of :class:`Spec`.
 
     Raises:
         UnsupportedModelError, TypeError, ValueError, OSError: see :func:`ocvtp.serving.engine_args`.
     """
-    from transformers import AutoConfig
-
     spec = Spec.from_dict(settings)
-    config = AutoConfig.from_pretrained(model)
     architecture = architecture_of(config, model)
     plan_for(config, spec, model)
-    return {"architectures": [architecture], KEY: dict(settings)}
+    said = dict(settings)
+    if spec.rule is None and os.path.exists(spec.pruner):
+        said["pruner"] = os.path.abspath(spec.pruner)  # a server may run elsewhere
+    return {"architectures": [architecture], KEY: said}
 
 
 def command(model: str, ours: Mapping[str, Any], rest: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from vllm.model_executor.models.interfaces import SupportsMultiModalPruning
 
 from ocvtp.serving.vllm.counts import Counts
 from ocvtp.serving.vllm.cpu_runner import mend_cpu_runner
@@ -17,6 +18,11 @@ from ocvtp.vlm.contracts.adapter import Vision
 from ocvtp.vlm.layouts.qwen_geometry import as_grids, geometry
 from ocvtp.vlm.layouts.units import window_units
 
+if not hasattr(SupportsMultiModalPruning, "recompute_mrope_positions"):
+    raise ImportError(
+        "ocvtp can't prune Qwen-VL in this vLLM, which asks nobody for positions of pruned images. "
+        "docs/serving.md says which versions it serves"
+    )
 mend_cpu_runner()  # the runner asks for this model's class before it loads the model
 
 
@@ -24,12 +30,7 @@ class PrunedQwen(Positions, Pruned):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
 
     counts_class = Counts
-    overrides = (
-        "_process_image_input",
-        "_postprocess_image_embeds_evs",
-        "get_mrope_input_positions",
-        "recompute_mrope_positions",
-    )
+    overrides = ("_process_image_input", "get_mrope_input_positions")
     visual: Any
 
     def parts(self, image_input: Any) -> Iterator[Any]:

@@ -1,0 +1,59 @@
+"""``ocvtp serve``: vLLM's own OpenAI server, with a pruned model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ocvtp.commands.errors import UserError, blamed_on_input
+from ocvtp.commands.loading import model_source, pruner_source, read_model_config
+
+
+def words(model: str, settings: Mapping[str, Any], rest: Sequence[str]) -> list[str]:
+    """The command that serves ``model``, checked as far as its configuration and the pruner tell.
+
+    Args:
+        model: folder or Hub id.
+        settings: of :class:`ocvtp.serving.vllm.spec.Spec`, those that were said.
+        rest: vLLM's own options.
+    """
+    from ocvtp.serving.vllm.launch import command, overrides
+    from ocvtp_kernels import BackendUnavailableError
+
+    if model.startswith("-"):
+        raise UserError(f"give the model first: ocvtp serve MODEL ...; got {model}")
+    model = model_source(model, "MODEL")
+    if "pruner" in settings:
+        settings = {**settings, "pruner": pruner_source(settings["pruner"])}
+    config = read_model_config(model)
+    with blamed_on_input(TypeError, ValueError, OSError, BackendUnavailableError):
+        return command(model, overrides(config, model, settings), rest)
+
+
+def check_installed() -> None:
+    """Refuse where there is no vLLM."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "vLLM is not installed in this environment: pip install vllm, or --print the command and run it "
+            "where vLLM and ocvtp are"
+        )
+
+
+def run(command: Sequence[str]) -> None:
+    """Become vLLM's server. Does not return."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", *_module(command)])
+
+
+def _module(command: Sequence[str]) -> list[str]:
+    """What ``vllm serve`` runs."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:  # a build of another name, whose ``vllm`` does not start
+        model, *rest = command[2:]
+        return ["vllm.entrypoints.openai.api_server", "--model", model, *rest]
+    return ["vllm.entrypoints.cli.main", *command[1:]]
