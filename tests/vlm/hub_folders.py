@@ -29,11 +29,21 @@ def write_folder(root: Path, name: str) -> Path:
 
 def random_model(folder: Path) -> Any:
     """The model of a folder's configuration with the weights its checkpoint holds, never saved or loaded."""
+    # Of its own in the checkpoint, whatever the configuration says (InternVL's says nothing).
+    own_head = any(sample.endswith("lm_head.weight") for sample in _family(folder).samples)
+    return random_weights(transformers.AutoConfig.from_pretrained(folder), own_head=own_head)
+
+
+def random_weights(config: Any, *, own_head: bool = False) -> Any:
+    """A model whose answers can be told apart, in numbers that half precision has.
+
+    Args:
+        config: of the model.
+        own_head: the last layer shares nothing with the embeddings.
+    """
     torch.manual_seed(0)
-    config = transformers.AutoConfig.from_pretrained(folder)
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    if any(sample.endswith("lm_head.weight") for sample in _family(folder).samples):
-        # Of its own in the checkpoint, whatever the configuration says (InternVL's says nothing).
+    if own_head:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
         for parameter in model.parameters():

@@ -69,7 +69,8 @@ class Pruned:
         if image_input["type"] == "image_embeds":
             return self.whole(encode(image_input), image_input)
         rows: list[torch.Tensor] = []
-        for part in self.parts(image_input):
+        for fields in self.parts(image_input):
+            part = type(image_input)(validate=False, **fields)  # vLLM tells kinds of input by their class
             vision = self.vision(part, lambda: encode(part))  # noqa: B023
             rows += self.handed_over(prune_rows(vision, self.plan.settings), part)
         return rows
@@ -84,8 +85,8 @@ class Pruned:
 
     # What a family says.
 
-    def parts(self, image_input: Any) -> Iterator[Any]:
-        """Batches no larger in the tower than vLLM would make them without pruning."""
+    def parts(self, image_input: Any) -> Iterator[dict[str, Any]]:
+        """Fields of batches no larger in the tower than vLLM would make them without pruning."""
         raise NotImplementedError
 
     def vision(self, part: Any, encode: Callable[[], Any]) -> Vision:

@@ -19,7 +19,7 @@ class PrunedLlava(Pruned):
     counts_class = PictureCounts
     vision_tower: Any
 
-    def parts(self, image_input: Any) -> Iterator[Any]:
+    def parts(self, image_input: Any) -> Iterator[dict[str, Any]]:
         """See :class:`Pruned`."""
         size = max(1, self._most // self.plan.layout.patches({}))
         for chunk in image_input["pixel_values"].split(size):

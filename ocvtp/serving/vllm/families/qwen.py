@@ -33,7 +33,7 @@ class PrunedQwen(Positions, Pruned):
     overrides = ("_process_image_input", "get_mrope_input_positions")
     visual: Any
 
-    def parts(self, image_input: Any) -> Iterator[Any]:
+    def parts(self, image_input: Any) -> Iterator[dict[str, Any]]:
         """See :class:`Pruned`."""
         grids = image_input["image_grid_thw"]
         lengths = grids.prod(-1).tolist()

@@ -31,7 +31,7 @@ class PrunedSquares(Pruned):
         """How many each image has."""
         return [int(count) for count in image_input["num_patches"]]
 
-    def parts(self, image_input: Any) -> Iterator[Any]:
+    def parts(self, image_input: Any) -> Iterator[dict[str, Any]]:
         """See :class:`Pruned`."""
         counts = self.pictures(image_input)
         by_row = {

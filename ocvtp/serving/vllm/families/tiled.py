@@ -26,7 +26,7 @@ class PrunedTiles(Pruned):
         packings: list[Packing] = self.plan.layout.packings(sizes, {}, torch.device("cpu"))
         return packings
 
-    def parts(self, image_input: Any) -> Iterator[Any]:
+    def parts(self, image_input: Any) -> Iterator[dict[str, Any]]:
         """See :class:`Pruned`; tiles that only pad the batch are not encoded."""
         packings, pixels = self._packings(image_input), image_input["pixel_values"]
         for start, stop in batches([one.total for one in packings], self._most):
