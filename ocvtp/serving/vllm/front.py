@@ -12,6 +12,7 @@ from vllm.multimodal.processing import PromptInsertion, PromptUpdate, PromptUpda
 from ocvtp.serving.vllm.counts import Counts, Run
 from ocvtp.serving.vllm.plan import plan_for
 from ocvtp.serving.vllm.spec import spec_of
+from ocvtp.serving.vllm.twins import architecture_of
 from ocvtp_kernels import BackendUnavailableError
 
 #: Where the digest travels in the model's configuration, for workers to compare theirs with.
@@ -35,6 +36,7 @@ class PrunedInfo:
         super().__init__(ctx)  # type: ignore[call-arg]
         config = ctx.model_config.hf_config
         try:
+            _check_family(ctx.model_config)
             spec = spec_of(config)
             self.counts = self.counts_class(plan_for(config, spec, ctx.model_config.model))
             self.counts.check()
@@ -59,6 +61,17 @@ class PrunedInfo:
         largest = self.counts.largest(self) if full is None else full["image"]
         most = None if largest is None else self.counts.most(largest)
         return None if most is None else {"image": most}
+
+
+def _check_family(model_config: Any) -> None:
+    """Raise ``ValueError`` for the twin of another family than the model's."""
+    config = model_config.hf_config
+    right = architecture_of(config, model_config.model)
+    if right not in (config.architectures or ()):
+        raise ValueError(
+            f"{', '.join(config.architectures or ())} can't serve {model_config.model}, a model of type "
+            f'{config.model_type!r}: give --hf-overrides "architectures": ["{right}"]'
+        )
 
 
 class PrunedProcessor:

@@ -34,12 +34,22 @@ class Tower:
 
 
 class Tap:
-    """Queries and keys of one layer's attention."""
+    """Queries and keys of one layer's attention.
 
-    def __init__(self) -> None:
+    Args:
+        asked: whether anybody will want them.
+    """
+
+    def __init__(self, asked: bool) -> None:
+        self._asked = asked
         self._query: torch.Tensor | None = None
         self._key: torch.Tensor | None = None
         self._scale = 1.0
+
+    @property
+    def full(self) -> bool:
+        """Whether there is what was asked for."""
+        return not self._asked or self._query is not None
 
     def catch(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook before vLLM's attention of images, which gets queries and keys as they are multiplied."""
@@ -71,7 +81,7 @@ def tapped(tower: Tower, read: int | None, after: Callable[[torch.Tensor], None]
             write to it.
         after: see ``read``.
     """
-    tap, hooks = Tap(), []
+    tap, hooks = Tap(tower.scored is not None), []
     if read is not None:
         # A layer's output is what is normalised next. Layers themselves may be called around hooks (vLLM's
         # compile decorator), their submodules are not.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ocvtp.vlm.contracts.errors import UnsupportedModelError
-
 #: In front of an architecture's name, its twin's. The end matters: vLLM's defaults go by it.
 PREFIX = "Ocvtp"
 
@@ -54,6 +52,8 @@ def architecture_of(config: Any, model: str) -> str:
         UnsupportedModelError: it has none; the message lists those that have.
     """
     if config.model_type not in TWINS:
+        from ocvtp.vlm import UnsupportedModelError  # torch and transformers, which register() has no use for
+
         raise UnsupportedModelError(
             f"ocvtp can't prune {model} (model_type {config.model_type!r}) in vLLM; "
             f"supported: {', '.join(sorted(TWINS))}"

@@ -57,6 +57,11 @@ class Encoded:
 
         with tapped(self._tower, read_layer, read) as self._tap:
             self._images = list(self._encode())
+        if (read_layer is not None and self._read is None) or not self._tap.full:
+            raise RuntimeError(
+                "ocvtp: this vLLM runs its vision tower around our hooks, so nobody knows what passes it. "
+                "docs/serving.md says which versions are served"
+            )
 
     def features(self, which: Sequence[int]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,8 @@ def engine(folder: Path, settings: Mapping[str, Any] | None, **options: Any) -> 
     llm = None
     try:
         llm = LLM(model=str(folder), **{**ENGINE, **engine_options(folder), **pruned, **options})
-        yield llm
+        # A caller that held it would end it after the next has begun, and take the process group with it.
+        yield weakref.proxy(llm)
     finally:
         del llm
         gc.collect()

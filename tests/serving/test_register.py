@@ -1,0 +1,106 @@
+"""The entry point: vLLM calls it in every process, pruned model or not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import types
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from ocvtp.serving.vllm import register
+from ocvtp.serving.vllm.twins import TWINS
+
+ROOT = Path(__file__).parents[2]
+
+
+class Registry:
+    """vLLM's, as far as it goes."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, str] = {}
+
+    def register_model(self, architecture: str, where: str) -> None:
+        self.models[architecture] = where
+
+
+def with_vllm(monkeypatch: pytest.MonkeyPatch, registry: object) -> None:
+    module = types.ModuleType("vllm")
+    module.ModelRegistry = registry  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+
+
+def test_vllm_finds_it() -> None:
+    (found,) = (one for one in entry_points(group="vllm.general_plugins") if one.name == "ocvtp")
+    assert found.load() is register
+
+
+def test_it_names_every_twin_and_does_so_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry()
+    with_vllm(monkeypatch, registry)
+    register()
+    once = dict(registry.models)
+    register()
+    assert registry.models == once
+    assert len(once) == len(TWINS) == 12
+    assert once["OcvtpLlavaForConditionalGeneration"] == "ocvtp.serving.vllm.families.llava:Model"
+    for where in once.values():
+        module, name = where.split(":")
+        assert name == "Model"
+        assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file()
+
+
+class Broken:
+    """A registry that changed."""
+
+    def register_model(self, *_: object) -> None:
+        raise TypeError("register_model takes three arguments")
+
+
+@pytest.mark.parametrize("registry", [Broken(), None], ids=["changed", "not there"])
+def test_it_never_raises(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, registry: object
+) -> None:
+    """vLLM would start no model at all, pruned or not."""
+    with_vllm(monkeypatch, registry)
+    with caplog.at_level(logging.ERROR, "ocvtp"):
+        register()
+    assert "ocvtp's models are not available in this vLLM" in caplog.text
+
+
+def test_it_is_quick_and_imports_no_model() -> None:
+    code = """
+import json, sys, time, types
+vllm = types.ModuleType("vllm")
+vllm.ModelRegistry = type("Registry", (), {"register_model": staticmethod(lambda *_: None)})
+sys.modules["vllm"] = vllm
+before = set(sys.modules)
+start = time.perf_counter()
+from ocvtp.serving.vllm import register
+register()
+print(json.dumps([time.perf_counter() - start, sorted(set(sys.modules) - before)]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    seconds, modules = json.loads(result.stdout)
+    assert seconds < 0.05
+    assert "torch" not in modules
+    assert "transformers" not in modules
+
+
+def test_importing_ocvtp_imports_no_vllm() -> None:
+    code = """
+import sys
+sys.modules["vllm"] = None  # importing it raises
+import ocvtp, ocvtp.serving, ocvtp.vlm, ocvtp.cli, ocvtp.commands.serve, ocvtp.serving.vllm.launch
+print("fine")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert result.stdout.strip() == "fine", result.stderr
