@@ -151,5 +151,5 @@ def test_arguments_for_an_engine(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep must be between"):
         ocvtp.serving.engine_args(str(tmp_path), keep=3000)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ocvtp.UnsupportedModelError, match="'bert'.* in vLLM; supported: gemma3, idefics3"):
+    with pytest.raises(ocvtp.UnsupportedModelError, match=r"'bert'.* in vLLM; supported: gemma3, idefics3"):
         ocvtp.serving.engine_args(str(tmp_path), keep=3)

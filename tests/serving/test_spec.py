@@ -140,7 +140,7 @@ def test_a_pruner_must_fit_the_model(tmp_path: Path) -> None:
 
     config = llava().config
     spec = Spec.from_dict({"keep": 3, "pruner": saved(tmp_path)})
-    with pytest.raises(ValueError, match="reads features of width 16.*ocvtp features IMAGES --encoder MODEL"):
+    with pytest.raises(ValueError, match=r"features of width 16.*ocvtp features IMAGES --encoder MODEL"):
         plan_for(config, spec)
     with pytest.raises(ValueError, match="keep must be between 1 and"):
         plan_for(config, Spec.from_dict({"keep": 5000}))
