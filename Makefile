@@ -5,6 +5,9 @@
 #                the patch's tests on older versions of transformers too; VERSIONS="5.0.0 5.18.0" chooses
 #   make test-libraries
 #                tests of kernels and pruner with other instruction sets, numbers of threads, and without oneDNN
+#   make test-serving
+#                vLLM with pruned models, in build/vllm, an environment of its own that it makes from a lock file;
+#                CASES=quick is what CI runs
 #   make test-thorough
 #                what make test leaves out because its neighbours find nearly the same
 #   make lint    ruff and mypy
@@ -35,6 +38,7 @@ RESULTS ?= bench/results
 COMMIT ?=
 VERSIONS ?=
 TARGETS ?=
+CASES ?=
 GPU_RUN = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON)
 GPU_PYTEST = $(GPU_RUN) -m pytest
 TABLE := --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
@@ -45,7 +49,7 @@ RECORD = $(RECORDED) --deadline 400 $(TABLE)
 # Exit code 3 means that time ran out and a later run goes on: the other parts still get their turn.
 RESUMABLE = $(RECORDED) --minutes 6 || [ $$? -eq 3 ]
 
-.PHONY: demo test test-matrix test-libraries test-thorough lint aot format bench e2e scaling report guard accuracy clean \
+.PHONY: demo test test-matrix test-serving test-vllm test-libraries test-thorough lint aot format bench e2e scaling report guard accuracy clean \
         gpu gpu-check gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
         gpu-micro-merge gpu-micro-diversity gpu-micro-slot-training gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner \
         gpu-micro-slots-compiled gpu-scaling gpu-tower gpu-accuracy gpu-testbed gpu-report
@@ -73,6 +77,9 @@ test: $(VENV)/.dev
 
 test-matrix: $(VENV)/.dev
 	$(BIN)/python -m bench.matrix $(if $(VERSIONS),--versions $(VERSIONS))
+
+test-serving test-vllm: $(VENV)/.dev
+	$(BIN)/python -m bench.vllm_environment $(if $(CASES),-- -m $(CASES))
 
 test-libraries: $(VENV)/.dev
 	$(BIN)/python -m pytest -m libraries tests/test_other_libraries.py

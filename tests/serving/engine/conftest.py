@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,19 @@ if importlib.util.find_spec("vllm") is not None:
     from tests.serving.engine import process
 
     process.prepare()  # before vLLM is imported
+
+
+@pytest.fixture(scope="session", autouse=True)
+def looked_at_here() -> Iterator[None]:
+    """vLLM starts a process of eight seconds to look at a model's class, lest CUDA begin in this one."""
+    try:
+        from vllm.model_executor.models import registry
+    except ImportError:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+        yield
 
 
 @pytest.fixture(scope="session")
