@@ -73,6 +73,7 @@ def test_unpruned_is_unpruned(hub: Hub, name: str) -> None:
         assert answers(ask(llm, asked)) == reference(hub(name), None, asked)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", FAMILIES)
 def test_by_a_pruner_in_chunks(hub: Hub, pruner_for: Pruners, name: str) -> None:
     """An OCPruner topped up by attention, images split over several steps."""
@@ -138,6 +139,7 @@ def _image_token(folder: Path) -> int:
     return int(AutoConfig.from_pretrained(folder).image_token_id)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("pruner", ["own", "greedy_dpp"])
 @pytest.mark.parametrize("name", [folders.GEMMA3, folders.PALIGEMMA])
 def test_rows_of_the_gemmas(hub: Hub, pruner_for: Pruners, name: str, pruner: str) -> None:

@@ -37,6 +37,7 @@ def documented(command: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.startswith(f"{command} serve ")]
 
 
+@pytest.mark.quick
 def test_what_is_printed() -> None:
     assets = ROOT / "assets"
     arguments = [str(assets / "testbed"), "--keep", "28", "--pruner", str(assets / "testbed-pruner")]
@@ -48,11 +49,13 @@ def test_what_is_printed() -> None:
     assert found.hf_overrides["architectures"] == ["OcvtpLlavaForConditionalGeneration"]
 
 
+@pytest.mark.quick
 def test_the_documented_line_of_vllm() -> None:
     (words,) = documented("vllm")
     assert set(parsed(words[2:]).hf_overrides) == {"architectures", "ocvtp"}
 
 
+@pytest.mark.quick
 def test_the_documented_lines_of_ocvtp() -> None:
     """vLLM's part of them: ours is tested where it is printed."""
     lines = documented("ocvtp")
@@ -66,6 +69,7 @@ def test_the_documented_lines_of_ocvtp() -> None:
         parsed(rest)
 
 
+@pytest.mark.quick
 def test_our_options_are_none_of_vllms() -> None:
     """A name that both had would be taken by us, and vLLM would never see it."""
     theirs = {name for action in parsers()[1]._actions for name in action.option_strings}

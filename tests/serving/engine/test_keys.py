@@ -43,6 +43,7 @@ def one_weight_changed(source: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("uuid", [None, "my-picture"])
 def test_settings_have_keys_of_their_own(
     hub: Hub, pruner_for: Pruners, tmp_path: Path, uuid: str | None
@@ -94,12 +95,14 @@ def same_from_a_store(folder: Path, store: Path, *pruners: Path) -> list[int]:
     return right
 
 
+@pytest.mark.quick
 def test_a_store_that_two_engines_share(hub: Hub, pruner_for: Pruners, tmp_path: Path) -> None:
     folder = hub(folders.LLAVA)
     one, other = pruner_for(folder), pruner_for(folder, 6)
     assert same_from_a_store(folder, tmp_path / "store", one, other, one) == [11, 11, 11]
 
 
+@pytest.mark.quick
 def test_without_our_part_of_the_keys_it_answers_wrongly(
     hub: Hub, pruner_for: Pruners, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ def same(folder: Path, settings: dict[str, Any], *first: Callable[[Any], None], 
     return sum(a == b for a, b in zip(got, reference(folder, settings, asked), strict=True))
 
 
-@pytest.mark.parametrize("name", [folders.LLAVA, folders.QWEN2_5])
+@pytest.mark.parametrize("name", [pytest.param(folders.LLAVA, marks=pytest.mark.quick), folders.QWEN2_5])
 def test_sharded_weights(hub: Hub, pruner_for: Pruners, name: str) -> None:
     """Each rank has half of the heads, so that neither knows what attention a token receives."""
     folder = hub(name)
@@ -49,6 +49,7 @@ def without_average(worker: Any) -> None:
     taps._mean_over_ranks = lambda scores: scores
 
 
+@pytest.mark.quick
 def test_without_the_average_over_ranks_it_answers_wrongly(hub: Hub) -> None:
     """So the test above would notice."""
     settings = {"keep": 3, "pruner": "attention"}

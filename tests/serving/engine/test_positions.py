@@ -27,6 +27,7 @@ def feature(offset: int, length: int, grid: tuple[int, int, int]) -> Any:
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_they_are_exact_in_half_precision(dtype: torch.dtype) -> None:
     """Beyond 256, which bfloat16 can't count to in ones."""
@@ -52,6 +53,7 @@ def test_they_are_exact_in_half_precision(dtype: torch.dtype) -> None:
     assert late == delta
 
 
+@pytest.mark.quick
 def test_two_images_and_a_prompt_that_ends_in_one() -> None:
     grids = torch.tensor([[1, 4, 8], [1, 8, 4]])
     slots = [torch.tensor([0, 7]), torch.tensor([3, 4])]

@@ -15,6 +15,7 @@ from tests.serving.engine import folders
 from tests.serving.engine.asking import engine
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
+pytestmark = pytest.mark.quick
 
 Hub = Callable[[str], Path]
 Pruners = Callable[..., Path]

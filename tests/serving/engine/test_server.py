@@ -172,7 +172,10 @@ def check(asked: list[Job], replies: list[Reply], settings: dict[str, Any], scen
         assert (reply.tokens, reply.prompt_tokens) == known[key], job
 
 
-@pytest.mark.parametrize("pruner", [str(PRUNER), "farthest_point"], ids=["pruner", "farthest points"])
+@pytest.mark.parametrize(
+    "pruner",
+    [pytest.param(str(PRUNER), id="pruner", marks=pytest.mark.quick), "farthest_point"],
+)
 def test_a_hundred_requests(tmp_path: Path, scenes: dict[str, Image.Image], pruner: str) -> None:
     asked = jobs(100 if pruner == str(PRUNER) else 30)
     with serving(TESTBED, tmp_path / "log", "--keep", str(KEEP), "--pruner", pruner) as server:

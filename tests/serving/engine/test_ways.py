@@ -53,6 +53,7 @@ def test_preempted_requests(hub: Hub, pruner_for: Pruners, name: str) -> None:
     assert got == reference(folder, settings, asked, 60)
 
 
+@pytest.mark.quick
 def test_an_adapter_on_the_language_model(hub: Hub, pruner_for: Pruners, tmp_path: Path) -> None:
     from transformers import AutoProcessor
     from vllm.lora.request import LoRARequest
@@ -143,6 +144,7 @@ def test_a_trained_model(testbed: Any, options: dict[str, Any]) -> None:
     assert sum(o.outputs[0].text.strip() == a for o, a in zip(outputs, right, strict=True)) >= 44
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("pruner", ["own", "attention"])
 def test_a_hook_that_does_not_fire_is_noticed(
     hub: Hub, pruner_for: Pruners, monkeypatch: pytest.MonkeyPatch, pruner: str
