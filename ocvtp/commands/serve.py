@@ -46,7 +46,12 @@ def check_installed() -> None:
 def run(command: Sequence[str]) -> None:
     """Become vLLM's server. Does not return."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", *_module(command)])
+    os.execv(sys.executable, in_this_python(command))
+
+
+def in_this_python(command: Sequence[str]) -> list[str]:
+    """``vllm serve ...`` as this environment runs it, whether its ``vllm`` starts or not."""
+    return [sys.executable, "-m", *_module(command)]
 
 
 def _module(command: Sequence[str]) -> list[str]:
