@@ -15,6 +15,8 @@
 #   make bench   microbenchmarks; without a GPU, PyTorch alone at small sizes
 #   make e2e     a whole model unpruned and pruned by several methods: 3 minutes on two cores
 #   make scaling cost against tokens, images and frames, and where pruning does not pay: 6 minutes on two cores
+#   make serving requests a second and time to the first token of vLLM's server, unpruned and pruned, by a Python that
+#                has vLLM (SERVING_PYTHON; build/vllm's if it is there): 8 minutes on two cores
 #   make report  documents and pictures from bench/results; make guard compares counts with their snapshot
 #   make accuracy
 #                what a small model still answers with fewer tokens, by who chooses them: 10 minutes on two cores
@@ -24,23 +26,27 @@
 #                gpu-micro-merge, gpu-micro-diversity,
 #                gpu-micro-slot-training, gpu-micro-slots (three parts: gpu-micro-slots-kernels, -pruner and
 #                -compiled), gpu-e2e-llava-1.5-7b, gpu-e2e-llava-next-7b, gpu-e2e-qwen2.5-vl-7b, gpu-scaling,
-#                gpu-tower, gpu-accuracy, gpu-testbed (trains a larger test bed), gpu-report.
+#                gpu-tower, gpu-accuracy, gpu-testbed (trains a larger test bed), gpu-serving (needs vLLM, in
+#                GPU_PYTHON or in SERVING_PYTHON), gpu-report.
 #                Of a tree whose commit is known and clean, a part that ran out of time goes on where it stopped: run
 #                it again
 #   RESULTS=folder puts results elsewhere, and copies of the documents with them; COMMIT=id names a tree that has no
-#   git; GPU_PYTHON=python
+#   git; GPU_PYTHON=python; SERVING_PYTHON=python
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+SERVING_PYTHON ?=
 RESULTS ?= bench/results
 COMMIT ?=
 VERSIONS ?=
 TARGETS ?=
 CASES ?=
-GPU_RUN = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON)
+OF_THIS_TREE = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH}
+GPU_RUN = $(OF_THIS_TREE) $(GPU_PYTHON)
 GPU_PYTEST = $(GPU_RUN) -m pytest
+CPU_SERVING_PYTHON = $(or $(SERVING_PYTHON),$(wildcard build/vllm/bin/python))
 TABLE := --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
 RECORDED = --record --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT))
 # A row started just before the deadline may still compile for a minute.
@@ -49,10 +55,11 @@ RECORD = $(RECORDED) --deadline 400 $(TABLE)
 # Exit code 3 means that time ran out and a later run goes on: the other parts still get their turn.
 RESUMABLE = $(RECORDED) --minutes 6 || [ $$? -eq 3 ]
 
-.PHONY: demo test test-matrix test-serving test-vllm test-libraries test-thorough lint aot format bench e2e scaling report guard accuracy clean \
+.PHONY: demo test test-matrix test-serving test-vllm test-libraries test-thorough lint aot format bench e2e scaling \
+        serving report guard accuracy clean \
         gpu gpu-check gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
         gpu-micro-merge gpu-micro-diversity gpu-micro-slot-training gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner \
-        gpu-micro-slots-compiled gpu-scaling gpu-tower gpu-accuracy gpu-testbed gpu-report
+        gpu-micro-slots-compiled gpu-scaling gpu-tower gpu-accuracy gpu-testbed gpu-serving gpu-report
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' || \
@@ -104,6 +111,11 @@ e2e: $(VENV)/.dev
 scaling: $(VENV)/.dev
 	$(BIN)/python -m bench.scaling
 
+serving:
+	@test -n "$(CPU_SERVING_PYTHON)" || \
+	  { echo "make serving needs a Python with vLLM: make test-serving builds build/vllm, or SERVING_PYTHON=python"; exit 1; }
+	$(OF_THIS_TREE) $(CPU_SERVING_PYTHON) -m bench.serving
+
 report: $(VENV)/.dev
 	$(BIN)/python -m bench.report
 
@@ -117,7 +129,7 @@ accuracy: $(VENV)/.dev
 GPU_PARTS := gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
              gpu-micro-merge gpu-micro-diversity \
              gpu-micro-slot-training gpu-micro-slots gpu-e2e-llava-next-7b gpu-e2e-llava-1.5-7b gpu-e2e-qwen2.5-vl-7b \
-             gpu-scaling gpu-tower gpu-accuracy gpu-testbed gpu-report
+             gpu-scaling gpu-tower gpu-accuracy gpu-testbed gpu-serving gpu-report
 
 # A part that fails doesn't keep the others from their turn.
 gpu: gpu-check
@@ -180,6 +192,9 @@ gpu-report:
 
 gpu-accuracy: gpu-check
 	$(GPU_RUN) -m bench.accuracy --device cuda --no-document $(RECORDED)
+
+gpu-serving: gpu-check
+	$(OF_THIS_TREE) $(or $(SERVING_PYTHON),$(GPU_PYTHON)) -m bench.serving --preset llava-1.5-7b $(RESUMABLE)
 
 gpu-testbed: gpu-check
 	$(GPU_RUN) -m bench.testbed train --recipe bench/testbed/recipe-large.json --out build/testbed-large \

@@ -9,7 +9,7 @@ from bench.accuracy.report import tables as accuracy_tables
 from bench.evidence.report import tables as evidence_tables
 from bench.evidence.rows import Row
 from bench.markdown import replace_blocks
-from bench.report import accuracy, kernels, models
+from bench.report import accuracy, kernels, models, serving
 from bench.report.pictures import PICTURES, draw, is_current
 from bench.report.results import Results
 
@@ -22,6 +22,7 @@ _PERFORMANCE: dict[str, kernels.Block] = {
     "flops": models.flops,
     "scaling": models.scaling,
     "limits": models.limits,
+    "serving": serving.served,
     "kernels-floors": kernels.floors,
     "results": kernels.files,
 }

@@ -58,7 +58,7 @@ class Result:
     @property
     def versions(self) -> str:
         """Of what computed."""
-        names = ("torch", "transformers", "triton", "driver", "cuda")
+        names = ("vllm", "torch", "transformers", "triton", "driver", "cuda")
         return ", ".join(f"{name} {self.data[name]}" for name in names if self.data.get(name))
 
     def __str__(self) -> str:

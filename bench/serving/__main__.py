@@ -125,22 +125,18 @@ def show(name: str, rows: Rows, console: Console) -> None:
         "prompt",
         "requests/s",
         "",
-        "first token p50, s",
-        "p95",
-        "answer p50, s",
-        "CPU s",
-        "cache",
-        "running",
+        *("first, s", "p95", "all, s", "CPU s", "cache", "batch"),
         title=f"{name}: {first['concurrency']} at once, {first['rounds']} x {first['requests']} requests",
+        caption="medians of rounds: p50 and p95 of the time to the first token, p50 of that to the last",
     )
     for row in rows:
         rate = row["requests_per_s"]
         table.add_row(
             row["server"],
             str(row["prompt_tokens"]),
-            "{median:.2f} ({least:.2f} - {most:.2f})".format(**rate),
+            "{median:.2f} ({least:.2f}-{most:.2f})".format(**rate),
             f"{rate['median'] / first['requests_per_s']['median']:.2f}x",
-            *(f"{row[what]['median']:.3f}" for what in ("ttft_p50_s", "ttft_p95_s", "latency_p50_s")),
+            *(f"{row[what]['median']:.2f}" for what in ("ttft_p50_s", "ttft_p95_s", "latency_p50_s")),
             f"{row['cpu_s_per_request']['median']:.2f}",
             f"{row['peak_cache']['median']:.0%}",
             f"{row['peak_running']['median']:.0f}",
