@@ -5,6 +5,7 @@ What the commands do is rehearsed by the tests of each benchmark.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import runpy
 import shlex
@@ -16,8 +17,10 @@ from pathlib import Path
 import pytest
 
 from bench.e2e.presets import PRESETS
+from bench.serving.presets import PRESETS as SERVED
 
 ROOT = Path(__file__).parents[1]
+SERVING = ("serving", "gpu-serving")
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
@@ -53,10 +56,13 @@ def test_all_parts_are_there(lines: list[list[str]]) -> None:
         "bench.tower",
         "bench.accuracy",
         "bench.testbed",
+        "bench.serving",
         "bench.report",
     }
     presets = [line[line.index("--preset") + 1] for line in of(lines, "bench.e2e")]
     assert sorted(presets) == sorted(name for name, preset in PRESETS.items() if preset.gpu)
+    (serving,) = of(lines, "bench.serving")
+    assert SERVED[serving[serving.index("--preset") + 1]].gpu_bytes
     assert lines[-1][2] == "bench.report"
     recorded = [line for line in lines if "--record" in line]
     assert all("elsewhere" in line and "abc" in line for line in recorded)
@@ -66,7 +72,15 @@ def test_all_parts_are_there(lines: list[list[str]]) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["bench.e2e", "bench.scaling", "bench.tower", "bench.accuracy", "bench.testbed", "bench.report"],
+    [
+        "bench.e2e",
+        "bench.scaling",
+        "bench.tower",
+        "bench.accuracy",
+        "bench.testbed",
+        "bench.serving",
+        "bench.report",
+    ],
 )
 def test_commands_take_their_options(
     lines: list[list[str]],
@@ -98,3 +112,29 @@ def test_tests_and_microbenchmarks_take_theirs(lines: list[list[str]]) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def made(target: str, *variables: str, dry: bool = True) -> subprocess.CompletedProcess[str]:
+    words = ["make", *(["-n"] if dry else []), target, *variables]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_servers_run_in_the_python_that_has_vllm() -> None:
+    """``SERVING_PYTHON`` where it is said; else build/vllm's, and on a GPU that of the other parts."""
+    both = {target: made(target, "SERVING_PYTHON=py-v", "GPU_PYTHON=py-g").stdout for target in SERVING}
+    assert all("py-v -m bench.serving" in printed for printed in both.values())
+    assert "py-g -m bench.serving --preset" in made("gpu-serving", "GPU_PYTHON=py-g").stdout
+    assert "--record" not in both["serving"]
+
+
+def test_no_vllm_is_said_and_is_a_failure_of_its_own() -> None:
+    """Without it ``make gpu-serving`` says how to get it; other parts are not kept from their turn."""
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("this Python has vLLM")
+    printed = made("serving", f"SERVING_PYTHON={sys.executable}", dry=False)
+    assert printed.returncode != 0
+    assert "pip install vllm" in printed.stderr
+    if not (ROOT / "build/vllm/bin/python").exists():
+        printed = made("serving", dry=False)
+        assert printed.returncode != 0
+        assert "make test-serving builds build/vllm" in printed.stdout

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from bench.e2e.methods import UNPRUNED
 from bench.markdown import table
 from bench.report.models import NOT_MEASURED, find
@@ -13,6 +11,7 @@ from bench.serving.presets import PRESETS
 _HEAD = ["device", "clients", "server", "prompt tokens", "requests/s (least - most)", "gain"]
 _HEAD += ["first token p50, s", "p95, s", "whole answer p50, s", "CPU s a request"]
 _HEAD += ["KV cache used at most", "requests in a batch at most"]
+_SECONDS = ("ttft_p50_s", "ttft_p95_s", "latency_p50_s", "cpu_s_per_request")
 _ROOM = [
     "device",
     "server",
@@ -48,10 +47,9 @@ def _loads(result: Result) -> list[list[str]]:
                 str(row["concurrency"]),
                 row["server"],
                 str(row["prompt_tokens"]),
-                "{median:.2f} ({least:.2f} - {most:.2f})".format(**rate),
+                f"{three(rate['median'])} ({three(rate['least'])} - {three(rate['most'])})",
                 f"{rate['median'] / before['requests_per_s']['median']:.2f}x" if before else "",
-                *(_median(row, what, 2) for what in ("ttft_p50_s", "ttft_p95_s", "latency_p50_s")),
-                _median(row, "cpu_s_per_request", 2),
+                *(three(row[what]["median"]) for what in _SECONDS),
                 f"{row['peak_cache']['median']:.0%}",
                 f"{row['peak_running']['median']:.0f}",
             ]
@@ -59,8 +57,9 @@ def _loads(result: Result) -> list[list[str]]:
     return lines
 
 
-def _median(row: dict[str, Any], what: str, digits: int) -> str:
-    return f"{row[what]['median']:.{digits}f}"
+def three(value: float) -> str:
+    """With three digits that count, where there are no more before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _room(result: Result) -> list[list[str]]:
@@ -85,8 +84,9 @@ def _said(result: Result) -> str:
     rounds = max((row["rounds"] for row in data["rows"]), default=0)
     note = f" **{data['note'][0].upper()}{data['note'][1:]}.**" if data["note"] else ""
     return (
-        f"{str(result)[0].upper()}{str(result)[1:]}. LLaVA-1.5's layout, {data['image_tokens']} image tokens of "
-        f"which pruning keeps {data['keep']}, {vision:.0f} M parameters on the vision side and {language:.0f} M "
-        f"in the language model, {data['dtype']}; answers of {data['answer_tokens']} tokens; medians of {rounds} "
-        f"rounds. vLLM's options: `{data['options']}`.{note}"
+        f"{str(result)[0].upper()}{str(result)[1:]}. LLaVA-1.5's layout, {data['image_tokens']} image tokens "
+        f"of which pruning keeps {data['keep']}, {vision:.0f} M parameters on the vision side and "
+        f"{language:.0f} M in the language model, {data['dtype']}, random; answers of "
+        f"{data['answer_tokens']} tokens; medians of {rounds} rounds. vLLM's options: "
+        f"`{data['options']}`.{note}"
     )

@@ -109,6 +109,11 @@ def _head(
     }
 
 
+def has_vllm() -> bool:
+    """Whether this Python has it. It is not imported."""
+    return importlib.util.find_spec("vllm") is not None
+
+
 def vllm_version() -> str:
     """Of the vLLM that is installed, by the distribution's own name if that is another."""
     names = importlib.metadata.packages_distributions().get("vllm", ["vllm"])
@@ -157,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_options(parser)
     arguments = parser.parse_args(argv)
-    if importlib.util.find_spec("vllm") is None:
+    if not has_vllm():
         raise SystemExit(NO_VLLM)
     preset, device = PRESETS[arguments.preset], torch.device(arguments.device)
     if arguments.rehearse:
@@ -165,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_device(preset, device, parser)
     path = folder_of(arguments) / f"serving-{preset.name}.json"
     console = Console()
-    signal.signal(signal.SIGTERM, _leave)  # an exception, on whose way servers are ended
+    before = signal.signal(signal.SIGTERM, _leave)  # an exception, on whose way servers are ended
     try:
         results, complete = run(
             preset, device, path, commit=arguments.commit, minutes=arguments.minutes, console=console
@@ -174,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"gate failed at {preset.name}: {error}") from error
     except (ServerError, CounterError) as error:
         raise SystemExit(str(error)) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
     console.print(f"{len(results.rows)} rows in {path}", highlight=False, soft_wrap=True)
     if not complete:
         console.print("time ran out: run it again for the rest")

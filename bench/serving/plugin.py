@@ -9,6 +9,8 @@ from pathlib import Path
 import ocvtp
 
 ROOT = Path(__file__).parents[2]
+#: What servers are given of vLLM's variables: where it keeps things. Others would be options nobody recorded.
+_PLACES = ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT")
 _ENTRY = "[vllm.general_plugins]\nocvtp = ocvtp.serving.vllm:register\n"
 
 
@@ -28,8 +30,9 @@ def environment(folder: Path, given: Mapping[str, str] = os.environ) -> dict[str
     (about / "entry_points.txt").write_text(_ENTRY)
     before = [path for path in given.get("PYTHONPATH", "").split(os.pathsep) if path]
     places = [folder.resolve(), ROOT, ROOT / "kernels", *(Path(path).resolve() for path in before)]
+    kept = {name: value for name, value in given.items() if not name.startswith("VLLM_") or name in _PLACES}
     return {
-        **given,
+        **kept,
         "PYTHONPATH": os.pathsep.join(map(str, places)),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.report import __main__ as command
-from bench.report import accuracy, documents, kernels, models, pictures
+from bench.report import accuracy, documents, kernels, models, pictures, serving
 from bench.report.documents import ALLOWED, CHECKED, ROOT, faults, typed_by_hand
 from bench.report.models import NOT_MEASURED
 from bench.report.results import BadResultError, Result, Results, load
@@ -115,6 +115,7 @@ def test_nothing_measured_is_said_in_the_cells() -> None:
         models.by_method,
         kernels.floors,
         kernels.targets,
+        serving.served,
     ):
         assert NOT_MEASURED in block(nothing)
 
@@ -170,6 +171,66 @@ def test_kernels_against_their_floors() -> None:
     data = pictures.kernels_data(found)
     assert list(data.values()) == [pytest.approx(75 / 11.7)]
     assert pictures.draw_kernels(data).axes
+
+
+def spread(median: float) -> dict[str, float]:
+    return {"median": median, "least": 0.9 * median, "most": 1.1 * median}
+
+
+def server(name: str, clients: int, rate: float, prompt: int) -> dict[str, Any]:
+    seconds = ("ttft_p50_s", "ttft_p95_s", "latency_p50_s", "cpu_s_per_request")
+    return {
+        "server": name,
+        "concurrency": clients,
+        "rounds": 3,
+        "prompt_tokens": prompt,
+        "requests_per_s": spread(rate),
+        **{what: spread(1 / rate) for what in seconds},
+        "peak_cache": spread(0.97),
+        "peak_running": spread(11.0),
+        "blocks_per_request": -(-prompt // 32),
+        "requests_that_fit": 200 // -(-prompt // 32),
+        "start_up_line": 7.09,
+    }
+
+
+def test_servers_by_clients() -> None:
+    """Sorted by clients, gains over the unpruned server at as many; and what was served."""
+    data = {
+        **HEAD,
+        "vllm": "0.33.0",
+        "note": None,
+        "image_tokens": 576,
+        "keep": 64,
+        "dtype": "bfloat16",
+        "answer_tokens": 16,
+        "options": "--dtype bfloat16",
+        "parameters": {"vision": 3.2e8, "language": 6.7e9},
+        "rows": [
+            server(name, clients, rate, prompt)
+            for clients, rates in ((16, (10.0, 25.0)), (1, (0.5, 1.0)))
+            for name, rate, prompt in (("unpruned", rates[0], 602), ("ocvtp, pruner", rates[1], 90))
+        ],
+    }
+    found = Result("h100", "serving-llava-1.5-7b", data)
+    text = serving.served(Results([found]))
+    lines = [line for line in text.splitlines() if line.startswith("| h100")]
+    assert [line.split(" | ")[1] for line in lines[:4]] == ["1", "1", "16", "16"]
+    assert "| ocvtp, pruner | 90 | 1.00 (0.900 - 1.10) | 2.00x |" in lines[1]
+    assert "| 25.0 (22.5 - 27.5) | 2.50x | 0.0400 | 0.0400 | 0.0400 | 0.0400 | 97% | 11 |" in lines[3]
+    assert [serving.three(value) for value in (1234.5, 99.0, 0.0123)] == ["1234", "99.0", "0.0123"]
+    assert lines[4:] == [
+        "| h100 | unpruned | 19 | 10 | 7.1x |",
+        "| h100 | ocvtp, pruner | 3 | 66 | 7.1x |",
+    ]
+    assert "vllm 0.33.0" in text
+    assert "320 M parameters on the vision side and 6700 M" in text
+    assert "mean nothing" not in text
+    assert text.count(f"| CPU | {NOT_MEASURED}") == 2  # the other preset
+    rehearsal = Result("h100", found.name, {**data, "note": "a rehearsal: figures mean nothing"})
+    assert "**A rehearsal: figures mean nothing.**" in serving.served(Results([rehearsal]))
+    on_cpu = Result("cpu-x-2-cores", found.name, data)
+    assert serving.served(Results([on_cpu])) == serving.served(Results([]))
 
 
 def answered(method: str, right: float, percent: int = 100, **changes: Any) -> dict[str, Any]:
