@@ -27,13 +27,8 @@ STARTING, ENDING = 600.0, 30.0
 _POLL = 0.25
 _ERROR = re.compile(r"\b\w*(Error|Exception): ")
 _HOST = "127.0.0.1"
-# Run by a Python that then becomes the server: should we be killed, Linux ends it.
-_END_WITH_US = (
-    "import ctypes, os, signal, sys;"
-    "ctypes.CDLL(None).prctl(1, signal.SIGTERM);"  # PR_SET_PDEATHSIG
-    "os.getppid() == int(sys.argv[1]) or sys.exit(1);"
-    "os.execv(sys.argv[2], sys.argv[2:])"
-)
+#: Ends a server if we are killed.
+_GUARD = Path(__file__).with_name("guard.py")
 
 
 class ServerError(RuntimeError):
@@ -161,21 +156,21 @@ def serving(
 
 
 def start(
-    words: Sequence[str], log: Path, variables: Mapping[str, str], folder: Path
+    words: Sequence[str], log: Path, variables: Mapping[str, str], folder: Path, ending: float = ENDING
 ) -> subprocess.Popen[bytes]:
-    """A process that leads a group of its own, and that ends when we do.
+    """A guarded process in a group of its own, which ends when we do.
 
     Args:
         words: program and arguments.
         log: file for what it prints.
         variables: its environment.
         folder: to run in.
+        ending: seconds that it has to end by itself when we are killed.
     """
-    guarded = [sys.executable, "-c", _END_WITH_US, str(os.getpid()), *words]
     with log.open("wb") as printed:
         return subprocess.Popen(
-            guarded if sys.platform == "linux" else list(words),
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-I", str(_GUARD), str(ending), *words],
+            stdin=subprocess.PIPE,
             stdout=printed,
             stderr=subprocess.STDOUT,
             env=dict(variables),
@@ -196,6 +191,8 @@ def end(processes: Sequence[subprocess.Popen[bytes]], seconds: float = ENDING) -
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
 
 
 def _free_port() -> int:

@@ -32,6 +32,10 @@ open(sys.argv[1], "w").write(f"{os.getpid()} {child.pid} ")
 time.sleep(600)
 """
 SLEEPER = "import os, sys, time; open(sys.argv[1], 'w').write(f'{os.getpid()} '); time.sleep(600)"
+POLITE = (
+    "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: sys.exit(5));"
+    "open(sys.argv[1], 'w').write(f'{os.getpid()} '); time.sleep(600)"
+)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="servers run on Linux")
 
 
@@ -63,30 +67,42 @@ def test_processes_end_with_all_below_them(tmp_path: Path) -> None:
     words = [sys.executable, "-c", STUBBORN, str(tmp_path / "numbers")]
     started = servers.start(words, tmp_path / "log", os.environ, tmp_path)
     top, child = numbers(tmp_path / "numbers")
-    assert top == started.pid
     assert not gone(child, 0.05)
     servers.end([started], seconds=0.2)
     assert started.returncode == -signal.SIGKILL
+    assert gone(top)
     assert gone(child)
     servers.end([started])  # once more does no harm
 
 
 @linux
-def test_a_process_ends_when_we_are_killed(tmp_path: Path) -> None:
-    code = f"""
+def test_a_process_that_ends_when_asked_is_not_killed(tmp_path: Path) -> None:
+    started = servers.start(
+        [sys.executable, "-c", POLITE, str(tmp_path / "numbers")], tmp_path / "log", os.environ, tmp_path
+    )
+    (child,) = numbers(tmp_path / "numbers")
+    servers.end([started])
+    assert started.returncode == 5
+    assert gone(child)
+
+
+@linux
+@pytest.mark.parametrize("code", [SLEEPER, STUBBORN], ids=["a polite one", "a stubborn one"])
+def test_a_process_ends_when_we_are_killed(code: str, tmp_path: Path) -> None:
+    starting = f"""
         import os, sys, time
         from pathlib import Path
         from bench.serving import servers
         here = Path({str(tmp_path)!r})
-        words = [sys.executable, "-c", {SLEEPER!r}, str(here / "numbers")]
-        servers.start(words, here / "log", os.environ, here)
+        words = [sys.executable, "-c", {code!r}, str(here / "numbers")]
+        servers.start(words, here / "log", os.environ, here, 0.5)
         time.sleep(600)
     """
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
-    (child,) = numbers(tmp_path / "numbers")
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(starting)], cwd=ROOT)
+    found = numbers(tmp_path / "numbers")
     parent.kill()
     parent.wait()
-    assert gone(child)
+    assert all(gone(number) for number in found)
 
 
 def ended(folder: Path, code: str) -> Server:
