@@ -16,7 +16,7 @@
 #   make e2e     a whole model unpruned and pruned by several methods: 3 minutes on two cores
 #   make scaling cost against tokens, images and frames, and where pruning does not pay: 6 minutes on two cores
 #   make serving requests a second and time to the first token of vLLM's server, unpruned and pruned, by a Python that
-#                has vLLM (SERVING_PYTHON; build/vllm's if it is there): 8 minutes on two cores
+#                has vLLM (SERVING_PYTHON; build/vllm's if it is there): 10 minutes on two cores
 #   make report  documents and pictures from bench/results; make guard compares counts with their snapshot
 #   make accuracy
 #                what a small model still answers with fewer tokens, by who chooses them: 10 minutes on two cores
