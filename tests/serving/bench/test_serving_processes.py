@@ -195,7 +195,8 @@ def test_servers_load_this_trees_plugin_and_no_unrecorded_options(tmp_path: Path
     assert made["PYTHONPATH"].endswith(f"{os.sep}elsewhere")
     code = (
         "from importlib.metadata import entry_points; import ocvtp, ocvtp_kernels;"
-        "(one,) = entry_points(group='vllm.general_plugins'); print(one.value, one.load().__module__);"
+        "(one,) = entry_points(group='vllm.general_plugins', name='ocvtp');"
+        "print(one.value, one.load().__module__);"
         "print(ocvtp.__file__)"
     )
     printed = subprocess.run(
