@@ -27,6 +27,11 @@ class Positions:
     plan: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise RuntimeError(
+                "ocvtp: where kept tokens of Qwen-VL are is known in the first pipeline stage alone, and "
+                "later ones would go on with other positions: use --tensor-parallel-size instead"
+            )
         # The runner asks for positions if videos are pruned at all; no frame is at this rate, and there are
         # no videos.
         vllm_config.model_config.multimodal_config.video_pruning_rate = 1e-17

@@ -61,3 +61,17 @@ def test_stages(hub: Hub, pruner_for: Pruners) -> None:
     folder = hub(folders.LLAVA)
     settings = {"keep": 6, "pruner": str(pruner_for(folder))}
     assert same(folder, settings, pipeline_parallel_size=2, enforce_eager=False) == 11
+
+
+def test_stages_of_qwen_are_refused(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
+    """Only the first stage learns where kept tokens are: the second answered, and wrongly."""
+    options = {"distributed_executor_backend": "mp", "pipeline_parallel_size": 2, "enforce_eager": False}
+    with (
+        pytest.raises(Exception, match="initialization failed"),
+        engine(hub(folders.QWEN2_5), {"keep": 6}, **options),
+    ):
+        pass
+    assert (
+        "ocvtp: where kept tokens of Qwen-VL are is known in the first pipeline stage"
+        in capfd.readouterr().err
+    )
