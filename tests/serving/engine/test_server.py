@@ -38,7 +38,12 @@ class Job:
     def images(self, scenes: dict[str, Image.Image]) -> list[Image.Image]:
         """That go along."""
         count = {"two": 2, "text": 0}.get(self.kind, 1)
-        return [scenes[name] for name in self.scenes[:count]]
+        found = [scenes[name] for name in self.scenes[:count]]
+        if self.kind == "long":
+            # One that nobody else shows: vLLM's front end remembers a picture whose request it then turns
+            # down, and believes that the engine has it. The next request with it gets status 500.
+            return [image.transpose(Image.Transpose.FLIP_TOP_BOTTOM) for image in found]
+        return found
 
 
 @dataclass
