@@ -155,14 +155,19 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def read_model_config(source: str) -> Any:
-    """The configuration of a model in a local folder or on the Hub, if it is one that can be pruned."""
+def read_model_config(source: str, revision: str | None = None) -> Any:
+    """The configuration of a model in a local folder or on the Hub, if it is one that can be pruned.
+
+    Args:
+        source: folder or Hub id.
+        revision: branch, tag or commit on the Hub; ``None`` is the default one.
+    """
     from transformers import AutoConfig
 
     from ocvtp.vlm.families import ADAPTERS
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **({"revision": revision} if revision else {}))
     except Exception as error:  # of a config.json that was altered, transformers raises nearly anything
         if isinstance(error, (OSError, ValueError)):
             where = "" if os.path.isdir(source) else "no such folder here, and not readable from the Hub. "

@@ -29,18 +29,30 @@ def words(model: str, settings: Mapping[str, Any], rest: Sequence[str]) -> list[
     model = model_source(model, "MODEL")
     if "pruner" in settings:
         settings = {**settings, "pruner": pruner_source(settings["pruner"])}
-    config = read_model_config(model)
+    config = read_model_config(model, revision=_revision(rest))
     with blamed_on_input(TypeError, ValueError, OSError, BackendUnavailableError):
         return command(model, overrides(config, model, settings), rest)
 
 
+def _revision(rest: Sequence[str]) -> str | None:
+    """The one that vLLM will load."""
+    for number, word in enumerate(rest):
+        name, equals, value = word.partition("=")
+        if name == "--revision":
+            return value if equals else next(iter(rest[number + 1 :]), None)
+    return None
+
+
 def check_installed() -> None:
-    """Refuse where there is no vLLM."""
+    """Refuse where there is no vLLM, or one that was told to leave us out."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
             "vLLM is not installed in this environment: pip install vllm, or --print the command and run it "
             "where vLLM and ocvtp are"
         )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "ocvtp" not in allowed.split(","):
+        raise UserError(f"VLLM_PLUGINS is {allowed!r}, so vLLM won't load ocvtp: add it there, or unset it")
 
 
 def run(command: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import ocvtp.serving.vllm
 from ocvtp.serving.vllm import register
 from ocvtp.serving.vllm.twins import TWINS
 
@@ -31,6 +32,7 @@ class Registry:
 def with_vllm(monkeypatch: pytest.MonkeyPatch, registry: object) -> None:
     module = types.ModuleType("vllm")
     module.ModelRegistry = registry  # type: ignore[attr-defined]
+    module.__version__ = "0.99.0rc1"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
 
 
@@ -47,11 +49,18 @@ def test_it_names_every_twin_and_does_so_again(monkeypatch: pytest.MonkeyPatch) 
     register()
     assert registry.models == once
     assert len(once) == len(TWINS) == 12
-    assert once["OcvtpLlavaForConditionalGeneration"] == "ocvtp.serving.vllm.families.llava:Model"
-    for where in once.values():
-        module, name = where.split(":")
-        assert name == "Model"
-        assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file()
+    # From the package itself, by whose contents vLLM knows whether what it remembers is of this class; and
+    # with vLLM's own version, by which it doesn't.
+    assert once["OcvtpLlavaForConditionalGeneration"] == "ocvtp.serving.vllm:llava__0_99_0rc1"
+    for family, twin in TWINS.items():
+        assert f"ocvtp.serving.vllm:{family}__0_99_0rc1" in once.values()
+        assert (ROOT / Path(*twin.module.split("."))).with_suffix(".py").is_file()
+
+
+def test_a_name_that_is_no_model() -> None:
+    for name in ("llava", "llava__", "bert__0_32_0"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
+            getattr(ocvtp.serving.vllm, name)
 
 
 class Broken:
@@ -76,6 +85,7 @@ def test_it_is_quick_and_imports_no_model() -> None:
     code = """
 import json, sys, time, types
 vllm = types.ModuleType("vllm")
+vllm.__version__ = "0.99.0rc1"
 vllm.ModelRegistry = type("Registry", (), {"register_model": staticmethod(lambda *_: None)})
 sys.modules["vllm"] = vllm
 before = set(sys.modules)
@@ -84,11 +94,10 @@ from ocvtp.serving.vllm import register
 register()
 print(json.dumps([time.perf_counter() - start, sorted(set(sys.modules) - before)]))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    seconds, modules = json.loads(result.stdout)
-    assert seconds < 0.05
+    command = [sys.executable, "-c", code]
+    tries = [json.loads(subprocess.check_output(command, text=True, cwd=ROOT)) for _ in range(3)]
+    assert min(seconds for seconds, _ in tries) < 0.05  # the machine may be busy
+    modules = tries[0][1]
     assert "torch" not in modules
     assert "transformers" not in modules
 

@@ -105,6 +105,39 @@ def test_a_model_that_vllm_cannot_serve_pruned(tmp_path: Path) -> None:
     assert "is a 'bert' model; ocvtp prunes these: gemma3, idefics3, internvl, llava" in output
 
 
+def test_a_file_of_options(tmp_path: Path) -> None:
+    """vLLM lets the command line win over it, so overrides in it would be lost without a word."""
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 8000\n")
+    assert printed(MODEL, "--config", str(file))[5:] == ["--config", str(file)]
+    file.write_text("port: 8000\nhf_overrides: '{\"theta\": 5}'\n")
+    for spelled in (["--config", str(file)], [f"--config={file}"]):
+        assert "has hf-overrides, which ocvtp serve" in run("serve", MODEL, *spelled, "--print", code=2)
+    assert "can't be read" in run("serve", MODEL, "--config", "./none.yaml", "--print", code=2)
+
+
+@pytest.mark.parametrize("spelled", [["--revision", "v2"], ["--revision=v2"]])
+def test_the_revision_that_vllm_will_load(spelled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    read = serve.read_model_config
+
+    def reading(source: str, revision: str | None = None) -> Any:
+        seen.append(revision)
+        return read(source)
+
+    monkeypatch.setattr(serve, "read_model_config", reading)
+    assert printed(MODEL, *spelled)[5:] == spelled
+    assert seen == ["v2"]
+
+
+def test_a_vllm_that_was_told_to_leave_us_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setenv("VLLM_PLUGINS", "another,one")
+    assert "VLLM_PLUGINS is 'another,one', so vLLM won't load ocvtp" in run("serve", MODEL, code=2)
+    monkeypatch.setenv("VLLM_PLUGINS", "another,ocvtp")
+    serve.check_installed()
+
+
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     find = serve.importlib.util.find_spec
     monkeypatch.setattr(

@@ -19,9 +19,8 @@ RULES = ("attention", "random", "grid", "farthest_point", "greedy_dpp")
 
 
 def saved(folder: Path, seed: int = 0, **config: Any) -> str:
-    make_pruner(
-        ocvtp.PrunerConfig(in_dim=16, hidden_dim=8, slot_dim=8, ffn_dim=8, **config), seed
-    ).save_pretrained(folder)
+    sizes: dict[str, Any] = {"in_dim": 16, "hidden_dim": 8, "slot_dim": 8, "ffn_dim": 8}
+    make_pruner(ocvtp.PrunerConfig(**{**sizes, **config}), seed).save_pretrained(folder)
     return str(folder)
 
 
@@ -29,15 +28,16 @@ def saved(folder: Path, seed: int = 0, **config: Any) -> str:
 def test_a_rule_needs_no_pruner(rule: str) -> None:
     spec = Spec.from_dict({"keep": 3, "pruner": rule})
     assert spec.rule == rule
-    assert spec.options().pruner == rule
-    assert spec.options().weigh is False
+    assert spec.options(None).pruner == rule
+    assert spec.options(None).weigh is False
 
 
 def test_anything_else_names_a_pruner(tmp_path: Path) -> None:
     spec = Spec.from_dict({"pruner": saved(tmp_path)})
     assert spec.rule is None
-    assert isinstance(spec.options().pruner, ocvtp.OCPruner)
-    assert spec.load_pruner() is spec.load_pruner()
+    pruner = spec.load_pruner()
+    assert isinstance(pruner, ocvtp.OCPruner)
+    assert spec.options(pruner).pruner is pruner
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,9 @@ def test_what_makes_no_sense(given: Any, said: str) -> None:
         Spec.from_dict(given)
 
 
-@pytest.mark.parametrize("given", [{"pruner": 3}, {"pruner": " "}, {"pruner": None}, {"refine": "2"}])
+@pytest.mark.parametrize(
+    "given", [{"pruner": 3}, {"pruner": ""}, {"refine": "2"}, {"pruner": "x", "layer": [8]}]
+)
 def test_wrong_types(given: Any) -> None:
     with pytest.raises(TypeError):
         Spec.from_dict(given)
@@ -89,44 +91,68 @@ def test_every_option_of_apply_is_a_setting_or_says_why_not() -> None:
 
 
 class TestDigest:
-    def test_settings_differ(self, tmp_path: Path) -> None:
-        own = saved(tmp_path)
+    """Of engines that would keep other tokens."""
+
+    @pytest.fixture
+    def config(self) -> Any:
+        from tests.vlm.tiny_llava import llava
+
+        return llava().config
+
+    @pytest.fixture
+    def fitting(self, config: Any) -> dict[str, Any]:
+        return {"in_dim": config.vision_config.hidden_size, "layer": 1}
+
+    def digest(self, config: Any, given: dict[str, Any]) -> str:
+        return plan_for(config, Spec.from_dict({"keep": 3, **given})).digest
+
+    def test_settings_differ(self, tmp_path: Path, config: Any, fitting: dict[str, Any]) -> None:
+        own = saved(tmp_path, **fitting)
         given: list[dict[str, Any]] = [
             {},
-            {"keep": 63},
+            {"keep": 2},
+            {"keep": 1},
+            {"keep": 1.0},  # all of them, though Python calls it equal to the one before
             {"keep": 0.5},
             {"pruner": "grid"},
             {"pruner": own},
             *({"pruner": own, **one} for one in ({"seed": 1}, {"refine": 1}, {"merge": "off"})),
-            *({"pruner": own, **one} for one in ({"newlines": "all"}, {"backend": "torch"})),
             *({"pruner": own, **one} for one in ({"fill": "farthest_point"}, {"precision": "fp32"})),
+            {"pruner": own, "backend": "torch"},
             {"features": "early"},
         ]
-        digests = [Spec.from_dict(one).digest() for one in given]
-        assert len(set(digests)) == len(given)
+        assert len({self.digest(config, one) for one in given}) == len(given)
 
-    def test_weights_and_architecture_differ(self, tmp_path: Path) -> None:
+    def test_weights_and_architecture_differ(
+        self, tmp_path: Path, config: Any, fitting: dict[str, Any]
+    ) -> None:
         folders = [
-            saved(tmp_path / "one"),
-            saved(tmp_path / "weights", seed=1),
-            saved(tmp_path / "layer", layer=3),
-            saved(tmp_path / "eps", eps=1e-6),
+            saved(tmp_path / "one", **fitting),
+            saved(tmp_path / "weights", seed=1, **fitting),
+            saved(tmp_path / "layer", **{**fitting, "layer": 0}),
+            saved(tmp_path / "eps", eps=1e-6, **fitting),
         ]
-        digests = [Spec.from_dict({"pruner": folder}).digest() for folder in folders]
-        assert len(set(digests)) == len(folders)
+        assert len({self.digest(config, {"pruner": folder}) for folder in folders}) == len(folders)
 
-    def test_one_number_differs(self, tmp_path: Path) -> None:
-        one = saved(tmp_path / "one")
+    def test_one_number_differs(self, tmp_path: Path, config: Any, fitting: dict[str, Any]) -> None:
+        """Saved over the old pruner: a process that has served that one takes this one up."""
+        one = saved(tmp_path / "one", **fitting)
+        before = self.digest(config, {"pruner": one})
         pruner = ocvtp.OCPruner.from_pretrained(one)
         next(iter(pruner.parameters())).data.flatten()[-1] += 1e-6
-        pruner.save_pretrained(tmp_path / "other")
-        other = Spec.from_dict({"pruner": str(tmp_path / "other")})
-        assert Spec.from_dict({"pruner": one}).digest() != other.digest()
+        pruner.save_pretrained(one)
+        assert self.digest(config, {"pruner": one}) != before
 
-    def test_a_copy_is_the_same(self, tmp_path: Path) -> None:
-        one = saved(tmp_path / "one")
+    def test_a_copy_is_the_same(self, tmp_path: Path, config: Any, fitting: dict[str, Any]) -> None:
+        one = saved(tmp_path / "one", **fitting)
         copied = shutil.copytree(one, tmp_path / "copied")
-        assert Spec.from_dict({"pruner": one}).digest() == Spec.from_dict({"pruner": str(copied)}).digest()
+        assert self.digest(config, {"pruner": one}) == self.digest(config, {"pruner": str(copied)})
+
+    def test_another_layer_of_the_tower(self, config: Any) -> None:
+        """The model's own configuration may be overridden too."""
+        before = self.digest(config, {"pruner": "grid"})
+        config.vision_feature_layer = -1
+        assert self.digest(config, {"pruner": "grid"}) != before
 
 
 def test_settings_are_found_in_a_configuration() -> None:

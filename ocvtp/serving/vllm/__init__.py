@@ -7,7 +7,9 @@ loads this.
 
 from __future__ import annotations
 
+import importlib
 import logging
+from typing import Any
 
 
 def register() -> None:
@@ -16,11 +18,24 @@ def register() -> None:
     Never raises: vLLM would start no model at all, pruned or not. Calling it again changes nothing.
     """
     try:
-        from vllm import ModelRegistry
+        from vllm import ModelRegistry, __version__
 
         from ocvtp.serving.vllm.twins import PREFIX, TWINS
 
-        for twin in TWINS.values():
-            ModelRegistry.register_model(PREFIX + twin.architecture, twin.where)
+        # vLLM remembers on disk what it learned of a class, by this name and by the contents of this package:
+        # that is why models come from here and not from their modules, and what the version is for.
+        release = "".join(letter if letter.isalnum() else "_" for letter in __version__)
+        for family, twin in TWINS.items():
+            ModelRegistry.register_model(PREFIX + twin.architecture, f"{__name__}:{family}__{release}")
     except Exception:
         logging.getLogger("ocvtp").exception("ocvtp's models are not available in this vLLM")
+
+
+def __getattr__(name: str) -> Any:
+    """The model that :func:`register` has named so."""
+    from ocvtp.serving.vllm.twins import TWINS
+
+    family, _, release = name.partition("__")
+    if family not in TWINS or not release:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(TWINS[family].module).Model

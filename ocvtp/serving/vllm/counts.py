@@ -32,12 +32,13 @@ class Counts:
         """
         return [(full, self.plan.keep(full))]
 
-    def most(self, full: int) -> int | None:
-        """Rows kept of the largest image, which has ``full``; ``None`` if it has to be tried."""
-        return self.plan.keep(full)
+    def most(self, full: int | None, info: Any) -> int | None:
+        """Rows that vLLM has to expect of an image; ``None``: it may find out by trying its largest.
 
-    def largest(self, info: Any) -> int | None:
-        """Rows of the largest image where vLLM does not know; ``None``: let it try."""
+        Args:
+            full: of the largest one without pruning, where vLLM knows it.
+            info: vLLM's, of the model.
+        """
         return None
 
 
@@ -47,10 +48,6 @@ class PictureCounts(Counts):
     def runs(self, full: int, item: Mapping[str, Any]) -> list[Run]:
         """See :class:`Counts`."""
         return [(full, self._kept(full))]
-
-    def most(self, full: int) -> int:
-        """See :class:`Counts`."""
-        return self._kept(full)
 
     def _kept(self, full: int) -> int:
         extra = int(self.plan.layout.prefix({})[1])
@@ -72,8 +69,43 @@ class TileCounts(Counts):
         newlines = cast(Literal["last", "all"], self.plan.settings.newlines)
         return [(full, placeholders(one, self.plan.keep(len(one.slots)), newlines))]
 
-    def most(self, full: int) -> None:
-        """See :class:`Counts`; how many newlines there are depends on the shape."""
+    def most(self, full: int | None, info: Any) -> int:
+        """See :class:`Counts`.
+
+        The largest image is not the one with most rows: one that has few candidates keeps all its newlines.
+        """
+        layout, side = self.plan.layout, int(self.plan.layout.side)
+        tile = int(layout.vision.image_size)
+        grids = [
+            (int(h) // tile * side, int(w) // tile * side) for h, w in layout.config.image_grid_pinpoints
+        ]
+        lines = max(rows for rows, _ in grids)
+        return self.plan.keep(side**2 + max(rows * columns for rows, columns in grids)) + lines
+
+
+class OnevisionCounts(TileCounts):
+    """LLaVA-OneVision."""
+
+    def check(self) -> None:
+        """See :class:`Counts`."""
+        ratio = self.plan.layout.config.vision_aspect_ratio
+        if ratio != "anyres_max_9":
+            raise ValueError(
+                f"vLLM packs images of LLaVA-OneVision as anyres_max_9, and this model's vision_aspect_ratio "
+                f"is {ratio!r}"
+            )
+
+
+class UnitCounts(Counts):
+    """Qwen-VL: images of any size."""
+
+    def most(self, full: int | None, info: Any) -> int | None:
+        """See :class:`Counts`; as without pruning.
+
+        The kept number, which may be the same for a thumbnail and for 16 megapixels, would have vLLM try a
+        batch of a hundred of the largest when it starts.
+        """
+        return full
 
 
 class SquareCounts(Counts):
@@ -83,7 +115,3 @@ class SquareCounts(Counts):
         """See :class:`Counts`."""
         tokens = self.plan.layout.tokens
         return [(tokens, self.plan.keep(tokens))] * (full // tokens)
-
-    def most(self, full: int) -> int:
-        """See :class:`Counts`."""
-        return sum(kept for _, kept in self.runs(full, {}))

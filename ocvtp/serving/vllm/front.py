@@ -10,20 +10,13 @@ import torch
 from vllm.multimodal.processing import PromptInsertion, PromptUpdate, PromptUpdateDetails
 
 from ocvtp.serving.vllm.counts import Counts, Run
+from ocvtp.serving.vllm.errors import REFUSALS, ServingError
 from ocvtp.serving.vllm.plan import plan_for
 from ocvtp.serving.vllm.spec import spec_of
 from ocvtp.serving.vllm.twins import architecture_of
-from ocvtp_kernels import BackendUnavailableError
 
 #: Where the digest travels in the model's configuration, for workers to compare theirs with.
 DIGEST = "ocvtp_digest"
-
-
-class ServingError(RuntimeError):
-    """Settings that can't be served; the server does not start.
-
-    Not a ``ValueError``: that would make vLLM serve text only, with a warning.
-    """
 
 
 class PrunedInfo:
@@ -38,13 +31,14 @@ class PrunedInfo:
         try:
             _check_family(ctx.model_config)
             spec = spec_of(config)
-            self.counts = self.counts_class(plan_for(config, spec, ctx.model_config.model))
+            plan = plan_for(config, spec, ctx.model_config.model)
+            self.counts = self.counts_class(plan)
             self.counts.check()
             if (ctx.model_config.multimodal_config.video_pruning_rate or 0) > 1e-9:
                 raise ValueError("only images are served, so --video-pruning-rate has no meaning")
-            self.digest = spec.digest()
-        except (TypeError, ValueError, OSError, BackendUnavailableError) as error:
+        except REFUSALS as error:
             raise ServingError(f"ocvtp: {error}") from error
+        self.digest = plan.digest
         setattr(config, DIGEST, self.digest)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
@@ -55,11 +49,10 @@ class PrunedInfo:
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int] | None:
-        """The reduced number, where vLLM knows the full one without trying."""
+        """By the family; see :meth:`~ocvtp.serving.vllm.counts.Counts.most`."""
         counts = {**mm_counts, "video": 0}
         full = super().get_mm_max_tokens_per_item(seq_len, counts)  # type: ignore[misc]
-        largest = self.counts.largest(self) if full is None else full["image"]
-        most = None if largest is None else self.counts.most(largest)
+        most = self.counts.most(None if full is None else full["image"], self)
         return None if most is None else {"image": most}
 
 

@@ -62,6 +62,11 @@ def _overrides_in(rest: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         spelled = name.replace("_", "-")
         if spelled.startswith(f"{_FLAG}."):
             raise ValueError(f"give {_FLAG} one JSON object, not {word}")
+        if spelled == "--config":
+            file = value if equals else next(words, "")
+            kept += [word] if equals else [word, file]
+            _check_file(file)
+            continue
         if spelled != _FLAG:
             kept.append(word)
             continue
@@ -74,3 +79,14 @@ def _overrides_in(rest: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             raise ValueError(f"{_FLAG} must be a JSON object; got {text!r}")
         found.update(read)
     return found, kept
+
+
+def _check_file(file: str) -> None:
+    """vLLM lets the command line win over a file of options, so overrides in it would be lost."""
+    try:
+        with open(file, encoding="utf-8") as opened:
+            lines = opened.read().replace("_", "-").splitlines()
+    except OSError as error:
+        raise ValueError(f"--config {file} can't be read: {error}") from error
+    if any(line.lstrip().startswith(_FLAG.lstrip("-")) for line in lines):
+        raise ValueError(f"{file} has {_FLAG.lstrip('-')}, which ocvtp serve has to set: give {_FLAG} here")

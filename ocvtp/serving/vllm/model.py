@@ -10,6 +10,7 @@ import torch
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ocvtp.serving.vllm.counts import Counts
+from ocvtp.serving.vllm.errors import REFUSALS, ServingError
 from ocvtp.serving.vllm.front import DIGEST, PrunedInfo, PrunedProcessor
 from ocvtp.serving.vllm.plan import Plan, plan_for
 from ocvtp.serving.vllm.ranks import OnAllRanks
@@ -38,20 +39,22 @@ class Pruned:
         config = vllm_config.model_config.hf_config
         for flag in ("compile_mm_encoder", "cudagraph_mm_encoder"):
             if getattr(vllm_config.compilation_config, flag, False):
-                raise RuntimeError(f"ocvtp: the vision tower is read layer by layer, so {flag} must be off")
-        spec = spec_of(config)
-        if getattr(config, DIGEST, None) not in (None, spec.digest()):
-            raise RuntimeError(
+                raise ServingError(f"ocvtp: the vision tower is read layer by layer, so {flag} must be off")
+        device = torch.device(vllm_config.device_config.device)
+        try:
+            plan = plan_for(config, spec_of(config), vllm_config.model_config.model, device)
+        except REFUSALS as error:  # this machine may lack what the front end's has
+            raise ServingError(f"ocvtp: {error}") from error
+        if getattr(config, DIGEST, None) not in (None, plan.digest):
+            raise ServingError(
                 "ocvtp: this machine has another pruner, or another ocvtp, than the front end: install the "
                 "same version on every node, and give each the same pruner"
             )
-        device = torch.device(vllm_config.device_config.device)
-        plan = plan_for(config, spec, vllm_config.model_config.model, device)
         if isinstance(plan.settings.selector, PrunerSelector):
             # A plain object holds it: as a submodule, vLLM would look for its weights in the checkpoint.
             plan.settings.selector.pruner.to(device)
         settings = replace(plan.settings, selector=OnAllRanks(plan.settings.selector))
-        self.plan = Plan(spec, plan.layout, settings)
+        self.plan: Plan = replace(plan, settings=settings)
         #: Tokens of images that go through the tower at once; vLLM counts kept ones, of which more would fit.
         self._most = vllm_config.scheduler_config.max_num_batched_tokens
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from ocvtp.serving.vllm.errors import ServingError
 from ocvtp.vlm.contracts.rows import KeptRows
 
 _BASE = 128
+#: On the positions of a prompt: where text goes on behind it.
+_BEHIND = "_ocvtp_behind"
 _COLUMNS = 6  # row, column, and the longer side of the image: a high and a low digit each
 
 
@@ -28,7 +31,7 @@ class Positions:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise RuntimeError(
+            raise ServingError(
                 "ocvtp: where kept tokens of Qwen-VL are is known in the first pipeline stage alone, and "
                 "later ones would go on with other positions: use --tensor-parallel-size instead"
             )
@@ -83,6 +86,7 @@ class Positions:
         left = len(input_tokens) - done
         columns.append(torch.arange(number, number + left))
         positions = torch.cat(columns).expand(3, -1).contiguous()
+        setattr(positions, _BEHIND, number + left)
         return positions, number + left - len(input_tokens)
 
     def recompute_mrope_positions(
@@ -97,18 +101,22 @@ class Positions:
         The temporal position of an image's token is where the image begins: its own first dimension, which
         nothing here changes. So the same call over again makes the same of it.
         """
+        length = mrope_positions.shape[1]
+        if not multimodal_embeddings:  # asked at every step, while text is decoded too
+            behind = getattr(mrope_positions, _BEHIND, None)
+            if behind is None:
+                behind = int(mrope_positions[0, -1]) + 1
+            return multimodal_embeddings, mrope_positions, behind - length
         rows = [one[:, :-_COLUMNS] for one in multimodal_embeddings]
         positions = mrope_positions.clone()
-        length = positions.shape[1]
         behind = int(positions[0, -1]) + 1  # of a text token, which was right from the start
-        if multimodal_embeddings:
-            digits = torch.cat([one[:, -_COLUMNS:] for one in multimodal_embeddings]).round().long()
-            row, column, side = (digits[:, ::2] * _BASE + digits[:, 1::2]).to(positions.device).unbind(1)
-            ids = torch.as_tensor(input_ids, device=positions.device)
-            image = (ids == self.config.image_token_id).nonzero()[:, 0]
-            at = image[image >= num_computed_tokens][: len(row)]
-            positions[1, at] = positions[0, at] + row
-            positions[2, at] = positions[0, at] + column
-            if int(at[-1]) == length - 1:  # a prompt that ends in an image
-                behind = int(positions[0, -1] + side[-1])
+        digits = torch.cat([one[:, -_COLUMNS:] for one in multimodal_embeddings]).round().long()
+        row, column, side = (digits[:, ::2] * _BASE + digits[:, 1::2]).to(positions.device).unbind(1)
+        ids = torch.as_tensor(input_ids, device=positions.device)
+        image = (ids == self.config.image_token_id).nonzero()[:, 0]
+        at = image[image >= num_computed_tokens][: len(row)]
+        positions[1, at] = positions[0, at] + row
+        positions[2, at] = positions[0, at] + column
+        if int(at[-1]) == length - 1:  # a prompt that ends in an image
+            behind = int(positions[0, -1] + side[-1])
         return rows, positions, behind - length

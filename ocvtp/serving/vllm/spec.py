@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import torch
-
-import ocvtp
 from ocvtp.pruner import OCPruner
 from ocvtp.pruner.sources import read_pruner
 from ocvtp.vlm.contracts.selector import DEFAULT_RULE, Rule
 from ocvtp.vlm.options import Options
 from ocvtp_kernels._backend import Backend
+from ocvtp_kernels._checks import as_int
 
 #: Of the settings in ``hf_config``.
 KEY = "ocvtp"
@@ -105,6 +100,8 @@ class Spec:
                 f"pruner must be a folder, a Hub id or one of {', '.join(get_args(Rule))}; got "
                 f"{self.pruner!r}"
             )
+        if self.layer is not None and as_int(self.layer) is None:
+            raise TypeError(f"layer must be the number of an encoder layer; got {self.layer!r}")
         if self.layer is not None and self.rule is not None:
             raise ValueError(f"layer is for official weights; {self.pruner!r} needs none: leave it out")
         if self.newlines not in ("last", "all"):
@@ -132,49 +129,23 @@ class Spec:
             "capture": False,
         }
 
-    def options(self) -> Options:
-        """The same, as :func:`ocvtp.apply` has it, with the pruner loaded.
+    def options(self, pruner: OCPruner | None) -> Options:
+        """The same, as :func:`ocvtp.apply` has it.
+
+        Args:
+            pruner: of :meth:`load_pruner`, unless a rule chooses.
+        """
+        chooser = self.rule or pruner
+        assert chooser is not None
+        return Options(chooser, **self._options())
+
+    def load_pruner(self) -> OCPruner:
+        """The pruner as it is now, on the CPU.
 
         Raises:
             OSError, ValueError: no such pruner, or a damaged one.
         """
-        return Options(self.rule or self.load_pruner(), **self._options())
-
-    def load_pruner(self) -> OCPruner:
-        """The pruner, on the CPU; read once per process."""
-        return _pruner(self.pruner, self.layer)
-
-    def digest(self) -> str:
-        """Tells engines apart that would make other rows of the same image: part of every cache key.
-
-        A pruner counts by its weights: a folder's name says nothing of what is in it, and a copy is no other.
-        """
-        return _digest(self)
-
-
-@functools.lru_cache(maxsize=8)
-def _pruner(source: str, layer: int | None) -> OCPruner:
-    return read_pruner(source, layer)
-
-
-@functools.lru_cache(maxsize=32)
-def _digest(spec: Spec) -> str:
-    said = {**dataclasses.asdict(spec), "ocvtp": ocvtp.__version__}
-    made = hashlib.sha256()
-    if spec.rule is None:
-        del said["pruner"], said["layer"]
-        pruner = spec.load_pruner()
-        said["config"] = dataclasses.asdict(pruner.config)
-        for name, tensor in sorted(pruner.state_dict().items()):
-            made.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            made.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    made.update(json.dumps(said, sort_keys=True).encode())
-    return made.hexdigest()[:24]
-
-
-@functools.lru_cache(maxsize=32)
-def _spec(text: str) -> Spec:
-    return Spec.from_dict(json.loads(text))
+        return read_pruner(self.pruner, self.layer)
 
 
 def spec_of(hf_config: Any) -> Spec:
@@ -183,4 +154,4 @@ def spec_of(hf_config: Any) -> Spec:
     Raises:
         TypeError, ValueError: see :meth:`Spec.from_dict`.
     """
-    return _spec(json.dumps(getattr(hf_config, KEY, None), sort_keys=True))
+    return Spec.from_dict(getattr(hf_config, KEY, None))

@@ -13,15 +13,15 @@ class Twin(NamedTuple):
 
     Attributes:
         architecture: vLLM's name.
-        where: ``module:class``. A module each: what a new vLLM breaks of one, the others outlive.
+        module: with our class, ``Model``. A module each: what a new vLLM breaks of one, the others outlive.
     """
 
     architecture: str
-    where: str
+    module: str
 
 
 def _twin(architecture: str, module: str) -> Twin:
-    return Twin(f"{architecture}ForConditionalGeneration", f"ocvtp.serving.vllm.families.{module}:Model")
+    return Twin(f"{architecture}ForConditionalGeneration", f"ocvtp.serving.vllm.families.{module}")
 
 
 #: By ``config.model_type``.

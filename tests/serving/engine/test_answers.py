@@ -27,7 +27,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 Hub = Callable[[str], Path]
 Pruners = Callable[..., Path]
 
-#: The first seven are the families of the prototype; PaliGemma is below.
+#: Gemma 3's small model says the same whatever it sees; its rows are compared below, with PaliGemma's.
 FAMILIES = (
     folders.LLAVA,
     folders.NEXT,
@@ -80,6 +80,50 @@ def test_by_a_pruner_in_chunks(hub: Hub, pruner_for: Pruners, name: str) -> None
     folder = hub(name)
     chunked = CHUNKED if name not in (folders.IDEFICS3, folders.SMOLVLM) else {"max_num_batched_tokens": 64}
     check(folder, {"keep": keep_of(name), "pruner": str(pruner_for(folder))}, **chunked)
+
+
+@pytest.mark.quick
+def test_without_their_positions_answers_are_wrong(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and columns that nobody fills in: so the tests of Qwen-VL would notice."""
+    from ocvtp.serving.vllm.positions import _COLUMNS, Positions
+
+    def forget(self: Any, input_ids: Any, rows: Any, positions: torch.Tensor, computed: int) -> Any:
+        behind = int(positions[0, -1]) + 1 - positions.shape[1]
+        return [one[:, :-_COLUMNS] for one in rows], positions, behind
+
+    def forgotten(self: Any, **given: Any) -> Any:
+        return forget(self, *given.values())
+
+    monkeypatch.setattr(Positions, "recompute_mrope_positions", forgotten)
+    folder, settings = hub(folders.QWEN3), {"keep": 6, "pruner": "farthest_point"}
+    asked = requests(folder)
+    with engine(folder, settings) as llm:
+        got = answers(ask(llm, asked))
+    assert got != reference(folder, settings, asked)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("settings", [{"keep": 40}, {"keep": 6, "newlines": "all"}], ids=["many", "newlines"])
+def test_an_image_of_more_rows_than_the_largest(hub: Hub, settings: dict[str, Any]) -> None:
+    """A tall image has more newlines, all of which stay where nothing is dropped: there is room for it."""
+    check(hub(folders.NEXT), settings, max_num_batched_tokens=8, max_num_seqs=2)
+
+
+@pytest.mark.quick
+def test_a_batch_of_the_largest_images_is_no_larger(hub: Hub) -> None:
+    """When it starts, vLLM tries as many of the largest images as fit in a step: not by what is kept."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    import ocvtp.serving
+
+    def most(**pruned: Any) -> int:
+        config = EngineArgs(model=str(hub(folders.QWEN2_5)), max_model_len=512, **pruned)
+        model = config.create_engine_config().model_config
+        info = MULTIMODAL_REGISTRY.create_processor(model).info
+        return int(info.get_mm_max_tokens_per_item(512, {"image": 1})["image"])
+
+    assert most(**ocvtp.serving.engine_args(str(hub(folders.QWEN2_5)), keep=6)) == most() > 1000
 
 
 @pytest.mark.parametrize("name", FAMILIES)

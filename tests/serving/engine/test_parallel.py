@@ -56,10 +56,11 @@ def test_without_the_average_over_ranks_it_answers_wrongly(hub: Hub) -> None:
     assert same(hub(folders.LLAVA), settings, without_average, tensor_parallel_size=2) < 11
 
 
-def test_stages(hub: Hub, pruner_for: Pruners) -> None:
+@pytest.mark.parametrize("name", [folders.LLAVA, folders.INTERNVL])
+def test_stages(hub: Hub, pruner_for: Pruners, name: str) -> None:
     """The tower runs in the first. Compiled, since vLLM's CPU runner can't do it eagerly, pruned or not."""
-    folder = hub(folders.LLAVA)
-    settings = {"keep": 6, "pruner": str(pruner_for(folder))}
+    folder = hub(name)
+    settings = {"keep": 2, "pruner": str(pruner_for(folder))}
     assert same(folder, settings, pipeline_parallel_size=2, enforce_eager=False) == 11
 
 

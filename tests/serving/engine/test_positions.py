@@ -66,3 +66,8 @@ def test_two_images_and_a_prompt_that_ends_in_one() -> None:
     assert found[1].tolist() == [0, 1, 2, 5, 7, 8]
     assert found[2].tolist() == [0, 1, 4, 5, 7, 6]
     assert again == delta == 10 - len(ids)
+    # While an answer is decoded vLLM asks at every step, and has no rows to show.
+    positions.copy_(found)
+    rows, same, later = model().recompute_mrope_positions(torch.tensor(ids), [], positions, len(ids))
+    assert (list(rows), later) == ([], delta)
+    assert same is positions

@@ -106,6 +106,27 @@ def test_an_internvl_of_another_layer(hub: Hub, tmp_path: Path) -> None:
         configure(folder, "OcvtpInternVLForConditionalGeneration", {"keep": 2})
 
 
+def test_an_onevision_that_vllm_packs_otherwise(hub: Hub, tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(hub(folders.ONEVISION), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vision_aspect_ratio": "anyres_max_2"}))
+    with pytest.raises(RuntimeError, match=r"ocvtp: vLLM packs images .* as anyres_max_9, .* 'anyres_max_2'"):
+        configure(folder, "OcvtpLlavaOnevisionForConditionalGeneration", {"keep": 6})
+
+
+@pytest.mark.parametrize("settings", [{"precision": "fp16"}, {"backend": "triton"}])
+def test_what_this_machine_cannot_compute(hub: Hub, pruner_for: Pruners, settings: dict[str, str]) -> None:
+    """Known to workers alone; at the start, and not when the first image comes."""
+    folder = hub(folders.LLAVA)
+    with (
+        pytest.raises(RuntimeError, match="ocvtp: .*(Triton|triton)"),
+        engine(folder, {"keep": 6, "pruner": str(pruner_for(folder)), **settings}),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("flag", ["compile_mm_encoder", "cudagraph_mm_encoder"])
 def test_a_tower_that_is_compiled_or_replayed(hub: Hub, flag: str) -> None:
     """Hooks would not see what passes it."""

@@ -23,10 +23,10 @@ class InternVLCounts(SquareCounts):
                 f"{self.plan.layout.layer({})}"
             )
 
-    def largest(self, info: Any) -> int:
+    def most(self, full: int | None, info: Any) -> int:
         """See :class:`~ocvtp.serving.vllm.counts.Counts`."""
         tiles = int(info.get_hf_processor().image_processor.max_patches) + 1
-        return tiles * int(self.plan.layout.tokens)
+        return tiles * self.plan.keep(self.plan.layout.tokens)
 
 
 class PrunedInternVL(PrunedSquares):

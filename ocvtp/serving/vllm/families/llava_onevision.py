@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from vllm.model_executor.models import llava_onevision
 
+from ocvtp.serving.vllm.counts import OnevisionCounts
 from ocvtp.serving.vllm.families.tiled import PrunedTiles
 from ocvtp.serving.vllm.model import twin
 
+
+class PrunedOnevision(PrunedTiles):
+    """LLaVA-OneVision."""
+
+    counts_class = OnevisionCounts
+
+
 Model = twin(
-    PrunedTiles,
+    PrunedOnevision,
     llava_onevision.LlavaOnevisionForConditionalGeneration,
     llava_onevision.LlavaOnevisionProcessingInfo,
     llava_onevision.LlavaOnevisionMultiModalProcessor,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.model_executor.models.interfaces import SupportsMultiModalPruning
 
-from ocvtp.serving.vllm.counts import Counts
+from ocvtp.serving.vllm.counts import UnitCounts
 from ocvtp.serving.vllm.cpu_runner import mend_cpu_runner
 from ocvtp.serving.vllm.model import Pruned, batches
 from ocvtp.serving.vllm.positions import Positions
@@ -29,7 +29,7 @@ mend_cpu_runner()  # the runner asks for this model's class before it loads the 
 class PrunedQwen(Positions, Pruned):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
 
-    counts_class = Counts
+    counts_class = UnitCounts
     overrides = ("_process_image_input", "get_mrope_input_positions")
     visual: Any
 
