@@ -121,7 +121,7 @@ def test_what_this_machine_cannot_compute(hub: Hub, pruner_for: Pruners, setting
     """Known to workers alone; at the start, and not when the first image comes."""
     folder = hub(folders.LLAVA)
     with (
-        pytest.raises(RuntimeError, match="ocvtp: .*(Triton|triton)"),
+        pytest.raises(RuntimeError, match=r"ocvtp: .*(Triton|triton)"),
         engine(folder, {"keep": 6, "pruner": str(pruner_for(folder)), **settings}),
     ):
         pass
