@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ def looked_at_here() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> folders.Hub:
     """The folder of a model, written when it is first asked for."""
     root, made = tmp_path_factory.mktemp("hub"), dict[str, Path]()
 
@@ -43,7 +43,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def pruner_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def pruner_for(tmp_path_factory: pytest.TempPathFactory) -> pruners.Pruners:
     """The folder of a pruner that fits a model; another seed is another pruner."""
     root, made = tmp_path_factory.mktemp("pruners"), dict[tuple[Path, int], Path]()
 

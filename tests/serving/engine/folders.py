@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from safetensors.torch import save_file
 
 from tests.vlm import hub_folders
 from tests.vlm.hub_families import FAMILIES, Family
+
+#: Of a model's name to its folder; the fixture ``hub``.
+Hub = Callable[[str], Path]
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 NEXT = "llava-hf/llava-v1.6-vicuna-7b-hf"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import ocvtp
 from ocvtp.vlm.layouts import layout_for
+
+#: Of a model's folder, and perhaps a seed, to the folder of a pruner; the fixture ``pruner_for``.
+Pruners = Callable[..., Path]
 
 
 def write(folder: Path, model: Path, seed: int) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from tests.serving.engine.asking import (
     requests,
     transformers_model,
 )
+from tests.serving.engine.folders import Hub
+from tests.serving.engine.pruners import Pruners
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 
-Hub = Callable[[str], Path]
-Pruners = Callable[..., Path]
 
 #: Gemma 3's small model says the same whatever it sees; its rows are compared below, with PaliGemma's.
 FAMILIES = (

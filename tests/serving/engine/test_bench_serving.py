@@ -159,7 +159,7 @@ def test_counters_of_another_vllm() -> None:
         answering(TOKENS + USAGE, counters="vllm:something_else 1\n") as server,
         pytest.raises(command.CounterError, match="reports no vllm:kv_cache_usage_perc"),
     ):
-        send(server, [b"{}"], 1, answer=3, sample_s=0.01)
+        send(server, [b"{}"] * 300, 2, answer=3, sample_s=0.01)  # long enough to be looked at
 
 
 def test_a_server_that_ends_meanwhile(tmp_path: Path) -> None:

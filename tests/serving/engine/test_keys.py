@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import ocvtp
 import ocvtp.serving
 from tests.serving.engine import folders
 from tests.serving.engine.asking import answers, ask, engine, pictures, reference, requests
+from tests.serving.engine.folders import Hub
+from tests.serving.engine.pruners import Pruners
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
-
-Hub = Callable[[str], Path]
-Pruners = Callable[..., Path]
 
 
 def key_of(folder: Path, settings: dict[str, Any] | None, uuid: str | None) -> str:

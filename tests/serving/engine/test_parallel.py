@@ -10,11 +10,10 @@ import pytest
 
 from tests.serving.engine import folders
 from tests.serving.engine.asking import answers, ask, engine, reference, requests
+from tests.serving.engine.folders import Hub
+from tests.serving.engine.pruners import Pruners
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
-
-Hub = Callable[[str], Path]
-Pruners = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)

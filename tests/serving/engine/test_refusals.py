@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import pytest
 
 from tests.serving.engine import folders
 from tests.serving.engine.asking import engine
+from tests.serving.engine.folders import Hub
+from tests.serving.engine.pruners import Pruners
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 pytestmark = pytest.mark.quick
 
-Hub = Callable[[str], Path]
-Pruners = Callable[..., Path]
 LLAVA, QWEN = "OcvtpLlavaForConditionalGeneration", "OcvtpQwen2_5_VLForConditionalGeneration"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from tests.serving.engine.asking import (
     requests,
     transformers_model,
 )
+from tests.serving.engine.folders import Hub
+from tests.serving.engine.pruners import Pruners
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 
-Hub = Callable[[str], Path]
-Pruners = Callable[..., Path]
 ASSETS = Path(__file__).parents[3] / "assets"
 
 
