@@ -34,6 +34,7 @@ class Pruned:
     supports_tower_connector_lora = False
 
     config: Any
+    vision_tower: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
@@ -85,6 +86,11 @@ class Pruned:
     def encoder(self, body: Any, layers: Sequence[Any], tail: str = "post_layernorm") -> Tower:
         """A tower of layers whose last one is consumed."""
         return Tower(layers, getattr(body, tail, None), self.scored(len(layers) - 1))
+
+    def usual_tower(self) -> Tower:
+        """That of vLLM's CLIP and SigLIP models."""
+        body = self.vision_tower.vision_model
+        return self.encoder(body, body.encoder.layers)
 
     # What a family says.
 

@@ -17,7 +17,6 @@ class PrunedLlava(Pruned):
     """LLaVA-1.5."""
 
     counts_class = PictureCounts
-    vision_tower: Any
 
     def parts(self, image_input: Any) -> Iterator[dict[str, Any]]:
         """See :class:`Pruned`."""
@@ -27,12 +26,11 @@ class PrunedLlava(Pruned):
 
     def vision(self, part: Any, encode: Callable[[], Any]) -> Vision:
         """See :class:`Pruned`."""
-        body, layout, pixels = self.vision_tower.vision_model, self.plan.layout, part["pixel_values"]
-        tower = self.encoder(body, body.encoder.layers)
+        layout, pixels = self.plan.layout, part["pixel_values"]
         segments = layout.segments(len(pixels), {})
         prefix, class_rows = layout.prefix({})
         totals = [layout.patches({}) + class_rows] * len(pixels)
-        common = (tower, encode, segments, totals, pixels.device)
+        common = (self.usual_tower(), encode, segments, totals, pixels.device)
         return Pictures(*common, prefix=prefix, class_rows=class_rows)
 
 

@@ -19,7 +19,6 @@ class PrunedTiles(Pruned):
     """LLaVA-NeXT and LLaVA-OneVision."""
 
     counts_class = TileCounts
-    vision_tower: Any
 
     def _packings(self, image_input: Any) -> list[Packing]:
         sizes = image_input["image_sizes"].tolist()
@@ -39,12 +38,10 @@ class PrunedTiles(Pruned):
 
     def vision(self, part: Any, encode: Callable[[], Any]) -> Vision:
         """See :class:`Pruned`."""
-        body, packings = self.vision_tower.vision_model, self._packings(part)
-        device = part["pixel_values"][0].device
-        tower = self.encoder(body, body.encoder.layers)
+        packings, device = self._packings(part), part["pixel_values"][0].device
         segments = [Segment(i, len(one.slots)) for i, one in enumerate(packings)]
         totals = [one.total for one in packings]
-        common = (tower, encode, segments, totals, device)
+        common = (self.usual_tower(), encode, segments, totals, device)
         prefix, _ = self.plan.layout.prefix({})
         packings = [one.to(device) for one in packings]
         return Tiles(*common, packings=packings, newlines=self.plan.settings.newlines, prefix=prefix)
