@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-import torch
-
 from ocvtp.serving.vllm.plan import Plan
+from ocvtp.vlm.contracts.layout import CPU
 from ocvtp.vlm.layouts.packing import placeholders
 
-_CPU = torch.device("cpu")
 Run = tuple[int, int]  # rows that follow one another in the unpruned prompt, and how many of them stay
 
 
@@ -60,7 +58,7 @@ class TileCounts(Counts):
     def runs(self, full: int, item: Mapping[str, Any]) -> list[Run]:
         """See :class:`Counts`."""
         size = [int(side) for side in item["image_sizes"].data]
-        (one,) = self.plan.layout.packings([size], {}, _CPU)
+        (one,) = self.plan.layout.packings([size], {}, CPU)
         if one.total != full:
             raise RuntimeError(
                 f"ocvtp: vLLM counts {full} image tokens for {size[1]} x {size[0]} pixels where ocvtp counts "

@@ -15,7 +15,7 @@ import torch
 from ocvtp.serving.vllm.taps import Tap, Tower, tapped
 from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Newlines
-from ocvtp.vlm.layouts.packing import Packing, packed_piece, shrink
+from ocvtp.vlm.layouts.packing import Packing, packed_piece, packed_tokens
 from ocvtp.vlm.layouts.qwen_geometry import Geometry
 from ocvtp.vlm.layouts.squares import grouped
 from ocvtp_kernels.selection import gather_tokens
@@ -170,16 +170,8 @@ class Tiles(Pictures):
 
     def of(self, tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         """See :class:`Encoded`."""
-        return torch.stack([self._packed(tensor, i) for i in which])
-
-    def _packed(self, tensor: torch.Tensor, i: int) -> torch.Tensor:
-        one = self._packings[i]
-        tiles = tensor[self._first[i] : self._first[i + 1]]
-        flat = tiles.flatten(0, 1)[one.tokens.to(tensor.device)]
-        if one.shrunk is None:
-            return flat
-        whole, stitched = flat[: tiles.shape[1]], flat[tiles.shape[1] :]
-        return torch.cat([whole, shrink(stitched[None], one.stitched, one.shrunk)[0]])
+        images = ((self._packings[i], tensor[self._first[i] : self._first[i + 1]]) for i in which)
+        return torch.stack([packed_tokens(one, tiles) for one, tiles in images])
 
     def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
         """See :class:`Encoded`; an image that keeps all stays as vLLM packs it."""

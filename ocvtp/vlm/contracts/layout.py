@@ -10,7 +10,8 @@ import torch
 
 from ocvtp.vlm.contracts.settings import Settings
 
-_CPU = torch.device("cpu")
+#: Where a layout's facts are told of no other device.
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Layout:
         self.vision = config.vision_config if vision is None else vision
 
     def facts(
-        self, arguments: Mapping[str, Any], *, attention: str = "", device: torch.device = _CPU
+        self, arguments: Mapping[str, Any], *, attention: str = "", device: torch.device = CPU
     ) -> TowerFacts:
         """The vision side under the configuration and per-call ``arguments``.
 

@@ -11,7 +11,7 @@ from ocvtp.vlm.contracts.adapter import Vision
 from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Newlines, Settings
 from ocvtp.vlm.families.llava import LlavaAdapter, Pictures
-from ocvtp.vlm.layouts.packing import Packing, alone, packed_piece
+from ocvtp.vlm.layouts.packing import Packing, alone, packed_piece, packed_tokens
 
 
 class LlavaNextAdapter(LlavaAdapter):
@@ -165,9 +165,7 @@ class Tiled(Pictures):
 
     def packed(self, tokens: torch.Tensor, image: int) -> torch.Tensor:
         """What the model packs of an image, without newlines, of ``tokens`` ``[tiles, N, C]``."""
-        flat = self.packings[image].tokens.to(tokens.device)
-        tile = torch.div(flat, self.patches, rounding_mode="floor")
-        return self._tiles(tokens, image)[tile, flat % self.patches]
+        return packed_tokens(self.packings[image], self._tiles(tokens, image))
 
     def _tiles(self, tokens: torch.Tensor, image: int) -> torch.Tensor:
         first = self._first[image]

@@ -90,14 +90,6 @@ class _Shrinking(Tiled):
             for j, i in enumerate(which)
         ]
 
-    def packed(self, tokens: torch.Tensor, image: int) -> torch.Tensor:
-        """What the model packs of an image, without newlines."""
-        one, flat = self.packings[image], super().packed(tokens, image)
-        if one.shrunk is None:
-            return flat
-        whole, stitched = flat[: self.patches], flat[self.patches :]
-        return torch.cat([whole, shrink(stitched[None], one.stitched, one.shrunk)[0]])
-
 
 class _Videos(Pictures):
     """Every frame is a picture (:class:`~ocvtp.vlm.contracts.adapter.Vision`)."""

@@ -112,6 +112,16 @@ def whole_picture(side: int, device: torch.device) -> Packing:
         return Packing(1, tokens, tokens, newline, torch.zeros_like(tokens), side**2 + 1)
 
 
+def packed_tokens(one: Packing, tiles: torch.Tensor) -> torch.Tensor:
+    """What the model packs of an image, without newlines: ``[tiles, N, C] -> [candidates, C]``."""
+    patches, tokens = tiles.shape[1], one.tokens.to(tiles.device)
+    flat = tiles[torch.div(tokens, patches, rounding_mode="floor"), tokens % patches]
+    if one.shrunk is None:
+        return flat
+    whole, stitched = flat[:patches], flat[patches:]
+    return torch.cat([whole, shrink(stitched[None], one.stitched, one.shrunk)[0]])
+
+
 def packed_piece(
     one: Packing,
     rows: torch.Tensor,

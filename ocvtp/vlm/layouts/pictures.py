@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
-from ocvtp.vlm.contracts.layout import Layout, TowerFacts
+from ocvtp.vlm.contracts.layout import CPU, Layout, TowerFacts
 from ocvtp.vlm.contracts.rows import Segment
 
 #: ``model_type`` of a tower -> whether its first token is a class token.
 TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
-_CPU = torch.device("cpu")
 
 
 class PictureLayout(Layout):
@@ -37,7 +36,7 @@ class PictureLayout(Layout):
             )
 
     def facts(
-        self, arguments: Mapping[str, Any], *, attention: str = "", device: torch.device = _CPU
+        self, arguments: Mapping[str, Any], *, attention: str = "", device: torch.device = CPU
     ) -> TowerFacts:
         """See :class:`~ocvtp.vlm.contracts.layout.Layout`.
 

@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from ocvtp.vlm.contracts.layout import Layout, TowerFacts, first
+from ocvtp.vlm.contracts.layout import CPU, Layout, TowerFacts, first
 from ocvtp.vlm.contracts.rows import Segment
 from ocvtp.vlm.contracts.settings import Settings
-
-_CPU = torch.device("cpu")
 
 
 class SquareLayout(Layout):
@@ -40,7 +38,7 @@ class SquareLayout(Layout):
         return (self.side // self.unit) ** 2
 
     def facts(
-        self, arguments: Mapping[str, Any], *, attention: str = "", device: torch.device = _CPU
+        self, arguments: Mapping[str, Any], *, attention: str = "", device: torch.device = CPU
     ) -> TowerFacts:
         """See :class:`~ocvtp.vlm.contracts.layout.Layout`."""
         return TowerFacts(

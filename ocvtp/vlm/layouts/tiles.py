@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from ocvtp.vlm.contracts.layout import TowerFacts
+from ocvtp.vlm.contracts.layout import CPU, TowerFacts
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.layouts.packing import Packing, packing, whole_picture
 from ocvtp.vlm.layouts.pictures import PictureLayout
-
-_CPU = torch.device("cpu")
 
 
 class TileLayout(PictureLayout):
@@ -23,7 +21,7 @@ class TileLayout(PictureLayout):
     options = frozenset({"layout", "newlines", "tower"})
 
     def facts(
-        self, arguments: Mapping[str, Any], *, attention: str = "", device: torch.device = _CPU
+        self, arguments: Mapping[str, Any], *, attention: str = "", device: torch.device = CPU
     ) -> TowerFacts:
         """See :class:`~ocvtp.vlm.contracts.layout.Layout`; images differ in size."""
         of_a_tile = super().facts(arguments, attention=attention, device=device)

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
-from ocvtp.vlm.contracts.layout import Layout, TowerFacts
+from ocvtp.vlm.contracts.layout import CPU, Layout, TowerFacts
 from ocvtp.vlm.contracts.rows import Segment
 from ocvtp.vlm.contracts.settings import Frames, Settings
 from ocvtp.vlm.layouts.qwen_geometry import Grid
 
 #: ``model_type`` of the towers, which newer releases end in ``_vision``.
 QWEN_TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class UnitLayout(Layout):
         return int(self.vision.spatial_merge_size)
 
     def facts(
-        self, arguments: Mapping[str, Any], *, attention: str = "", device: torch.device = _CPU
+        self, arguments: Mapping[str, Any], *, attention: str = "", device: torch.device = CPU
     ) -> TowerFacts:
         """See :class:`~ocvtp.vlm.contracts.layout.Layout`."""
         # In Qwen2-VL's configuration, hidden_size is the language model's.
