@@ -48,11 +48,17 @@ class Job:
 
 @dataclass
 class Reply:
-    """What came back."""
+    """What came back.
+
+    Attributes:
+        status: of HTTP; 500 if a stream broke off, too.
+        asked_again: times that the server said 500 before.
+    """
 
     status: int = 0
     tokens: Answer = field(default_factory=list)
     prompt_tokens: int = 0
+    asked_again: int = 0
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +111,16 @@ def body(job: Job, scenes: dict[str, Image.Image]) -> dict[str, Any]:
 
 
 async def ask(session: Any, server: Server, job: Job, scenes: dict[str, Image.Image]) -> Reply:
-    """One request, to its end or until it is given up."""
+    """One request, to its end or until it is given up; again after status 500, as OpenAI's client does it."""
+    for again in range(3):
+        reply = await _ask_once(session, server, job, scenes)
+        reply.asked_again = again
+        if reply.status != 500:
+            break
+    return reply
+
+
+async def _ask_once(session: Any, server: Server, job: Job, scenes: dict[str, Image.Image]) -> Reply:
     reply = Reply()
     url = f"{server.url}/v1/chat/completions"
     async with session.post(url, json=body(job, scenes)) as response:
@@ -123,6 +138,8 @@ async def ask(session: Any, server: Server, job: Job, scenes: dict[str, Image.Im
 
 
 def _read(part: dict[str, Any], reply: Reply) -> None:
+    if "error" in part and reply.status == 200:
+        reply.status = 500
     for choice in part.get("choices", ()):
         reply.tokens += choice.get("token_ids") or []
     if part.get("usage"):
@@ -150,6 +167,10 @@ async def ask_all(server: Server, asked: list[Job], scenes: dict[str, Image.Imag
             await asyncio.sleep(0.2)
         assert (running, used) == (0, 0)
         await server.ready(session)
+    # vLLM's front end may believe that the engine has a new picture that another request is still bringing.
+    # It says so, and asks the client to try again (vLLM's PR 46747). Nothing else may have gone wrong.
+    missed = server.log.read_text().count("Multi-modal cache miss for request")
+    assert sum(reply.asked_again for reply in replies) <= missed, server.last_words()
     return list(replies)
 
 
