@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from bench.harness import device_slug
 from ocvtp.atomic import write_json
@@ -100,3 +101,11 @@ def folder_of(arguments: argparse.Namespace) -> Path:
     """Of the device's results, by :func:`add_options`; a temporary one if nothing is to be recorded."""
     results = arguments.results if arguments.record else Path(tempfile.mkdtemp(prefix="ocvtp-bench-"))
     return results / device_slug(torch.device(arguments.device))
+
+
+def exit_code(complete: bool, console: Console) -> int:
+    """0, or 3 where ``--minutes`` ran out, which it says."""
+    if complete:
+        return 0
+    console.print("time ran out: run it again for the rest")
+    return 3

@@ -21,6 +21,15 @@ from bench.serving.presets import PRESETS as SERVED
 
 ROOT = Path(__file__).parents[1]
 SERVING = ("serving", "gpu-serving")
+MODULES = (
+    "bench.e2e",
+    "bench.scaling",
+    "bench.tower",
+    "bench.accuracy",
+    "bench.testbed",
+    "bench.serving",
+    "bench.report",
+)
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
@@ -49,16 +58,7 @@ def of(lines: list[list[str]], module: str) -> list[list[str]]:
 
 def test_all_parts_are_there(lines: list[list[str]]) -> None:
     modules = {line[2] for line in lines}
-    assert modules == {
-        "pytest",
-        "bench.e2e",
-        "bench.scaling",
-        "bench.tower",
-        "bench.accuracy",
-        "bench.testbed",
-        "bench.serving",
-        "bench.report",
-    }
+    assert modules == {"pytest", *MODULES}
     presets = [line[line.index("--preset") + 1] for line in of(lines, "bench.e2e")]
     assert sorted(presets) == sorted(name for name, preset in PRESETS.items() if preset.gpu)
     (serving,) = of(lines, "bench.serving")
@@ -70,18 +70,7 @@ def test_all_parts_are_there(lines: list[list[str]]) -> None:
     assert files <= {Path(word).name for line in of(lines, "pytest") for word in line}
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "bench.e2e",
-        "bench.scaling",
-        "bench.tower",
-        "bench.accuracy",
-        "bench.testbed",
-        "bench.serving",
-        "bench.report",
-    ],
-)
+@pytest.mark.parametrize("module", MODULES)
 def test_commands_take_their_options(
     lines: list[list[str]],
     module: str,

@@ -24,7 +24,7 @@ from bench.e2e.presets import PRESETS, Preset, rehearsal
 from bench.e2e.prompts import prompt
 from bench.harness import device_slug, provenance
 from bench.micro.gates import GateError
-from bench.record import ResultFile, Row, Rows, add_options, folder_of
+from bench.record import ResultFile, Row, Rows, add_options, exit_code, folder_of
 from ocvtp import OCPruner
 
 _KEY = ("method", "mode", "batch", "text_tokens", "keep")
@@ -170,9 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         preset, device, path, commit=arguments.commit, minutes=arguments.minutes, console=console
     )
     console.print(f"{len(results.rows)} rows in {path}", highlight=False, soft_wrap=True)
-    if not complete:
-        console.print("time ran out: run it again for the rest")
-    return 0 if complete else 3
+    return exit_code(complete, console)
 
 
 if __name__ == "__main__":

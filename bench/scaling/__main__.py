@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bench.harness import provenance
 from bench.micro.gates import GateError
-from bench.record import ResultFile, add_options, folder_of
+from bench.record import ResultFile, add_options, exit_code, folder_of
 from bench.scaling.limits import limits
 from bench.scaling.sizes import CPU, GPU, Scale
 from bench.scaling.sweeps import model_curves, pruner_curves
@@ -100,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except GateError as error:
         raise SystemExit(f"gate failed: {error}") from error
-    if not complete:
-        console.print("time ran out: run it again for the rest")
-    return 0 if complete else 3
+    return exit_code(complete, console)
 
 
 if __name__ == "__main__":

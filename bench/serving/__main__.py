@@ -25,7 +25,7 @@ from rich.table import Table
 
 from bench.harness import device_slug, provenance
 from bench.micro.gates import GateError
-from bench.record import ResultFile, Row, Rows, add_options, folder_of
+from bench.record import ResultFile, Row, Rows, add_options, exit_code, folder_of
 from bench.serving import gate
 from bench.serving.contenders import contenders
 from bench.serving.counters import CounterError
@@ -182,9 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     console.print(f"{len(results.rows)} rows in {path}", highlight=False, soft_wrap=True)
-    if not complete:
-        console.print("time ran out: run it again for the rest")
-    return 0 if complete else 3
+    return exit_code(complete, console)
 
 
 def _check_device(preset: Preset, device: torch.device, parser: argparse.ArgumentParser) -> None:
