@@ -57,3 +57,33 @@ class Selection:
         require_shape("x", x, shape, "[B, N, C] of what was selected from (no class token)")
         rows = gather_tokens(x, self.indices)
         return rows if self.mask is None else torch.where(self.mask[:, :, None], rows, 0.0)
+
+
+@dataclass
+class Reduction:
+    """Rows that a merging method made of the tokens of a batch of images.
+
+    Where a method averages or sums tokens, indices alone don't say what the language model gets; a
+    :class:`Selection` does for methods that only choose.
+
+    Attributes:
+        rows: ``[B, T, C]``, in the order in which the method hands them over.
+        slots: ``[B, T]`` int64, the token whose place each row takes, unique per image. A row that is of no
+            token's own (a class token, the mean of what was dropped) takes that of a dropped token.
+        owner: ``[B, N]`` int64, the row that each token is the one source of or went into; -1 for tokens that
+            went into none, or into several.
+        tokens: N, how many tokens per image there were.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    owner: torch.Tensor
+    tokens: int
+
+    def by_place(self) -> Reduction:
+        """The same rows in the order of their places, as positions that are not renumbered want them."""
+        slots, order = self.slots.sort(dim=1)
+        rows = self.rows.gather(1, order[:, :, None].expand_as(self.rows))
+        rank = order.argsort(dim=1)
+        owner = torch.where(self.owner < 0, self.owner, rank.gather(1, self.owner.clamp(min=0)))
+        return Reduction(rows, slots, owner, self.tokens)
