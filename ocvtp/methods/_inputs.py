@@ -77,7 +77,7 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def cosines(x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-    """``[B, N, M]`` cosines of the rows of ``x`` ``[B, N, C]`` with those of ``y`` ``[B, M, C]``, or of ``x``.
+    """``[B, N, M]`` cosines of rows of ``x`` ``[B, N, C]`` with those of ``y`` ``[B, M, C]``, or of ``x``.
 
     In at least float32, and image by image: a product's bits would depend on how many are made together.
     Float64 has digits to spare, so its cosines are rounded to ``2**-30``: copies of a token are then equal

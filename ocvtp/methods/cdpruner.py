@@ -1,4 +1,4 @@
-"""CDPruner: tokens that are relevant to the question and unlike each other, by a determinantal point process."""
+"""CDPruner: tokens relevant to the question and unlike each other, by a determinantal point process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cdpruner_order(projected: torch.Tensor, relevance: torch.Tensor, keep: int) 
     """Greedy MAP of the kernel ``relevance_i * cosine_ij * relevance_j``, the most relevant token first.
 
     CDPruner, arXiv 2506.10967. Every step takes the token that adds the largest volume. A residual below 1e-5
-    of the token's own is 0, where rounding would rule; beyond the tokens' rank that leaves the lowest indices.
+    of the token's own is 0, where rounding would rule: beyond the tokens' rank the lowest indices are left.
 
     Args:
         projected: ``[B, N, D]`` finite floating point; computes in at least float32.

@@ -85,15 +85,9 @@ def globalcom2(
 
 
 def _shares(base: torch.Tensor, shape: tuple[int, int], ratio: float) -> torch.Tensor:
-    (rows, columns), side = shape, len(base)
-    parts = [
-        base[
-            row * side // rows : (row + 1) * side // rows,
-            column * side // columns : (column + 1) * side // columns,
-        ]
-        for row in range(rows)
-        for column in range(columns)
-    ]
+    bands = base.tensor_split([len(base) * row // shape[0] for row in range(1, shape[0])], dim=0)
+    cuts = [len(base) * column // shape[1] for column in range(1, shape[1])]
+    parts = [part for band in bands for part in band.tensor_split(cuts, dim=1)]
     weights = (torch.stack([part.sum() for part in parts]) / 10).softmax(dim=0)
     return (ratio * (1 + weights - weights.mean())).clamp(max=1.0)
 

@@ -62,7 +62,7 @@ def _anchors(keep: int, alpha: float) -> int:
     if 5 * anchors > keep:
         limit = (keep // 5 + 0.5) * 5 / keep
         raise ValueError(
-            f"alpha={alpha:g} makes {anchors} anchors, with neighbours up to {5 * anchors} tokens of a budget "
+            f"alpha={alpha:g} makes {anchors} anchors, with neighbours {5 * anchors} tokens of a budget "
             f"of {keep}; alpha must be below {limit:.4g}"
         )
     return anchors

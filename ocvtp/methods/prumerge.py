@@ -1,4 +1,4 @@
-"""PruMerge and PruMerge+: tokens by class attention, each with its neighbours added, and one row of the rest."""
+"""PruMerge and PruMerge+: tokens by class attention with their neighbours added, and a row of the rest."""
 
 from __future__ import annotations
 

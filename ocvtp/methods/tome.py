@@ -22,8 +22,8 @@ def schedule(blocks: int, r: int | tuple[int, float] | Sequence[int]) -> list[in
     Args:
         blocks: of the tower.
         r: an int: as many in every block. ``(r, inflect)``, the second a float: linear from
-            ``r * (1 - inflect)`` to ``r * (1 + inflect)``, each truncated, so -1.0 falls from 2r to 0. A list:
-            the first blocks', and 0 of all others.
+            ``r * (1 - inflect)`` to ``r * (1 + inflect)``, each truncated, so -1.0 falls from 2r to 0. A
+            list: the first blocks', and 0 of all others.
 
     Raises:
         TypeError, ValueError: what is none of these, or more numbers than blocks.
@@ -59,8 +59,8 @@ def even_schedule(tokens: int, keep: int, blocks: int, *, protected: int = 1) ->
         protected: tokens beside the patches that are never merged: 1, the class token, or 0.
 
     Raises:
-        TypeError, ValueError: a wrong number, or fewer tokens than so many blocks can reach: a block merges at
-            most half.
+        TypeError, ValueError: a wrong number, or fewer tokens than so many blocks can reach: a block
+            merges at most half.
     """
     keep = require_count("keep", keep, tokens, "tokens")
     each, more = divmod(tokens - keep, blocks)
@@ -141,11 +141,10 @@ def match(metric: torch.Tensor, r: int, *, class_token: bool = False, distill_to
     destinations = 2 * nearest.gather(1, sources) + 1
     sources, unmerged = 2 * sources, 2 * unmerged
     odd = places[:, 1::2]
+    order = torch.cat([unmerged, odd], dim=1)
     if distill_token:
-        parts = [unmerged[:, :1], odd[:, :1], unmerged[:, 1:], odd[:, 1:]]
-    else:
-        parts = [unmerged, odd]
-    return _ordered(Match(sources, destinations, unmerged, places, places), torch.cat(parts, dim=1))
+        order = torch.cat([unmerged[:, :1], odd[:, :1], unmerged[:, 1:], odd[:, 1:]], dim=1)
+    return _ordered(Match(sources, destinations, unmerged, places, places), order)
 
 
 def _ordered(pairs: Match, order: torch.Tensor) -> Match:

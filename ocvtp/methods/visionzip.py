@@ -104,7 +104,7 @@ def visionzip_tiles(
         side: patches along a tile's side.
 
     Returns:
-        ``[(1 + rows * columns) * (D + contextual)]`` int64, indices of the rows of all tiles one after another.
+        ``[(1 + rows * columns) * (D + contextual)]`` int64, indices of all tiles' rows one after another.
 
     Raises:
         TypeError, ValueError: a wrong type, shape or number.

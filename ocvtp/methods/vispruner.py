@@ -27,7 +27,8 @@ def vispruner(
 
     Args:
         features: ``[B, N, C]`` finite floating point: the tower's patches, before any projector.
-        class_row: ``[B, N]`` finite floating point, how much the class token attends to each, mean over heads.
+        class_row: ``[B, N]`` finite floating point, how much the class token attends to each, as a mean
+            over heads.
         keep: tokens to keep, ``1 <= keep <= N``.
         important: share of the budget, from 0 to 1, that attention chooses.
         step: tokens to drop in a round, at least 1.
