@@ -33,11 +33,18 @@ class Reduction:
 
     def by_place(self) -> Reduction:
         """The same rows in the order of their places, as positions that are not renumbered want them."""
-        slots, order = self.slots.sort(dim=1)
+        return self.reordered(self.slots.argsort(dim=1))
+
+    def reordered(self, order: torch.Tensor) -> Reduction:
+        """The same rows in another order.
+
+        Args:
+            order: ``[B, T]`` int64, a permutation for each image.
+        """
         rows = self.rows.gather(1, order[:, :, None].expand_as(self.rows))
         rank = order.argsort(dim=1)
         owner = torch.where(self.owner < 0, self.owner, rank.gather(1, self.owner.clamp(min=0)))
-        return Reduction(rows, slots, owner, self.tokens)
+        return Reduction(rows, self.slots.gather(1, order), owner, self.tokens)
 
 
 @dataclass

@@ -28,7 +28,7 @@ def selector_for(options: Options, consumed: tuple[int, ...]) -> Selector:
     Raises:
         TypeError, ValueError: a pruner that is none, or options that mean nothing to it.
     """
-    pruner = options.pruner
+    pruner: Any = options.pruner  # torch.nn.Module | Rule
     if not isinstance(pruner, torch.nn.Module) and pruner not in get_args(Rule):
         known = ", ".join(f'"{name}"' for name in (*get_args(Rule), *get_args(Rival)))
         raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")

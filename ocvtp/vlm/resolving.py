@@ -78,9 +78,7 @@ def _layout(adapter: Adapter, options: Options, selector: Selector | Reducer) ->
     return "official" if tiled and isinstance(selector, Reducer) else options.layout
 
 
-def _merge(
-    adapter: Adapter, options: Options, selector: Selector | Reducer
-) -> tuple[Merge, str | None]:
+def _merge(adapter: Adapter, options: Options, selector: Selector | Reducer) -> tuple[Merge, str | None]:
     """Where rows are averaged, and why not where ``"auto"`` would. Rivals are as published, unless asked."""
     if options.merge == "auto" and isinstance(selector, Reducer):
         return "off", None
@@ -97,9 +95,7 @@ def _merge(
     return options.merge, None
 
 
-def _weigh(
-    adapter: Adapter, options: Options, selector: Selector | Reducer
-) -> tuple[bool, str | None]:
+def _weigh(adapter: Adapter, options: Options, selector: Selector | Reducer) -> tuple[bool, str | None]:
     """Whether the language model is told masses, and why not where ``"auto"`` would."""
     if options.weigh is False or (options.weigh == "auto" and isinstance(selector, Reducer)):
         return False, None
@@ -139,6 +135,7 @@ def _report(
         farthest=isinstance(settings.selector, PrunerSelector) and not settings.selector.reads_scores,
         reasons=reasons,
         method=settings.selector.account if isinstance(settings.selector, Reducer) else None,
+        own_merge=isinstance(settings.selector, Reducer) and settings.selector.merges,
     )
 
 

@@ -47,6 +47,10 @@ class Evidence(Protocol):
         """Pictures of a segment."""
 
     @property
+    def grids(self) -> Sequence[tuple[int, int]]:
+        """Per segment, rows and columns of its tiles, which follow one of the whole picture; empty without any."""
+
+    @property
     def tokens(self) -> int:
         """N."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 
@@ -24,6 +25,14 @@ Rival = Literal[
     "visionzip",
     "vispruner",
 ]
+#: Families where a method is as published.
+LLAVA: Final[Mapping[str, str]] = MappingProxyType({"llava": "", "llava_next": ""})
+EVERYWHERE: Final[Mapping[str, str]] = MappingProxyType({**LLAVA, "qwen2_5_vl": ""})
+
+
+def adapted(how: str) -> Mapping[str, str]:
+    """:data:`LLAVA` as published, and Qwen2.5-VL by an adaptation of ours."""
+    return MappingProxyType({**LLAVA, "qwen2_5_vl": how})
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +72,8 @@ class Reducer(abc.ABC):
         reads_rows: whether it compares what the consumed layer puts out, so that all of it is computed.
         read_layer: like a selector's; none.
         adaptation: what is ours on the model it is bound to; empty where it is as published.
+        behind: whether rows are made of what the language model reads, since the tower ends in a merger of
+            patches; or else of what the projector reads.
     """
 
     name: ClassVar[str]
@@ -76,6 +87,7 @@ class Reducer(abc.ABC):
     reads_rows: ClassVar[bool] = True
     read_layer: ClassVar[None] = None
     adaptation: str = field(default="", kw_only=True, repr=False)
+    behind: bool = field(default=False, kw_only=True, repr=False)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -87,10 +99,9 @@ class Reducer(abc.ABC):
         """Whether it runs the tower itself (:meth:`~ocvtp.vlm.contracts.evidence.Evidence.merged`)."""
         return False
 
-    @property
-    def projects(self) -> bool:
-        """Whether rows of a :class:`~ocvtp.selection.Reduction` have yet to go through the projector."""
-        return True
+    def material(self, evidence: Evidence) -> torch.Tensor:
+        """``[P, N, C]``, or with a class token ``[P, 1 + N, C]``: what rows are made of."""
+        return evidence.projected() if self.behind else evidence.features()
 
     @property
     def account(self) -> str:
@@ -123,6 +134,10 @@ class Reducer(abc.ABC):
             keep: tokens of a picture (or of a segment), fewer than there are.
             questions: per segment the ids of the text that asks about it, if it :attr:`reads_text`.
         """
+
+    def arranged(self, made: Reduction, evidence: Evidence) -> Reduction:
+        """Rows of whole segments, tile after tile, in the order in which the method hands them over."""
+        return made
 
     def close(self) -> None:
         """Like a selector's; it holds nothing."""

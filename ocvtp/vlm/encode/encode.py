@@ -146,7 +146,7 @@ def _reduce_rows(
             if selection.reduction is None:
                 pieces = _rows(vision, group.which, selection.indices, None, settings)
             else:
-                projects = reducer.projects
+                projects = not reducer.behind
                 pieces = handed_over(vision, group.which, selection.reduction, settings, projects=projects)
             made += list(_matched(group.which, pieces))
     return assemble(vision.segments, vision.totals, made)
@@ -174,7 +174,10 @@ def _choices(
         vision.run(None, None)
     for group in groups_of(vision.segments, settings.budget):
         all_of_it = group.keep == group.tokens
-        yield group, _everything(group, vision.device) if all_of_it else reduced(vision, selector, group, None)
+        yield (
+            group,
+            _everything(group, vision.device) if all_of_it else reduced(vision, selector, group, None),
+        )
 
 
 def _rows(

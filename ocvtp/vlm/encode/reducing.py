@@ -42,7 +42,10 @@ def reduced(
             f"keep at least {tiles}"
         )
     made = reducer.reduce(evidence, keep // tiles, asked)
-    return _joined(made, len(group.which), tiles, group.tokens)
+    if isinstance(made, Selection):
+        indices = _counted_on(made.indices, tiles, group.tokens)
+        return Selection(indices, indices.new_zeros(len(indices)), tokens=group.tokens)
+    return _placed(reducer.arranged(_joined(made, tiles, group.tokens), evidence))
 
 
 def handed_over(
@@ -63,35 +66,35 @@ def handed_over(
     return vision.place(which, reduction.slots.sort(1).values, made, None)
 
 
-def _joined(made: Selection | Reduction, segments: int, tiles: int, tokens: int) -> Selection:
-    """Of pictures, to segments of ``tiles`` of them: tokens are counted tile by tile."""
-    if isinstance(made, Selection):
-        indices = _counted_on(made.indices, segments, tiles, tokens)
-        return Selection(indices, indices.new_zeros(segments), tokens=tokens)
+def _joined(made: Reduction, tiles: int, tokens: int) -> Reduction:
+    """Of pictures, to segments of ``tiles`` of them, one after another."""
     count = made.slots.shape[1]
-    owner = made.owner + torch.where(made.owner < 0, 0, _tile(made.owner, segments, tiles) * count)
-    whole = Reduction(
-        made.rows.unflatten(0, (segments, tiles)).flatten(1, 2),
-        _counted_on(made.slots, segments, tiles, tokens),
-        owner.unflatten(0, (segments, tiles)).flatten(1, 2),
+    owner = torch.where(made.owner < 0, made.owner, made.owner + _tile(made.owner, tiles) * count)
+    return Reduction(
+        made.rows.unflatten(0, (-1, tiles)).flatten(1, 2),
+        _counted_on(made.slots, tiles, tokens),
+        owner.unflatten(0, (-1, tiles)).flatten(1),
         tokens,
     )
-    placed = whole.by_place()
+
+
+def _placed(reduction: Reduction) -> Selection:
+    """Which places rows take, and of how many tokens each is."""
+    placed = reduction.by_place()
     mass = torch.zeros(placed.slots.shape, dtype=torch.float32, device=placed.slots.device)
-    alone = (placed.owner >= 0).to(mass.dtype)
-    mass = mass.scatter_add(1, placed.owner.clamp(min=0), alone)
-    none = placed.slots.new_zeros(segments)
+    mass.scatter_add_(1, placed.owner.clamp(min=0), (placed.owner >= 0).to(mass.dtype))
+    none = placed.slots.new_zeros(len(placed.slots))
     return Selection(
-        placed.slots, none, tokens=tokens, mass=mass, owner=placed.owner, reduction=whole
+        placed.slots, none, tokens=placed.tokens, mass=mass, owner=placed.owner, reduction=reduction
     )
 
 
-def _counted_on(indices: torch.Tensor, segments: int, tiles: int, tokens: int) -> torch.Tensor:
+def _counted_on(indices: torch.Tensor, tiles: int, tokens: int) -> torch.Tensor:
     """``[segments * tiles, k]`` within a tile ``-> [segments, tiles * k]`` within a segment."""
-    moved = indices + _tile(indices, segments, tiles) * (tokens // tiles)
-    return moved.unflatten(0, (segments, tiles)).flatten(1)
+    moved = indices + _tile(indices, tiles) * (tokens // tiles)
+    return moved.unflatten(0, (-1, tiles)).flatten(1)
 
 
-def _tile(like: torch.Tensor, segments: int, tiles: int) -> torch.Tensor:
+def _tile(like: torch.Tensor, tiles: int) -> torch.Tensor:
     """``[segments * tiles, 1]``: number of each tile in its segment."""
-    return torch.arange(tiles, device=like.device).repeat(segments)[:, None]
+    return torch.arange(tiles, device=like.device).repeat(len(like) // tiles)[:, None]

@@ -207,8 +207,10 @@ class Pictures:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         return Projected(self.run_projector(sources[0]))
 
-    def witness(self, pictures: Sequence[int], tiles: int = 1) -> Witness:
-        """What the tower tells of some pictures, ``tiles`` of which are one image.
+    def witness(
+        self, pictures: Sequence[int], tiles: int = 1, grids: Sequence[tuple[int, int]] = ()
+    ) -> Witness:
+        """What the tower tells of some pictures, ``tiles`` of which are one image, laid out in ``grids``.
 
         Raises:
             ValueError: the projector reads several layers, or the class token too: no method is defined there.
@@ -225,6 +227,7 @@ class Pictures:
             projects=self.all_projected,
             pictures=tuple(pictures),
             tiles=tiles,
+            grids=grids,
             tokens=self.patches,
             shape=self.shape,
             class_token=self.class_token,

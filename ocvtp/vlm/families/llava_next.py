@@ -125,7 +125,8 @@ class Tiled(Pictures):
     def evidence(self, which: Sequence[int]) -> Evidence:
         """See :class:`~ocvtp.vlm.contracts.evidence.Telling`: tile by tile."""
         tiles = self.packings[which[0]].tiles
-        return self.witness([self._first[i] + tile for i in which for tile in range(tiles)], tiles)
+        pictures = [self._first[i] + tile for i in which for tile in range(tiles)]
+        return self.witness(pictures, tiles, [self.packings[i].grid for i in which])
 
     def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; a tile's attention sums to 1, so they compare."""

@@ -272,6 +272,7 @@ class _Witness:
     which: tuple[int, ...]
     backend: str
     tiles = 1
+    grids = ()
     class_token = False
 
     @property

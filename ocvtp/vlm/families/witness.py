@@ -25,8 +25,9 @@ class Witness:
         projects: ``[all pictures, N, D]`` of all candidates.
         pictures: numbers of those that are asked about.
         tiles: how many make a segment.
-        tokens: see the protocol.
-        shape: see the protocol.
+        grids: see the protocol.
+        tokens: likewise.
+        shape: likewise.
         class_token: likewise.
         prefix: tokens before the first candidate.
         consumed: the layer that the projector reads.
@@ -39,6 +40,7 @@ class Witness:
     projects: Callable[[], torch.Tensor]
     pictures: tuple[int, ...]
     tiles: int
+    grids: Sequence[tuple[int, int]]
     tokens: int
     shape: tuple[int, int] | None
     class_token: bool

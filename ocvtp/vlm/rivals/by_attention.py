@@ -10,7 +10,7 @@ import torch
 from ocvtp.methods import attention_top_k, hiprune, vispruner
 from ocvtp.selection import Selection
 from ocvtp.vlm.contracts.evidence import Evidence
-from ocvtp.vlm.contracts.reducer import Reducer, Site
+from ocvtp.vlm.contracts.reducer import EVERYWHERE, LLAVA, Reducer, Site, adapted
 
 #: What stands in for a class token that a tower lacks.
 RECEIVED = "attention received from all tokens in the place of the class token's"
@@ -23,13 +23,11 @@ class FasterVLM(Reducer):
     name = "fastervlm"
     title = "FasterVLM"
     source = "arXiv 2412.01818"
-    families = {"llava": "", "llava_next": ""}
+    families = LLAVA
     classless = RECEIVED
     reads_rows = False
 
-    def reduce(
-        self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None
-    ) -> Selection:
+    def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Selection:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         return attention_top_k(evidence.salience(), keep)
 
@@ -51,7 +49,7 @@ class HiPrune(Reducer):
     name = "hiprune"
     title = "HiPrune"
     source = "arXiv 2508.00553"
-    families = {"llava": "", "llava_next": "", "qwen2_5_vl": ""}
+    families = EVERYWHERE
     reads_rows = False
 
     @property
@@ -65,7 +63,7 @@ class HiPrune(Reducer):
         told = [block for block in site.blocks if block <= consumed]
         layer = self.object_layer
         if layer is None:
-            wanted = consumed * 15 / 31 if site.family == "qwen2_5_vl" else consumed * 8 / 22
+            wanted = consumed * 15 / 31 if self.behind else consumed * 8 / 22
             layer = min(told, key=lambda block: abs(block - wanted))
         elif layer not in told:
             raise ValueError(
@@ -74,13 +72,13 @@ class HiPrune(Reducer):
             )
         return replace(self, object_layer=layer, consumed=consumed)
 
-    def reduce(
-        self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None
-    ) -> Selection:
+    def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Selection:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         assert self.object_layer is not None and self.consumed is not None
         if evidence.shape is None:
-            raise ValueError("HiPrune needs tokens that are rows and columns of a picture, which these are not")
+            raise ValueError(
+                "HiPrune needs tokens that are rows and columns of a picture, which these are not"
+            )
         middle, deep = evidence.received(self.object_layer), evidence.received(self.consumed)
         return hiprune(middle, deep, keep, shape=evidence.shape, alpha=self.alpha)
 
@@ -100,12 +98,10 @@ class VisPruner(Reducer):
     name = "vispruner"
     title = "VisPruner"
     source = "arXiv 2412.01818"
-    families = {"llava": "", "llava_next": "", "qwen2_5_vl": RECEIVED}
+    families = adapted(RECEIVED)
     classless = RECEIVED
 
-    def reduce(
-        self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None
-    ) -> Selection:
+    def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Selection:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         features = evidence.features()[:, int(evidence.class_token) :]
         return vispruner(features, evidence.salience(), keep, important=self.important, step=self.step)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ocvtp.methods import prumerge, tome_post, visionzip, visionzip_merged
+from ocvtp.methods import prumerge, tome_post, visionzip, visionzip_merged, visionzip_tiles
 from ocvtp.methods.tome import even_schedule, first_places
 from ocvtp.selection import Reduction
 from ocvtp.vlm.contracts.evidence import Evidence
-from ocvtp.vlm.contracts.reducer import Reducer, Site
+from ocvtp.vlm.contracts.reducer import EVERYWHERE, Reducer, Site, adapted
 from ocvtp.vlm.rivals.by_attention import RECEIVED
 
 
@@ -25,43 +25,48 @@ class VisionZip(Reducer):
     """
 
     contextual: int | None = None
-    qwen: bool = False
 
     name = "visionzip"
     title = "VisionZip"
     source = "arXiv 2412.04467"
-    families = {"llava": "", "llava_next": "", "qwen2_5_vl": ""}
+    families = EVERYWHERE
     classless = f"{RECEIVED}, and no class token among the rows"
     merges = True
 
-    @property
-    def projects(self) -> bool:
-        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`; on Qwen2.5-VL it acts behind the merger."""
-        return not self.qwen
-
-    def bound(self, site: Site) -> Reducer:
-        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        return replace(self, qwen=site.family == "qwen2_5_vl")
-
-    def reduce(
-        self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None
-    ) -> Reduction:
+    def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Reduction:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         salience = evidence.salience()
-        contextual = self.contextual
-        if contextual is None:
-            tokens = salience.shape[1]
-            contextual = min(keep - 1, max(int(0.05 * tokens) if self.qwen else round(keep * 10 / 64), 1))
-        if not 1 <= contextual < keep:
-            raise ValueError(
-                f"VisionZip keeps {keep} tokens, {contextual} of them means, which must be at least 1 and leave "
-                "at least one more"
-            )
+        contextual = self._contextual(keep, evidence.tokens)
         dominant = keep - contextual
-        features = evidence.projected() if self.qwen else evidence.features()
+        features = self.material(evidence)
         if not evidence.class_token:
             return visionzip_merged(features, salience, evidence.keys(), dominant, contextual)
         return visionzip(features, salience, evidence.keys(), dominant, contextual)
+
+    def arranged(self, made: Reduction, evidence: Evidence) -> Reduction:
+        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`: tiles' patches by rows of the whole picture."""
+        if not evidence.grids or not evidence.class_token:  # without one, rows are in raster order
+            return made
+        assert evidence.shape is not None
+        each = made.slots.shape[1] // evidence.tiles
+        contextual = self._contextual(each, evidence.tokens)
+        orders = []
+        for slots, grid in zip(made.slots, evidence.grids, strict=True):
+            patches = slots.unflatten(0, (evidence.tiles, each))[:, 1 : each - contextual] % evidence.tokens
+            orders.append(visionzip_tiles(patches, contextual, tiles=grid, side=evidence.shape[0]))
+        return made.reordered(torch.stack(orders))
+
+    def _contextual(self, keep: int, tokens: int) -> int:
+        """How many of ``keep`` rows are means."""
+        count = self.contextual
+        if count is None:
+            count = min(keep - 1, max(int(0.05 * tokens) if self.behind else round(keep * 10 / 64), 1))
+        if not 1 <= count < keep:
+            raise ValueError(
+                f"VisionZip keeps {keep} tokens, {count} of them means, which must be at least 1 and leave at "
+                "least one more: keep more"
+            )
+        return count
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +80,7 @@ class PruMerge(Reducer):
     name = "prumerge"
     title = "PruMerge"
     source = "arXiv 2403.15388"
-    families = {"llava": "", "llava_next": "", "qwen2_5_vl": f"{RECEIVED}, and mean keys"}
+    families = adapted(f"{RECEIVED}, and mean keys")
     classless = RECEIVED
     merges = True
     plus = False
@@ -88,18 +93,16 @@ class PruMerge(Reducer):
 
     def bound(self, site: Site) -> Reducer:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        if site.family != "qwen2_5_vl" and max(site.consumed) + 1 >= site.num_layers:
+        if not self.behind and max(site.consumed) + 1 >= site.num_layers:
             raise ValueError(
                 f"{self.title} reads the encoder layer behind the one that the projector reads, and this model's "
                 "projector reads the last: use another vision_feature_layer"
             )
         return self
 
-    def reduce(
-        self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None
-    ) -> Reduction:
+    def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Reduction:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        features = evidence.features()[:, int(evidence.class_token) :]
+        features = self.material(evidence)[:, int(evidence.class_token) :]
         row, keys = evidence.one_head()
         return prumerge(features, row, keys, keep, spread=0.75 if self.plus else 0.0)
 
@@ -124,38 +127,30 @@ class ToMe(Reducer):
     on what the merger makes ("ToMe-post").
     """
 
-    blocks_run: int | None = None
+    consumed: int | None = None
 
     name = "tome"
     title = "ToMe"
     source = "arXiv 2210.09461"
-    families = {
-        "llava": "",
-        "llava_next": "",
-        "qwen2_5_vl": "the same matching behind the merger (ToMe-post), for windows forbid it in the encoder",
-    }
+    families = adapted(
+        "the same matching behind the merger (ToMe-post), for windows forbid it in the encoder"
+    )
     classless = None
     merges = True
 
     @property
     def in_tower(self) -> bool:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        return self.blocks_run is not None
-
-    @property
-    def projects(self) -> bool:
-        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        return self.in_tower
+        return not self.behind
 
     def bound(self, site: Site) -> Reducer:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        return self if site.family == "qwen2_5_vl" else replace(self, blocks_run=max(site.consumed) + 1)
+        return replace(self, consumed=max(site.consumed))
 
-    def reduce(
-        self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None
-    ) -> Reduction:
+    def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Reduction:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        if self.blocks_run is None:
+        if self.behind:
             return tome_post(evidence.projected(), keep)
-        rows, owner, _ = evidence.merged(even_schedule(evidence.tokens, keep, self.blocks_run))
+        assert self.consumed is not None
+        rows, owner, _ = evidence.merged(even_schedule(evidence.tokens, keep, self.consumed + 1))
         return Reduction(rows, first_places(owner, keep), owner, evidence.tokens)

@@ -11,7 +11,7 @@ import torch
 from ocvtp.methods import cdpruner, divprune, relevance_of, trim
 from ocvtp.selection import Reduction, Selection
 from ocvtp.vlm.contracts.evidence import Evidence
-from ocvtp.vlm.contracts.reducer import Reducer, Site
+from ocvtp.vlm.contracts.reducer import EVERYWHERE, Reducer, Site, adapted
 from ocvtp.vlm.rivals.text import ClipText, LanguageText
 
 #: What TRIM and CDPruner compare pictures with.
@@ -33,14 +33,14 @@ class _Reader(Reducer):
 
     text: Text | None = None
 
-    families = {"llava": "", "llava_next": "", "qwen2_5_vl": _ADAPTED}
+    families = adapted(_ADAPTED)
     classless = _ADAPTED
     reads_text = True
 
     def bound(self, site: Site) -> Reducer:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         text = self.text
-        if text is None and site.family == "qwen2_5_vl":
+        if text is None and self.behind:
             text = "language_model"
         if text is None:
             raise ValueError(
@@ -80,12 +80,10 @@ class Trim(_Reader):
     source = "arXiv 2409.10994"
     merges = True
 
-    def reduce(
-        self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None
-    ) -> Reduction:
+    def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Reduction:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         image, texts = self.compared(evidence, questions, pieces=False)
-        features = evidence.features()[:, int(evidence.class_token) :]
+        features = self.material(evidence)[:, int(evidence.class_token) :]
         return trim(features, image, torch.cat(texts), keep)
 
 
@@ -97,9 +95,7 @@ class CDPruner(_Reader):
     title = "CDPruner"
     source = "arXiv 2506.10967"
 
-    def reduce(
-        self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None
-    ) -> Selection:
+    def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Selection:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         image, texts = self.compared(evidence, questions, pieces=True)
         pictures = [i // evidence.tiles for i in range(len(image))]
@@ -109,18 +105,16 @@ class CDPruner(_Reader):
 
 @dataclass(frozen=True, eq=False)
 class DivPrune(Reducer):
-    """Tokens farthest from each other by cosine distance of what the language model reads (arXiv 2503.02175)."""
+    """Tokens far from each other, by the cosine of what the language model reads (arXiv 2503.02175)."""
 
     name = "divprune"
     title = "DivPrune"
     source = "arXiv 2503.02175"
-    families = {"llava": "", "llava_next": "", "qwen2_5_vl": ""}
+    families = EVERYWHERE
     classless = ""
     pooled = True
 
-    def reduce(
-        self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None
-    ) -> Selection:
+    def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Selection:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         projected = evidence.projected()
         return divprune(projected.unflatten(0, (-1, evidence.tiles)).flatten(1, 2), keep)

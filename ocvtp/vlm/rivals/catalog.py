@@ -45,7 +45,8 @@ def bound(method: Reducer, site: Site) -> Reducer:
             f"{method.title} has no proven form on {family}; it works on {where}. "
             f"On {family}: {there or 'none of the rival methods'}"
         )
-    if not site.class_token and family != "qwen2_5_vl" and method.classless is None:
+    behind = family == "qwen2_5_vl"
+    if not site.class_token and not behind and method.classless is None:
         raise ValueError(f"{method.title} needs a tower with a class token, which this model's has not")
     note = method.note(family, class_token=site.class_token)
-    return replace(method, adaptation=note).bound(site)
+    return replace(method, adaptation=note, behind=behind).bound(site)

@@ -183,7 +183,9 @@ class LanguageText:
 
 def _given(questions: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
     if questions is None:
-        raise ValueError("this method reads the question, and there is no prompt here: give ClipText question=")
+        raise ValueError(
+            "this method reads the question, and there is no prompt here: give ClipText question="
+        )
     return questions
 
 
