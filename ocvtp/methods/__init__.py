@@ -21,9 +21,9 @@ from ocvtp.methods.hiprune import hiprune
 from ocvtp.methods.plain import attention_top_k, grid, random_tokens
 from ocvtp.methods.prumerge import one_head_row, prumerge, prumerge_published
 from ocvtp.methods.tome import tome_post
-from ocvtp.methods.trim import trim, trim_budget
+from ocvtp.methods.trim import trim, trim_budget, trim_scores
 from ocvtp.methods.visionzip import visionzip, visionzip_merged, visionzip_tiles
-from ocvtp.methods.vispruner import vispruner
+from ocvtp.methods.vispruner import vispruner, vispruner_order
 
 __all__ = [
     "TiledChoice",
@@ -46,8 +46,10 @@ __all__ = [
     "tome_post",
     "trim",
     "trim_budget",
+    "trim_scores",
     "visionzip",
     "visionzip_merged",
     "visionzip_tiles",
     "vispruner",
+    "vispruner_order",
 ]

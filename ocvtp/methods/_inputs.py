@@ -83,6 +83,9 @@ def cosines(x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
     Float64 has digits to spare, so its cosines are rounded to ``2**-30``: copies of a token are then equal
     however a library orders its sums.
     """
+    if 0 in x.shape or (y is not None and 0 in y.shape):
+        between = x.shape[1] if y is None else y.shape[1]
+        return wide(x).new_zeros(*x.shape[:2], between)
     x = in_range(x.detach())
     y = x if y is None else in_range(y.detach())
     with without_autocast(x.device):

@@ -7,6 +7,9 @@ import torch
 from ocvtp.methods._inputs import check_features, check_tensor, chosen, cosines
 from ocvtp.selection import Selection
 
+#: A distance below this is what rounding makes of copies.
+EPS = 1e-6
+
 
 @torch.no_grad()
 def divprune(projected: torch.Tensor, keep: int) -> Selection:
@@ -26,10 +29,10 @@ def divprune(projected: torch.Tensor, keep: int) -> Selection:
 def divprune_order(projected: torch.Tensor, keep: int) -> torch.Tensor:
     """Farthest points by cosine distance, from the token whose nearest other one is farthest.
 
-    DivPrune, arXiv 2503.02175. Distances are 1 - cosine, in at least float32. What is kept is masked, and of
-    equal distances the lowest index wins. But for its start and for the rounding of distances it is
-    :func:`ocvtp_kernels.diversity.farthest_points` of normalised tokens, whose squared distance is twice this
-    one.
+    DivPrune, arXiv 2503.02175. Distances are 1 - cosine, in at least float32, and those below 1e-6 are 0.
+    What is kept is masked, and of equal distances the lowest index wins. But for its start and for rounding it
+    is :func:`ocvtp_kernels.diversity.farthest_points` of normalised tokens, whose squared distance is twice
+    this one.
 
     Args:
         projected: ``[B, N, D]`` finite floating point.
@@ -45,6 +48,7 @@ def divprune_order(projected: torch.Tensor, keep: int) -> torch.Tensor:
     check_tensor("projected", projected, (None, None, None), "[B, N, D]", projected)
     # N x N, which is less than the tokens themselves as long as N is below D; rounds then only look up.
     similar = cosines(projected)
+    similar = torch.where(similar > 1.0 - EPS, 1.0, similar)
     alone = torch.eye(projected.shape[1], dtype=torch.bool, device=projected.device)
     nearest = similar.masked_fill(alone, -2.0).amax(dim=2)
     order = []

@@ -46,15 +46,22 @@ def hiprune(
     height, width = shape
     if height * width != tokens:
         raise ValueError(f"{tokens} tokens are not {height} x {width}; give shape=(rows, columns)")
-    anchors = _anchors(keep, check_share("alpha", alpha))
-    near = best(object_scores, anchors)[:, :, None] + torch.tensor(
-        [0, -1, 1, -width, width], device=object_scores.device
-    )
-    near = near.flatten(1).clamp(0, tokens - 1)
+    near = anchors_and_neighbours(object_scores, _anchors(keep, check_share("alpha", alpha)), width)
     deep = wide(deep_scores)
     # Above all scores, so that the one stable sort fills up however many of the neighbours coincide.
     deep = deep.scatter(1, near, float("inf"))
     return chosen(best(deep, keep), tokens)
+
+
+def anchors_and_neighbours(object_scores: torch.Tensor, anchors: int, width: int) -> torch.Tensor:
+    """``[B, 5 * anchors]`` int64: the best of ``object_scores`` ``[B, N]``, and those around each.
+
+    Anchors come best first, behind each the tokens before, after, above and below it in rows of ``width``; some
+    may coincide.
+    """
+    around = torch.tensor([0, -1, 1, -width, width], device=object_scores.device)
+    near = best(object_scores, anchors)[:, :, None] + around
+    return near.flatten(1).clamp(0, object_scores.shape[1] - 1)
 
 
 def _anchors(keep: int, alpha: float) -> int:

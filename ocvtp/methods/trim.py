@@ -48,19 +48,16 @@ def trim(
 
 
 @torch.no_grad()
-def trim_budget(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> int:
-    """The adaptive budget: how many tokens stand out, and one row for the others.
-
-    Outliers of all scores together, ``softmax`` of the negated similarity, lie above the third quartile by
-    more than 1.5 interquartile ranges. One number for the whole batch, as published: give one image for a
-    budget of its own. Waits for a GPU, since the result is a size.
+def trim_scores(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """What TRIM ranks by, higher is kept: a softmax over the tokens of minus their products with the text.
 
     Args:
         image_embeds: ``[B, N, P]`` finite floating point, as for :func:`trim`.
         text_embeds: ``[B, P]`` finite floating point.
 
     Returns:
-        ``keep`` for :func:`trim`: 1, the mean of all tokens alone, where none stands out.
+        ``[B, N]`` in at least float32. :func:`trim` compares products themselves, since small shares may
+        round to 0.
 
     Raises:
         TypeError, ValueError: a wrong type or shape, no tokens, or NaN or Inf.
@@ -71,7 +68,26 @@ def trim_budget(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> int:
     if batch * tokens == 0:
         raise ValueError(f"image_embeds must have tokens; got {list(image_embeds.shape)}")
     _check_embeds(image_embeds, text_embeds, (batch, tokens), image_embeds)
-    return outliers(_unlike(image_embeds, text_embeds).softmax(dim=1)) // batch + 1
+    (scores,) = image_by_image(lambda x: (x.softmax(dim=1),), _unlike(image_embeds, text_embeds))
+    return scores
+
+
+@torch.no_grad()
+def trim_budget(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> int:
+    """The adaptive budget: how many tokens stand out, and one row for the others.
+
+    Outliers of all :func:`trim_scores` together lie above the third quartile by more than 1.5 interquartile
+    ranges. One number for the whole batch, as published: give one image for a budget of its own. Waits for a
+    GPU, since the result is a size.
+
+    Returns:
+        ``keep`` for :func:`trim`: 1, the mean of all tokens alone, where none stands out. Never N: fewer than
+        a quarter of them can.
+
+    Arguments and errors are those of :func:`trim_scores`.
+    """
+    scores = trim_scores(image_embeds, text_embeds)
+    return outliers(scores) // len(scores) + 1
 
 
 def _check_embeds(

@@ -13,6 +13,27 @@ from ocvtp_kernels._checks import as_int
 def vispruner(
     features: torch.Tensor, class_row: torch.Tensor, keep: int, *, important: float = 0.5, step: int = 8
 ) -> Selection:
+    """The tokens of :func:`vispruner_order`.
+
+    Args:
+        features: ``[B, N, C]`` finite floating point: the tower's patches, before any projector.
+        class_row: ``[B, N]`` finite floating point, how much the class token attends to each.
+        keep: tokens to keep, ``1 <= keep <= N``.
+        important: share of the budget, from 0 to 1, that attention chooses.
+        step: tokens to drop in a round, at least 1.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, budget, share or step, or NaN or Inf.
+    """
+    return chosen(
+        vispruner_order(features, class_row, keep, important=important, step=step), features.shape[1]
+    )
+
+
+@torch.no_grad()
+def vispruner_order(
+    features: torch.Tensor, class_row: torch.Tensor, keep: int, *, important: float = 0.5, step: int = 8
+) -> torch.Tensor:
     """The most attended tokens, and of the others those that are left when the most alike are dropped.
 
     VisPruner, arXiv 2412.01818. The others start in the order of attention. Every round takes them by turns
@@ -33,6 +54,10 @@ def vispruner(
         important: share of the budget, from 0 to 1, that attention chooses.
         step: tokens to drop in a round, at least 1.
 
+    Returns:
+        ``[B, keep]`` int64, unique per row: ``int(keep * important)`` by attention, best first, then the
+        others in the order of the last round.
+
     Raises:
         TypeError, ValueError: a wrong type, shape, budget, share or step, or NaN or Inf.
     """
@@ -46,7 +71,7 @@ def vispruner(
         raise ValueError(f"step must be an int of at least 1; got {step!r}")
     order = best(class_row, tokens)
     left = _diverse(features, order[:, attended:], keep - attended, drop)
-    return chosen(torch.cat([order[:, :attended], left], dim=1), tokens)
+    return torch.cat([order[:, :attended], left], dim=1)
 
 
 def _diverse(features: torch.Tensor, order: torch.Tensor, keep: int, step: int) -> torch.Tensor:

@@ -1,0 +1,61 @@
+"""Who answers for which kind of golden file: the part of its name before the first underscore.
+
+A file of a kind that is not here is a failure, and so is a tensor that its check never looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bench.rivals.golden import Case
+from bench.rivals.methods import (
+    cdpruner,
+    divprune,
+    fastervlm,
+    globalcom2,
+    hiprune,
+    prumerge,
+    tome,
+    trim,
+    visionzip,
+    vispruner,
+)
+
+BOTH = (torch.float32, torch.float64)
+
+
+def _both(file: str, case: str) -> tuple[torch.dtype, ...]:
+    return BOTH
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How files of one method are checked.
+
+    Attributes:
+        check: compares everything in a sub-case with what the product makes of its inputs.
+        dtypes: the precisions that a sub-case of a file is given in.
+    """
+
+    check: Callable[[Case], None]
+    dtypes: Callable[[str, str], tuple[torch.dtype, ...]] = _both
+
+
+KINDS: dict[str, Kind] = {
+    "cdpruner": Kind(cdpruner.check),
+    "divprune": Kind(divprune.check),
+    "fastervlm": Kind(fastervlm.check),
+    "globalcom2": Kind(globalcom2.check),
+    "hiprune": Kind(hiprune.check),
+    "prumerge": Kind(prumerge.check),
+    "tome": Kind(tome.check),
+    "trim": Kind(trim.check),
+    "visionzip": Kind(visionzip.check),
+    "vispruner": Kind(vispruner.check, vispruner.dtypes),
+}
+
+#: Files that others read: weights and what they made of an input.
+INPUTS = frozenset({"tower_clip", "tower_qwen"})

@@ -1,0 +1,74 @@
+"""All golden files of a folder, through the product's functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.rivals.golden import TOLERANCE, Case, Golden
+from bench.rivals.methods import INPUTS, KINDS, Kind
+
+
+@dataclass
+class Outcome:
+    """Lines about a folder, and whether all of it is proven."""
+
+    lines: list[str]
+    proven: bool
+
+
+def check_folder(folder: Path, tolerance: float = TOLERANCE, kinds: Mapping[str, Kind] = KINDS) -> Outcome:
+    """Go through every ``*.safetensors`` of ``folder``: one line for each file and sub-case.
+
+    What differs, what nothing answers for and what is yet to be compared follow as lines of their own, and
+    leave the folder unproven.
+    """
+    lines: list[str] = []
+    proven = True
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        return Outcome([f"{folder}: no golden files"], False)
+    for path in paths:
+        if path.stem in INPUTS:
+            lines.append(f"{path.stem}: input of others")
+            continue
+        kind = kinds.get(path.stem.split("_")[0])
+        if kind is None:
+            lines.append(f"{path.stem}: FAILED: nothing answers for files of this kind")
+            proven = False
+            continue
+        of_file, fine = check_file(path, kind, tolerance)
+        lines += of_file
+        proven = proven and fine
+    return Outcome(lines, proven)
+
+
+def check_file(path: Path, kind: Kind, tolerance: float = TOLERANCE) -> tuple[list[str], bool]:
+    """Lines about one file, and whether all of it is proven."""
+    try:
+        golden = Golden.read(path, tolerance)
+    except Exception as error:  # any reason is a failure of the file, and the others have their turn
+        return [f"{path.stem}: FAILED: {type(error).__name__}: {error}"], False
+    lines: list[str] = []
+    fine = True
+    for name in golden.cases():
+        cases = [Case(golden, name, dtype) for dtype in kind.dtypes(golden.name, name)]
+        problems: list[str] = []
+        for case in cases:
+            try:
+                kind.check(case)
+            except Exception as error:
+                case.wrong.append(f"{name}: {type(error).__name__}: {error}")
+            problems += [f"FAILED: {line}" for line in case.wrong]
+        unchecked = list(dict.fromkeys(line for case in cases for line in case.unchecked))
+        problems += [f"UNCHECKED: {line}" for line in unchecked]
+        dtypes = ", ".join(str(case.dtype).removeprefix("torch.") for case in cases)
+        compared, worst = max(case.compared for case in cases), max(case.worst for case in cases)
+        said = f"{compared} compared, largest difference {worst:.1e} ({dtypes})"
+        lines.append(f"{golden.name} {name}: {'ok, ' if not problems else ''}{said}".replace(" : ", ": "))
+        lines += [f"{golden.name} {problem}" for problem in problems]
+        fine = fine and not problems
+    unseen = golden.unseen()
+    lines += [f"{golden.name} FAILED: {key}: nothing looks at it" for key in unseen]
+    return lines, fine and not unseen
