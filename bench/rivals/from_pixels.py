@@ -6,6 +6,7 @@ as transformers builds them today, patched, asked by :func:`ocvtp.vlm.select` an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ import torch
 
 import ocvtp
 from bench.rivals import models
-from ocvtp.vlm.rivals import CDPruner, ClipText, Trim, VisionZip, VisPruner
-from ocvtp.vlm.rivals.by_attention import HiPrune
+from bench.rivals.golden import Golden
+from ocvtp.methods import relevance_of
+from ocvtp.vlm.call.controller import controller_of
+from ocvtp.vlm.rivals import CDPruner, ClipText, HiPrune, Trim, VisionZip, VisPruner
 from ocvtp.vlm.towers.tome import run_merging_tower
 
 Tensors = Mapping[str, torch.Tensor]
@@ -54,9 +57,7 @@ def tome(clip: tuple[About, Tensors], about: About, tensors: Tensors) -> Iterato
         pixels, order = tensors[f"{name}.pixel_values"], tensors[f"{name}.raster"]
         wanted = _at(tensors[f"{name}.tokens"], order)
         proportional, removed = params["proportional_attention"], params["r"][:23]
-        merged = run_merging_tower(
-            model.model.vision_tower, pixels, removed, proportional=proportional
-        )
+        merged = run_merging_tower(model.model.vision_tower, pixels, removed, proportional=proportional)
         rank = torch.full_like(tensors[f"{name}.size"][:, :, 0], -1).long()
         rank.scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
         yield Pair(f"{name}.tokens", merged.rows, wanted)
@@ -64,7 +65,7 @@ def tome(clip: tuple[About, Tensors], about: About, tensors: Tensors) -> Iterato
         yield Pair(f"{name}.group", merged.owner, rank.gather(1, tensors[f"{name}.group"][:, 1:]))
         if name in ("t192", "t128", "t64"):
             made = _rows(_selected(model, "tome", order.shape[1], pixels))
-            yield Pair(f"{name}.tokens by apply", made, wanted)
+            yield Pair(f"{name}.tokens", made, wanted)
 
 
 def visionzip(clip: tuple[About, Tensors], about: About, tensors: Tensors) -> Iterator[Pair]:
@@ -140,7 +141,8 @@ def cdpruner(clip: tuple[About, Tensors], about: About, tensors: Tensors) -> Ite
     """CDPruner with short questions; a long one's pieces are ours (``fixed_text_embeds``)."""
     model, whole = models.llava(*clip), models.clip(*clip)
     for name, params in about["params"].items():
-        if name == "tiles":  # of one picture, which LLaVA-1.5 has not: checked from stored tensors
+        if name == "tiles":
+            yield from _tiles(model, whole, about, tensors)
             continue
         text, ids = params["text"], tensors[f"{name}.input_ids"]
         if len(ids) == 1:
@@ -152,6 +154,28 @@ def cdpruner(clip: tuple[About, Tensors], about: About, tensors: Tensors) -> Ite
             question = ClipText(whole, _Ids({text: flat}), question=text)
             made_text = question.embed(text, pieces=True)
             yield Pair(f"{name}.fixed_text_embeds", made_text, tensors[f"{name}.fixed_text_embeds"])
+
+
+def _tiles(model: Any, clip: Any, about: About, tensors: Tensors) -> Iterator[Pair]:
+    """Two tiles of one picture, whose relevance has one scale, and two pictures."""
+    short = about["params"]["t64"]
+    ids = tensors["t64.input_ids"][0][: short["text_tokens"]].tolist()
+    method = CDPruner(ClipText(clip, _Ids({short["text"]: ids}), question=short["text"]))
+    keep = about["params"]["tiles"]["T"]
+    with ocvtp.pruned(model, method, keep=keep):
+        controller = controller_of(model)
+        vision: Any = controller.adapter.vision(
+            "image", {"pixel_values": tensors["tiles.pixel_values"]}, controller.settings
+        )
+        with torch.no_grad():
+            vision.run(None, None)
+            for tiles, key in ((2, "kept"), (1, "separate_kept")):
+                evidence = vision.witness([0, 1], tiles)
+                made = method.reduce(evidence, keep, None)
+                yield Pair(f"tiles.{key}", made.indices, tensors[f"tiles.{key}"])
+            image, texts = method.compared(vision.witness([0, 1], 2), None, pieces=True)
+    relevance = relevance_of(image, texts, pictures=[0, 0])
+    yield Pair("tiles.relevance", relevance, tensors["tiles.relevance"])
 
 
 def qwen(small: tuple[About, Tensors], about: About, tensors: Tensors, name: str) -> Iterator[Pair]:
@@ -172,18 +196,34 @@ def qwen(small: tuple[About, Tensors], about: About, tensors: Tensors, name: str
         with ocvtp.pruned(model, method, keep=len(wanted)):
             selection = ocvtp.vlm.select(model, **inputs)
             types = (ids == 100).int()
-            with torch.no_grad():
+            with torch.no_grad(), _positions(model) as seen:
                 logits = model(input_ids=ids, mm_token_type_ids=types, **inputs).logits
         yield Pair(f"{case}.kept", selection.indices[0], wanted)
         if selection.reduction is not None:
             rows = selection.reduction.by_place().rows[0]
             yield Pair(f"{case}.rows", rows, tensors[f"{case}.rows"])
         if not fixed:
+            yield Pair(f"{case}.position_ids", seen[0], tensors[f"{case}.position_ids"])
             yield Pair(f"{case}.last_logits", logits[:, -1], tensors[f"{case}.last_logits"])
 
 
+@contextlib.contextmanager
+def _positions(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Positions in three dimensions that the language model is given meanwhile."""
+    seen: list[torch.Tensor] = []
+
+    def look(_: Any, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs["position_ids"][-3:])
+
+    hook = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 #: Golden file -> the check of what it holds.
-FROM_CLIP: dict[str, Callable[[tuple[About, Tensors], About, Tensors], Iterator[Pair]]] = {
+_FROM_CLIP: dict[str, Callable[[tuple[About, Tensors], About, Tensors], Iterator[Pair]]] = {
     "cdpruner_tower": cdpruner,
     "divprune_tower": divprune,
     "fastervlm_tower": fastervlm,
@@ -194,7 +234,21 @@ FROM_CLIP: dict[str, Callable[[tuple[About, Tensors], About, Tensors], Iterator[
     "visionzip_tower": visionzip,
     "vispruner_tower": vispruner,
 }
-FROM_QWEN = {"hiprune_qwen": "hiprune", "visionzip_qwen": "visionzip"}
+_FROM_QWEN = {"hiprune_qwen": "hiprune", "visionzip_qwen": "visionzip"}
+
+
+def pairs(golden: Golden) -> Iterator[Pair]:
+    """What is made of a file's pictures, and what is expected; nothing for files without any."""
+    about, tensors = golden.about, golden.tensors
+    if golden.name in _FROM_CLIP:
+        yield from _FROM_CLIP[golden.name](_weights(golden, "tower_clip"), about, tensors)
+    elif golden.name in _FROM_QWEN:
+        yield from qwen(_weights(golden, "tower_qwen"), about, tensors, _FROM_QWEN[golden.name])
+
+
+def _weights(golden: Golden, name: str) -> tuple[About, Tensors]:
+    beside = Golden.read(golden.path.with_name(f"{name}.safetensors"))
+    return beside.about, beside.tensors
 
 
 class _Ids:

@@ -23,6 +23,7 @@ class Golden:
         about: what it says of itself: the JSON under ``config`` or ``case`` in its metadata.
         tensors: by key, ``<sub-case>.<tensor>``; a key without a dot serves all sub-cases.
         looked_at: keys that something was computed from or compared with, or that need no look.
+        owed: keys that only a run of a whole tower can be compared with, until one was.
         tolerance: how far a value may be away.
     """
 
@@ -31,6 +32,7 @@ class Golden:
     tensors: dict[str, torch.Tensor]
     tolerance: float = TOLERANCE
     looked_at: set[str] = field(default_factory=set)
+    owed: set[str] = field(default_factory=set)
 
     @classmethod
     def read(cls, path: Path, tolerance: float = TOLERANCE) -> Golden:
@@ -73,7 +75,6 @@ class Case:
         compared: how many tensors were.
         worst: the largest difference of a value.
         wrong: one line for each tensor that differs.
-        unchecked: one line for each that is yet to be compared.
     """
 
     golden: Golden
@@ -82,7 +83,6 @@ class Case:
     compared: int = 0
     worst: float = 0.0
     wrong: list[str] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -118,6 +118,14 @@ class Case:
             raise FileNotFoundError(f"{path.name} must lie beside it")
         return Case(Golden.read(path), "", self.dtype)
 
+    def pair(self, key: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+        """Compare what a tower was run for: a part, or another order, of the tensor called ``key``."""
+        self.golden.owed.discard(key)
+        if expected.is_floating_point():
+            self._close(key, found, expected, self.golden.tolerance)
+        else:
+            self.same(key, found, expected)
+
     def same(self, key: str, found: torch.Tensor, expected: torch.Tensor | None = None) -> None:
         """Compare indices: all must be equal."""
         stored = self._stored(key)
@@ -140,7 +148,10 @@ class Case:
 
     def close(self, key: str, found: torch.Tensor, tolerance: float | None = None) -> None:
         """Compare values: all must be within the tolerance."""
-        expected = self._stored(key).double()
+        self._close(key, found, self._stored(key), tolerance)
+
+    def _close(self, key: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float | None) -> None:
+        expected = expected.double()
         limit = self.golden.tolerance if tolerance is None else tolerance
         self.compared += 1
         if found.shape != expected.shape:
@@ -148,7 +159,7 @@ class Case:
             return
         error = (found.double() - expected).abs()
         worst = error.max().item() if error.numel() else 0.0
-        if tolerance is None:
+        if tolerance != 0.0:
             self.worst = max(self.worst, worst)
         if not worst <= limit:  # NaN is not
             self._differs(key, f"off by {worst:.2e}, more than {limit:.0e}")
@@ -166,11 +177,11 @@ class Case:
                 self._stored(key)
 
     def needs_tower(self, *keys: str) -> None:
-        """Tensors that only a run of the whole tower can be compared with."""
+        """Tensors that :mod:`bench.rivals.from_pixels` compares."""
         for key in keys:
-            if key in self and self._key(key) not in self.golden.looked_at:
+            if key in self:
                 self._stored(key)
-                self.unchecked.append(f"{self._key(key)}: NEEDS_TOWER")
+                self.golden.owed.add(self._key(key))
 
     def _key(self, key: str) -> str:
         own = f"{self.name}.{key}"
