@@ -1,7 +1,7 @@
 """What ``ocvtp.apply`` makes of the pixels that official implementations were given: tower, method, rows.
 
-The other checks begin at stored tensors. These run the product's own way: the small models of the golden files
-as transformers builds them today, patched, asked by :func:`ocvtp.vlm.select` and by a call.
+The other checks begin at stored tensors. These go the product's own way: the small models of the golden
+files as transformers builds them today, patched, asked by :func:`ocvtp.vlm.select` and by a call.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def qwen(small: tuple[About, Tensors], about: About, tensors: Tensors, name: str
         count = params["merged_grid"][0] * params["merged_grid"][1]
         ids = torch.tensor([[7, 8, 9, 10, 11, 102, *[100] * count, 103, *range(20, 28)]])
         grid = torch.tensor([params["grid_thw"]])
-        inputs = {"pixel_values": tensors[f"{case}.pixel_values"], "image_grid_thw": grid}
+        inputs: dict[str, Any] = {"pixel_values": tensors[f"{case}.pixel_values"], "image_grid_thw": grid}
         with ocvtp.pruned(model, method, keep=len(wanted)):
             selection = ocvtp.vlm.select(model, **inputs)
             types = (ids == 100).int()

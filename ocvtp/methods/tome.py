@@ -74,8 +74,8 @@ def even_schedule(tokens: int, keep: int, blocks: int) -> list[int]:
     least = tokens - sum(merging(tokens))
     if keep < least:
         raise ValueError(
-            f"{blocks} blocks merge {tokens} tokens to no fewer than {least}, since each merges at most half; "
-            f"{keep} were wanted"
+            f"{blocks} blocks merge {tokens} tokens to {least} at least, since each merges at most half of "
+            f"them; {keep} were wanted"
         )
     most = next(number for number in range(tokens + 1) if tokens - sum(merging(number)) <= keep)
     numbers = merging(most)

@@ -114,7 +114,7 @@ class Adapter(Protocol):
 
     @property
     def told_blocks(self) -> tuple[int, ...]:
-        """Encoder layers whose attention a vision side can tell rival methods of; none where it tells nothing."""
+        """Encoder layers whose attention a vision side tells rival methods of; none if it tells nothing."""
 
     @property
     def class_token(self) -> bool:

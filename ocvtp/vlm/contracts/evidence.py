@@ -48,7 +48,7 @@ class Evidence(Protocol):
 
     @property
     def grids(self) -> Sequence[tuple[int, int]]:
-        """Per segment, rows and columns of its tiles, which follow one of the whole picture; empty without any."""
+        """Per segment, rows and columns of its tiles, which follow one of the whole picture; or nothing."""
 
     @property
     def tokens(self) -> int:
@@ -66,9 +66,9 @@ class Evidence(Protocol):
         """``[P, N, C]``, or ``[P, 1 + N, C]`` with the class token: what the projector reads."""
 
     def salience(self) -> torch.Tensor:
-        """``[P, N]``, at least float32: attention from the class token in the consumed block, mean over heads.
+        """``[P, N]``, at least float32: attention from the class token in the consumed block.
 
-        Without a class token, :meth:`received` there.
+        Mean over heads. Without a class token, :meth:`received` there.
         """
 
     def received(self, block: int) -> torch.Tensor:

@@ -139,5 +139,5 @@ class Reducer(abc.ABC):
         """Rows of whole segments, tile after tile, in the order in which the method hands them over."""
         return made
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (a method may hold something)
         """Like a selector's; it holds nothing."""

@@ -38,8 +38,8 @@ def reduced(
     tiles = 1 if reducer.pooled else evidence.tiles
     if keep < tiles:
         raise ValueError(
-            f"{reducer.title} gives each of an image's {tiles} tiles its share of {keep} tokens, which is none: "
-            f"keep at least {tiles}"
+            f"{reducer.title} gives each of an image's {tiles} tiles its share of {keep} tokens, which is "
+            f"none: keep at least {tiles}"
         )
     made = reducer.reduce(evidence, keep // tiles, asked)
     if isinstance(made, Selection):

@@ -213,7 +213,7 @@ class Pictures:
         """What the tower tells of some pictures, ``tiles`` of which are one image, laid out in ``grids``.
 
         Raises:
-            ValueError: the projector reads several layers, or the class token too: no method is defined there.
+            ValueError: the projector reads several layers, or the class token too.
         """
         if len(self._consumed) > 1 or self.class_rows:
             raise ValueError(

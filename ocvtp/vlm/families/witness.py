@@ -77,7 +77,10 @@ class Witness:
     def one_head(self) -> OneHead:
         """See the protocol."""
         layers = root(self.tower).encoder.layers
-        deeper = LayerInput(layers[self.consumed + 1], self._of(self.done().outputs[self.consumed]))
+        if self.consumed + 1 < len(layers):
+            deeper = LayerInput(layers[self.consumed + 1], self._of(self.done().outputs[self.consumed]))
+        else:
+            deeper = self._input(self.consumed)
         with torch.no_grad():
             query, key = deeper.query_key(queries=1 if self.class_token else None)
             wide = torch.promote_types(key.dtype, torch.float32)

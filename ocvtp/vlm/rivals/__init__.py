@@ -1,4 +1,4 @@
-"""Methods of others between the vision encoder and the language model, each as one argument of ``ocvtp.apply``.
+"""Methods of others between vision encoder and language model, each as one argument of ``ocvtp.apply``.
 
 A name takes a method as its authors set it; an instance takes other settings:
 

@@ -74,7 +74,8 @@ class HiPrune(Reducer):
 
     def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Selection:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        assert self.object_layer is not None and self.consumed is not None
+        assert self.object_layer is not None
+        assert self.consumed is not None
         if evidence.shape is None:
             raise ValueError(
                 "HiPrune needs tokens that are rows and columns of a picture, which these are not"

@@ -63,8 +63,8 @@ class VisionZip(Reducer):
             count = min(keep - 1, max(int(0.05 * tokens) if self.behind else round(keep * 10 / 64), 1))
         if not 1 <= count < keep:
             raise ValueError(
-                f"VisionZip keeps {keep} tokens, {count} of them means, which must be at least 1 and leave at "
-                "least one more: keep more"
+                f"VisionZip keeps {keep} tokens, {count} of them means, which must be at least 1 and leave "
+                "at least one more: keep more"
             )
         return count
 
@@ -93,12 +93,10 @@ class PruMerge(Reducer):
 
     def bound(self, site: Site) -> Reducer:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        if not self.behind and max(site.consumed) + 1 >= site.num_layers:
-            raise ValueError(
-                f"{self.title} reads the encoder layer behind the one that the projector reads, and this model's "
-                "projector reads the last: use another vision_feature_layer"
-            )
-        return self
+        if self.behind or max(site.consumed) + 1 < site.num_layers:
+            return self
+        own = "attention of the consumed layer itself, behind which there is none"
+        return replace(self, adaptation=f"{self.adaptation}; {own}")
 
     def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Reduction:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""

@@ -44,17 +44,18 @@ class _Reader(Reducer):
             text = "language_model"
         if text is None:
             raise ValueError(
-                f"{self.title} compares the picture with the question, for which this model has no text tower: "
-                f"pass ocvtp.vlm.rivals.{type(self).__name__}(ClipText.load(CHECKPOINT, "
-                "decode=processor.tokenizer.decode)) with the CLIP checkpoint that its vision tower was taken "
-                'from (LLaVA-1.5: openai/clip-vit-large-patch14-336), or text="language_model", an adaptation'
+                f"{self.title} compares the picture with the question, for which this model has no text "
+                f"tower: pass ocvtp.vlm.rivals.{type(self).__name__}(ClipText.load(CHECKPOINT, "
+                "decode=processor.tokenizer.decode)) with the CLIP checkpoint that its vision tower was "
+                'taken from (LLaVA-1.5: openai/clip-vit-large-patch14-336), or text="language_model", an '
+                "adaptation"
             )
         if isinstance(text, ClipText):
             width = int(site.model.config.vision_config.hidden_size)
             if not site.class_token or text.width != width:
                 raise ValueError(
-                    f"this CLIP checkpoint belongs to a vision tower of width {text.width} with a class token; "
-                    f"this model's is {width} wide: give the one its tower was taken from"
+                    f"this CLIP checkpoint belongs to a vision tower of width {text.width} with a class "
+                    f"token; this model's is {width} wide: give the one its tower was taken from"
                 )
             return self
         if text != "language_model" and not isinstance(text, LanguageText):

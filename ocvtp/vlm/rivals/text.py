@@ -1,7 +1,8 @@
 """Where a question meets a picture: in CLIP's joint space, or in the language model's own.
 
-``LlavaForConditionalGeneration`` has CLIP's vision tower, but neither its text tower nor the projections into
-the space that the two share. :class:`ClipText` brings them, from the checkpoint that the tower was taken from.
+``LlavaForConditionalGeneration`` has CLIP's vision tower, but neither its text tower nor the projections
+into the space that the two share. :class:`ClipText` brings them, from the checkpoint that the tower was taken
+from.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class ClipText:
                 raise TypeError(f"model must be a CLIPModel; a {type(model).__name__} has no {name}")
         if decode is None and question is None:
             raise ValueError(
-                "give decode=processor.tokenizer.decode, by which questions are read from prompts, or question="
+                "give decode=processor.tokenizer.decode, by which questions are read from prompts, or give "
+                "question="
             )
         self.model = model.eval()
         self._tokenizer = tokenizer
