@@ -11,6 +11,7 @@ as eager attention computes it. The weights of proportional attention are added 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from ocvtp.cost.counters import Counter, Products, counter_of
 from ocvtp.pruner import OCPruner
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.vlm.contracts.adapter import Adapter
+from ocvtp.vlm.contracts.reducer import Reducer, Rival
+from ocvtp.vlm.contracts.selector import Rule
 from ocvtp.vlm.contracts.settings import Merge, Settings
 from ocvtp.vlm.encode.encode import choose, encode
 from ocvtp.vlm.families import adapter_for
@@ -143,6 +146,7 @@ def count(
     pruner: PrunerConfig | None = None,
     merge: Merge | Literal["auto"] | None = None,
     weigh: bool | Literal["auto"] | None = None,
+    method: Rule | Rival | Reducer | None = None,
     counter: Counter = "torch",
 ) -> Cost:
     """Count a call with one image at batch 1.
@@ -157,6 +161,7 @@ def count(
         pruner: sizes of the pruner; default: the published ones for the tower's width.
         merge: as of :func:`ocvtp.apply`; ``None``: its default.
         weigh: as of :func:`ocvtp.apply`; ``None``: its default.
+        method: who chooses in the place of a pruner: a rule, or a method of others.
         counter: whose formulas: ``"torch"``, or ``"fvcore"`` for a second opinion (``pip install fvcore``).
 
     Raises:
@@ -166,7 +171,7 @@ def count(
     """
     said = {name: value for name, value in (("merge", merge), ("weigh", weigh)) if value is not None}
     try:
-        return _count(config, keep, text_tokens, image, pruner, said, counter)
+        return _count(config, keep, text_tokens, image, pruner, method, said, counter)
     except RuntimeError as error:
         if "autocast" not in str(error):
             raise
@@ -182,6 +187,7 @@ def _count(
     text_tokens: int,
     image: tuple[int, int] | None,
     pruner: PrunerConfig | None,
+    method: Rule | Rival | Reducer | None,
     said: dict[str, Any],
     counter: Counter,
 ) -> Cost:
@@ -206,12 +212,14 @@ def _count(
         facts = adapter.facts({})
         layer = min(PrunerConfig.layer, max(facts.consumed_layers) - 1)
         sizes = PrunerConfig(in_dim=facts.width, unit=facts.unit, layer=layer) if pruner is None else pruner
+        if method is not None and pruner is not None:
+            raise ValueError("give sizes of a pruner or a method, not both")
         arguments = picture_arguments(config, size, 1, _empty)
         language = _LanguageModel(adapter, products)
         before, rows, candidates = _unpruned_vision(adapter, arguments, products)
         with _META:
-            made = OCPruner(sizes).eval()
-        settings, _ = resolve(adapter, Options(made, keep, **said))
+            chooser = OCPruner(sizes).eval() if method is None else method
+        settings, _ = resolve(adapter, Options(chooser, keep, **said))
         after, plain, kept, budget = _pruned_vision(adapter, arguments, settings, before[2], products)
         if budget == candidates:
             after = plain = before
@@ -281,13 +289,17 @@ def _pruned_vision(
     def vision() -> Any:
         return adapter.vision("image", arguments, plain)
 
+    def asking(_: int, totals: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.empty(1, dtype=torch.int64, device=_META)] * len(totals)  # looking words up is free
+
     def encoding(how: Settings) -> int:
-        return products(lambda: encode(adapter, arguments, how, None))
+        return products(lambda: encode(adapter, arguments, how, None, asking=asking))
 
     # Also folds the pruner's weights, which happens once a checkpoint, not once a call.
-    kept = sum(len(rows) for rows in encode(adapter, arguments, plain, None)["image"].rows)
-    tower = products(lambda: vision().run(settings.selector.read_layer, None))
-    chosen = products(lambda: choose(adapter, arguments, plain))
+    kept = sum(len(rows) for rows in encode(adapter, arguments, plain, None, asking=asking)["image"].rows)
+    chosen = products(lambda: choose(adapter, arguments, plain, asking=asking))
+    in_tower = isinstance(settings.selector, Reducer) and settings.selector.in_tower
+    tower = chosen if in_tower else products(lambda: vision().run(settings.selector.read_layer, None))
     on_kept = encoding(plain) - chosen
     projector = everywhere if settings.standing and settings.merge != "features" else on_kept
     merging = encoding(settings) - chosen - projector if settings.standing else 0

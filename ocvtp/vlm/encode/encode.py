@@ -18,7 +18,7 @@ from ocvtp.vlm.contracts.rows import KeptRows, Piece, Segment, assemble
 from ocvtp.vlm.contracts.selector import Begun, Group, Selector
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.weights import inside
-from ocvtp.vlm.encode.questions import questions_of
+from ocvtp.vlm.encode.questions import Asking
 from ocvtp.vlm.encode.reducing import handed_over, reduced
 from ocvtp.vlm.encode.standing import owners, stand_for
 from ocvtp.vlm.encode.timing import Clock, stage
@@ -31,8 +31,7 @@ def encode(
     clock: Clock | None,
     *,
     calling: Sequence[Any] = (),
-    ids: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
+    asking: Asking | None = None,
 ) -> dict[str, KeptRows]:
     """Encode and prune what ``arguments`` bring along, by modality.
 
@@ -42,8 +41,7 @@ def encode(
         settings: of the call.
         clock: times the stages, if one runs.
         calling: modules whose calls are under way (``generate`` is no call).
-        ids: ``[B, S]`` of the prompt, for methods that read the question.
-        mask: ``[B, S]``, 0 for padding.
+        asking: tells the questions, to methods that read them.
 
     Raises:
         ValueError: arguments that don't describe images of this model.
@@ -57,9 +55,7 @@ def encode(
         given = {**arguments, **{key: pixels[i] for i, key in enumerate(keys.values())}}
         visions = {modality: adapter.vision(modality, given, settings) for modality in keys}
         for modality, vision in visions.items():
-            asked = None
-            if ids is not None and isinstance(settings.selector, Reducer) and settings.selector.reads_text:
-                asked = questions_of(ids, mask, adapter.token_id(modality), vision.totals)
+            asked = _asked(settings, asking, adapter.token_id(modality), vision)
             kept[modality] = prune_rows(vision, settings, clock, asked)
         return tuple(tensor for rows in kept.values() for tensor in rows.tensors())
 
@@ -68,15 +64,29 @@ def encode(
     return {modality: rows.made_of(made) for modality, rows in kept.items()}
 
 
+def _asked(
+    settings: Settings, asking: Asking | None, token_id: int, vision: Vision
+) -> list[torch.Tensor] | None:
+    """The question about each image or video, where somebody reads it."""
+    reads = isinstance(settings.selector, Reducer) and settings.selector.reads_text
+    return asking(token_id, vision.totals) if reads and asking is not None else None
+
+
 def choose(
-    adapter: Adapter, arguments: Mapping[str, Any], settings: Settings, *, return_attention: bool = False
+    adapter: Adapter,
+    arguments: Mapping[str, Any],
+    settings: Settings,
+    *,
+    return_attention: bool = False,
+    asking: Asking | None = None,
 ) -> list[Selection]:
     """Run tower and choice only: what is kept of each group of images, outside of the model's call."""
     found: list[Selection] = []
 
     def choice(pixels: torch.Tensor) -> tuple[()]:
         vision = adapter.vision("image", {**arguments, key: pixels}, settings)
-        for group, selection in _choices(vision, settings, return_attention=return_attention):
+        asked = _asked(settings, asking, adapter.token_id("image"), vision)
+        for group, selection in _choices(vision, settings, asked, return_attention=return_attention):
             found.append(_with_owners(vision, group, selection, settings) if settings.standing else selection)
         return ()
 
@@ -159,7 +169,11 @@ def _everything(group: Group, device: torch.device) -> Selection:
 
 
 def _choices(
-    vision: Vision, settings: Settings, *, return_attention: bool
+    vision: Vision,
+    settings: Settings,
+    questions: Sequence[torch.Tensor] | None,
+    *,
+    return_attention: bool,
 ) -> Iterator[tuple[Group, Selection]]:
     """What is kept of each group, after the tower ran."""
     selector = settings.selector
@@ -176,7 +190,7 @@ def _choices(
         all_of_it = group.keep == group.tokens
         yield (
             group,
-            _everything(group, vision.device) if all_of_it else reduced(vision, selector, group, None),
+            _everything(group, vision.device) if all_of_it else reduced(vision, selector, group, questions),
         )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+
+#: Placeholder, and how many of them each image or video has -> the question about each.
+Asking = Callable[[int, Sequence[int]], list[torch.Tensor]]
 
 
 def questions_of(
