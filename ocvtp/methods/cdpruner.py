@@ -58,8 +58,8 @@ def cdpruner_order(projected: torch.Tensor, relevance: torch.Tensor, keep: int) 
     # Each step takes its token's share out of all of them, entry by entry, so there are no sums whose bits
     # would depend on the batch.
     left = cosines(projected)
-    # A token's cosine with itself is 1, or 0 if it has no direction, and not what rounding makes of that: where
-    # all are as relevant, it would choose the first.
+    # A token's cosine with itself is 1, or 0 if it has no direction, and not what rounding makes of that: it
+    # would choose the first where all are as relevant.
     left = left.diagonal_scatter((left.diagonal(dim1=1, dim2=2) > 0.5).to(left.dtype), dim1=1, dim2=2)
     weight = wide(relevance).to(left.dtype).square()
     kept = torch.zeros(batch, tokens, dtype=torch.bool, device=projected.device)

@@ -46,7 +46,7 @@ def schedule(blocks: int, r: int | tuple[int, float] | Sequence[int]) -> list[in
     return numbers
 
 
-def even_schedule(tokens: int, keep: int, blocks: int, *, protected: int = 1) -> list[int]:
+def even_schedule(tokens: int, keep: int, blocks: int) -> list[int]:
     """As even numbers as lead from ``tokens`` to ``keep`` in so many blocks, the larger ones first.
 
     Ours, since nothing is published for language models: LLaVA-1.5 reads 23 blocks and merges 576 tokens to
@@ -56,13 +56,14 @@ def even_schedule(tokens: int, keep: int, blocks: int, *, protected: int = 1) ->
         tokens: patches in the beginning.
         keep: patches in the end, ``1 <= keep <= tokens``.
         blocks: that merge, at least 1.
-        protected: tokens beside the patches that are never merged: 1, the class token, or 0.
 
     Raises:
         TypeError, ValueError: a wrong number, or fewer tokens than so many blocks can reach: a block
             merges at most half.
     """
     keep = require_count("keep", keep, tokens, "tokens")
+    if as_int(blocks) is None or blocks < 1:
+        raise ValueError(f"blocks must be an int of at least 1; got {blocks!r}")
     each, more = divmod(tokens - keep, blocks)
     numbers = [each + (block < more) for block in range(blocks)]
     left = tokens
