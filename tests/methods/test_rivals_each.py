@@ -394,10 +394,6 @@ def test_relevance_of_tiles_and_pictures() -> None:
         assert tiled[tiles].amin() < 1e-5
         assert tiled[tiles].amax() > 1 - 1e-5
         assert not torch.allclose(tiled[tiles], alone[tiles], atol=1e-3)
-        assert (
-            min(tiled[tile].amax() for tile in tiles) < 0.99
-            or min(-tiled[tile].amin() for tile in tiles) < -1e-4
-        )
     stacked = methods.relevance_of(x.image_embeds, torch.stack([texts[1], texts[2], texts[1], texts[2]]))
     assert torch.equal(stacked[1:2], alone[1:2])
 

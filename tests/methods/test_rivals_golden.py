@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from bench.rivals.__main__ import main
 from bench.rivals.golden import Case, Golden
-from bench.rivals.methods import INPUTS, KINDS
+from bench.rivals.methods import INPUTS, KINDS, Kind
 from bench.rivals.run import check_file, check_folder
 from ocvtp import methods
 from tests.conftest import DATA
@@ -154,6 +154,19 @@ def test_what_needs_a_tower_is_no_silent_pass(tmp_path: Path) -> None:
     assert not proven
     assert "tome_tower UNCHECKED: t64.tokens: NEEDS_TOWER" in lines
     assert "tome_tower UNCHECKED: t64.group: NEEDS_TOWER" in lines
+
+
+def test_a_file_that_is_one_case(tmp_path: Path) -> None:
+    path = tmp_path / "some_a.safetensors"
+    save_file({"stage0.kept": torch.arange(3), "logits": torch.ones(2)}, path, {"case": '{"name": "some_a"}'})
+
+    def check(case: Case) -> None:
+        case.same("stage0.kept", torch.arange(3))
+        case.close("logits", torch.ones(2))
+
+    lines, proven = check_file(path, Kind(check))
+    assert proven
+    assert lines == ["some_a: ok, 2 compared, largest difference 0.0e+00 (float32, float64)"]
 
 
 def test_values_that_are_no_numbers_differ() -> None:
