@@ -56,7 +56,7 @@ class Golden:
         return self.path.stem
 
     def cases(self) -> list[str]:
-        """Sub-cases: what stands before the dot, or, without dots, what has parameters; "" is the whole file."""
+        """Sub-cases: what stands before dots; without any, what has parameters. "" is the whole file."""
         if self.is_one_case:
             return [""]
         names = sorted({key.split(".")[0] for key in self.tensors if "." in key})

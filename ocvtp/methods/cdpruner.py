@@ -122,13 +122,14 @@ def relevance_of(
     (product,) = image_by_image(
         lambda x, text: ((_unit(x) * text[:, None]).sum(dim=2),), wide(image_embeds), torch.stack(means)
     )
-    scaled = torch.empty_like(product)
+    scaled: dict[int, torch.Tensor] = {}
     for picture in dict.fromkeys(pictures):
         tiles = [image for image in range(batch) if pictures[image] == picture]
-        values = -product[tiles]
+        values = torch.stack([-product[image] for image in tiles])  # an index list would wait for a GPU
         low, high = values.amin(), values.amax()
-        scaled[tiles] = torch.where(high - low < FLAT, 1.0, (values - low + 1e-6) / (high - low))
-    return scaled
+        values = torch.where(high - low < FLAT, 1.0, (values - low + 1e-6) / (high - low))
+        scaled.update(zip(tiles, values, strict=True))
+    return torch.stack([scaled[image] for image in range(batch)])
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
