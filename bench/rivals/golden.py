@@ -26,6 +26,7 @@ class Golden:
         tolerance: how far a value may be away.
         is_one_case: dots in its keys divide no sub-cases.
         looked_at: keys that something was computed from or compared with, or that need no look.
+        owed: keys that only a run of a whole tower can be compared with, until one was.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Golden:
     tolerance: float = TOLERANCE
     is_one_case: bool = False
     looked_at: set[str] = field(default_factory=set)
+    owed: set[str] = field(default_factory=set)
 
     @classmethod
     def read(cls, path: Path, tolerance: float = TOLERANCE) -> Golden:
@@ -78,7 +80,6 @@ class Case:
         compared: how many tensors were.
         worst: the largest difference of a value.
         wrong: one line for each tensor that differs.
-        unchecked: one line for each that is yet to be compared.
     """
 
     golden: Golden
@@ -87,7 +88,6 @@ class Case:
     compared: int = 0
     worst: float = 0.0
     wrong: list[str] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -123,6 +123,14 @@ class Case:
             raise FileNotFoundError(f"{path.name} must lie beside it")
         return Case(Golden.read(path), "", self.dtype)
 
+    def pair(self, key: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+        """Compare what a tower was run for: a part, or another order, of the tensor called ``key``."""
+        self.golden.owed.discard(key)
+        if expected.is_floating_point():
+            self._close(key, found, expected, self.golden.tolerance)
+        else:
+            self.same(key, found, expected)
+
     def same(self, key: str, found: torch.Tensor, expected: torch.Tensor | None = None) -> None:
         """Compare indices: all must be equal."""
         stored = self._stored(key)
@@ -145,7 +153,10 @@ class Case:
 
     def close(self, key: str, found: torch.Tensor, tolerance: float | None = None) -> None:
         """Compare values: all must be within the tolerance."""
-        expected = self._stored(key).double()
+        self._close(key, found, self._stored(key), tolerance)
+
+    def _close(self, key: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float | None) -> None:
+        expected = expected.double()
         limit = self.golden.tolerance if tolerance is None else tolerance
         self.compared += 1
         if found.shape != expected.shape:
@@ -153,7 +164,7 @@ class Case:
             return
         error = (found.double() - expected).abs()
         worst = error.max().item() if error.numel() else 0.0
-        if tolerance is None:
+        if tolerance != 0.0:
             self.worst = max(self.worst, worst)
         if not worst <= limit:  # NaN is not
             self._differs(key, f"off by {worst:.2e}, more than {limit:.0e}")
@@ -171,11 +182,11 @@ class Case:
                 self._stored(key)
 
     def needs_tower(self, *keys: str) -> None:
-        """Tensors that only a run of the whole tower can be compared with."""
+        """Tensors that :mod:`bench.rivals.from_pixels` compares."""
         for key in keys:
-            if key in self and self._key(key) not in self.golden.looked_at:
+            if key in self:
                 self._stored(key)
-                self.unchecked.append(f"{self._key(key)}: NEEDS_TOWER")
+                self.golden.owed.add(self._key(key))
 
     def _key(self, key: str) -> str:
         own = f"{self.name}.{key}"

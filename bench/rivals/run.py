@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from bench.rivals.from_pixels import pairs
 from bench.rivals.golden import TOLERANCE, Case, Golden
 from bench.rivals.methods import INPUTS, KINDS, Kind
 
@@ -21,8 +24,7 @@ class Outcome:
 def check_folder(folder: Path, tolerance: float = TOLERANCE, kinds: Mapping[str, Kind] = KINDS) -> Outcome:
     """Go through every ``*.safetensors`` of ``folder``: one line for each file and sub-case.
 
-    What differs, what nothing answers for and what is yet to be compared follow as lines of their own, and
-    leave the folder unproven.
+    What differs, and what nothing answers for, follow as lines of their own and leave the folder unproven.
     """
     lines: list[str] = []
     proven = True
@@ -61,8 +63,6 @@ def check_file(path: Path, kind: Kind, tolerance: float = TOLERANCE) -> tuple[li
             except Exception as error:
                 case.wrong.append(f"{name}: {type(error).__name__}: {error}")
             problems += [f"FAILED: {line}" for line in case.wrong]
-        unchecked = list(dict.fromkeys(line for case in cases for line in case.unchecked))
-        problems += [f"UNCHECKED: {line}" for line in unchecked]
         dtypes = ", ".join(str(case.dtype).removeprefix("torch.") for case in cases)
         compared, worst = max(case.compared for case in cases), max(case.worst for case in cases)
         said = f"{compared} compared, largest difference {worst:.1e} ({dtypes})"
@@ -70,6 +70,24 @@ def check_file(path: Path, kind: Kind, tolerance: float = TOLERANCE) -> tuple[li
         lines.append(f"{where}: {'' if problems else 'ok, '}{said}")
         lines += [f"{golden.name} {problem}" for problem in problems]
         fine = fine and not problems
-    unseen = golden.unseen()
-    lines += [f"{golden.name} FAILED: {key}: nothing looks at it" for key in unseen]
-    return lines, fine and not unseen
+    of_pixels = from_pixels(golden)
+    lines += of_pixels
+    unseen = [f"{golden.name} FAILED: {key}: nothing looks at it" for key in golden.unseen()]
+    unseen += [f"{golden.name} FAILED: {key}: no tower was run for it" for key in sorted(golden.owed)]
+    failed = any(" FAILED: " in line for line in of_pixels)
+    return lines + unseen, fine and not failed and not unseen
+
+
+def from_pixels(golden: Golden) -> list[str]:
+    """Lines about what whole towers make of a file's pictures."""
+    case = Case(golden, "", torch.float32)
+    try:
+        for key, found, expected in pairs(golden):
+            case.pair(key, found, expected)
+    except Exception as error:
+        case.wrong.append(f"{type(error).__name__}: {error}")
+    if not case.compared and not case.wrong:
+        return []
+    said = f"{case.compared} compared, largest difference {case.worst:.1e}"
+    problems = [f"{golden.name} FAILED: {line}" for line in case.wrong]
+    return [f"{golden.name} from pixels: {'ok, ' if not problems else ''}{said}", *problems]

@@ -50,7 +50,8 @@ def even_schedule(tokens: int, keep: int, blocks: int) -> list[int]:
     """As even numbers as lead from ``tokens`` to ``keep`` in so many blocks, the larger ones first.
 
     Ours, since nothing is published for language models: LLaVA-1.5 reads 23 blocks and merges 576 tokens to
-    192 by 16 blocks of 17 and 7 of 16, to 128 by 11 of 20 and 12 of 19, to 64 by 6 of 23 and 17 of 22.
+    192 by 16 blocks of 17 and 7 of 16, to 128 by 11 of 20 and 12 of 19, to 64 by 6 of 23 and 17 of 22. A
+    block merges at most half: where later ones can't merge their share, earlier ones merge more.
 
     Args:
         tokens: patches in the beginning.
@@ -58,22 +59,32 @@ def even_schedule(tokens: int, keep: int, blocks: int) -> list[int]:
         blocks: that merge, at least 1.
 
     Raises:
-        TypeError, ValueError: a wrong number, or fewer tokens than so many blocks can reach: a block
-            merges at most half.
+        TypeError, ValueError: a wrong number, or fewer tokens than so many blocks can reach.
     """
     keep = require_count("keep", keep, tokens, "tokens")
     if as_int(blocks) is None or blocks < 1:
         raise ValueError(f"blocks must be an int of at least 1; got {blocks!r}")
-    each, more = divmod(tokens - keep, blocks)
-    numbers = [each + (block < more) for block in range(blocks)]
-    left = tokens
-    for block, number in enumerate(numbers):
-        if number > left // 2:
-            raise ValueError(
-                f"{blocks} blocks can't merge {tokens} tokens to {keep} evenly: block {block} would merge "
-                f"{number} of {left}, more than half"
-            )
-        left -= number
+
+    def merging(most: int) -> list[int]:
+        """What every block merges, if none merges more than ``most`` or than it can."""
+        found, left = [], tokens
+        for _ in range(blocks):
+            found.append(min(most, left // 2))
+            left -= found[-1]
+        return found
+
+    least = tokens - sum(merging(tokens))
+    if keep < least:
+        raise ValueError(
+            f"{blocks} blocks merge {tokens} tokens to {least} at least, since each merges at most half of "
+            f"them; {keep} were wanted"
+        )
+    most = next(number for number in range(tokens + 1) if tokens - sum(merging(number)) <= keep)
+    numbers = merging(most)
+    surplus = sum(numbers) - (tokens - keep)  # fewer than there are largest ones, or `most` was not the least
+    largest = [block for block, number in enumerate(numbers) if number == most]
+    for block in largest[len(largest) - surplus :]:
+        numbers[block] -= 1
     return numbers
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
 
 from ocvtp.pruner.pruner import check_options
 from ocvtp.pruner.topup import Fill
+from ocvtp.vlm.contracts.reducer import Reducer, Rival
 from ocvtp.vlm.contracts.selector import Rule
 from ocvtp.vlm.contracts.settings import Frames, Layout, Merge, Newlines, Positions, Tower
 from ocvtp_kernels.coverage import check_rounds
@@ -19,7 +20,7 @@ from ocvtp_kernels.coverage import check_rounds
 class Options:
     """The arguments of :func:`ocvtp.apply`, where they are explained."""
 
-    pruner: torch.nn.Module | Rule
+    pruner: torch.nn.Module | Rule | Rival | Reducer
     keep: int | float | Literal["auto"] = 64
     positions: Positions | Literal["auto"] = "auto"
     seed: int = 0
@@ -39,6 +40,11 @@ class Options:
     features: int | Literal["auto", "early", "consumed"] = "auto"
     fill: Fill | Literal["auto"] = "auto"
 
+    @classmethod
+    def default(cls, name: str) -> object:
+        """The default of a field that has one."""
+        return next(field.default for field in fields(cls) if field.name == name)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "refine", check_rounds(self.refine))
         object.__setattr__(self, "seed", check_options(self.seed, self.precision))
@@ -54,5 +60,5 @@ class Options:
             raise ValueError(f'merge must be one of {known} or "auto"; got {self.merge!r}')
         if not isinstance(self.weigh, bool) and self.weigh != "auto":
             raise ValueError(f'weigh must be True, False or "auto"; got {self.weigh!r}')
-        if self.keep == "auto" and isinstance(self.pruner, str):
+        if self.keep == "auto" and isinstance(self.pruner, str | Reducer):
             raise ValueError(f'keep="auto" compares coverage, which needs a pruner, not {self.pruner!r}')

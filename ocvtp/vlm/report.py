@@ -39,6 +39,8 @@ class PruneReport:
         weigh: whether the language model adds log(how many tokens a kept one stands for) to its logits.
         farthest: whether farthest points top up a pruner's tokens, rather than those that receive attention.
         reasons: why merging or weights are off although ``"auto"`` would have them.
+        method: of a rival method, its source, and what is our adaptation on this model.
+        own_merge: whether a rival method merges tokens by its own rule.
     """
 
     family: str
@@ -63,6 +65,8 @@ class PruneReport:
     weigh: bool = False
     farthest: bool = False
     reasons: tuple[str, ...] = ()
+    method: str | None = None
+    own_merge: bool = False
 
     def __str__(self) -> str:
         consumed = ", ".join(str(layer) for layer in self.consumed_layers)
@@ -73,7 +77,11 @@ class PruneReport:
         rows = [
             ("image tokens", self._tokens()),
             ("tower", f"{self.tower}, {self.num_layers} layers, {self.attention} attention"),
-            ("chosen by", f"{self.selector}, which reads {reads}{topped}{rounds}"),
+            (
+                "chosen by",
+                self.selector if self.method else f"{self.selector}, which reads {reads}{topped}{rounds}",
+            ),
+            *([("", f"({self.method})")] if self.method else []),
             ("model consumes", f"layer {consumed}{rest}; later layers are skipped"),
             ("dropped tokens", self._dropped()),
             *(("", f"({reason})") for reason in self.reasons),
@@ -90,6 +98,7 @@ class PruneReport:
             "projected": "averaged into the nearest kept one",
             "features": "averaged into the nearest kept one before the projector",
         }[self.merge]
+        merged = "merged by its own rule" if self.own_merge else merged
         weighed = "weighed by proportional attention" if self.weigh else ""
         return ", ".join(part for part in (merged, weighed) if part) or "thrown away"
 

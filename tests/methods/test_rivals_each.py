@@ -441,10 +441,23 @@ def test_even_schedules() -> None:
         (576, [0] * 23),
     ):
         assert tome.even_schedule(576, keep, 23) == want
-    with pytest.raises(
-        ValueError, match="23 blocks can't merge 576 tokens to 9 evenly: block 22 would merge"
-    ):
-        tome.even_schedule(576, 9, 23)
+    for tokens, blocks, keep in itertools.product((1, 2, 31, 576), (1, 3, 23), range(1, 40)):
+        least, left = tokens, tokens
+        for _ in range(blocks):
+            least -= least // 2
+        if keep > tokens:
+            continue
+        if keep < least:
+            with pytest.raises(ValueError, match=f"{tokens} tokens to {least} at least"):
+                tome.even_schedule(tokens, keep, blocks)
+            continue
+        numbers = tome.even_schedule(tokens, keep, blocks)
+        assert len(numbers) == blocks
+        assert numbers == sorted(numbers, reverse=True)
+        for number in numbers:
+            assert 0 <= number <= left // 2  # what a step takes, with or without a class token
+            left -= number
+        assert left == keep
     with pytest.raises(ValueError, match="keep must be between 1 and 576"):
         tome.even_schedule(576, 0, 23)
     with pytest.raises(ValueError, match="blocks must be an int of at least 1"):

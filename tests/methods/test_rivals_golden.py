@@ -87,7 +87,7 @@ def stored(name: str, key: str) -> torch.Tensor:
 def test_one_altered_value_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, key: str, by: float
 ) -> None:
-    copied(tmp_path, name, "hiprune_tower", "tower_clip")
+    copied(tmp_path, name, "hiprune_odd", "tome_match")
     value = stored(name, key)
     value.view(-1)[3] += by
     rewritten(tmp_path / f"{name}.safetensors", **{key: value})
@@ -132,11 +132,10 @@ def test_a_missing_tower_an_empty_folder_and_a_broken_file_fail(tmp_path: Path) 
 
 def test_what_needs_a_tower_is_no_silent_pass(tmp_path: Path) -> None:
     path = tmp_path / "tome_tower.safetensors"
+    numbers = [*methods.tome.even_schedule(576, 64, 23), 0]
+    after = [577 - sum(numbers[: block + 1]) for block in range(24)]
     params = {
-        "t64": {
-            "r": [*methods.tome.even_schedule(576, 64, 23), 0],
-            "tokens_after_block": [65],
-        },
+        "t64": {"r": numbers, "tokens_after_block": after},
         "parse_r": {"(6, [3, 2])": [3, 2, 0, 0, 0, 0]},
     }
     group = torch.arange(577)[None] % 65
@@ -152,8 +151,9 @@ def test_what_needs_a_tower_is_no_silent_pass(tmp_path: Path) -> None:
     )
     lines, proven = check_file(path, KINDS["tome"])
     assert not proven
-    assert "tome_tower UNCHECKED: t64.tokens: NEEDS_TOWER" in lines
-    assert "tome_tower UNCHECKED: t64.group: NEEDS_TOWER" in lines
+    assert lines[0].startswith("tome_tower t64: ok, ")
+    assert "tome_tower FAILED: t64.tokens: no tower was run for it" in lines
+    assert "tome_tower FAILED: t64.group: no tower was run for it" in lines
 
 
 def test_a_file_that_is_one_case(tmp_path: Path) -> None:

@@ -54,5 +54,5 @@ def _qwen(case: Case) -> None:
         case.needless("kept", "position_ids", "last_logits")
     else:
         case.same("kept", found)
+        case.needs_tower("position_ids", "last_logits")
     case.needless("pixel_values", "merged")
-    case.needs_tower("position_ids", "last_logits")

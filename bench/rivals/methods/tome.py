@@ -61,5 +61,4 @@ def _tower(case: Case) -> None:
         blocks, asked = ast.literal_eval(wanted)
         case.equal(f"parse_r {wanted}", tome.schedule(blocks, asked), numbers)
     case.needless("pixel_values")
-    case.needs_tower("tokens")
-    case.unchecked.append(f"{case.name}.group: NEEDS_TOWER")
+    case.needs_tower("tokens", "group")

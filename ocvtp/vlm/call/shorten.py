@@ -102,7 +102,7 @@ def shorten(
     frame = frame_of(ids, arguments.get("attention_mask"), prefix, generating=generating)
     if pixels_in(adapter, arguments):
         adapter.check_call(arguments, generating=generating)
-    kept = encode(adapter, arguments, settings, clock, calling=calling)
+    kept = encode(adapter, arguments, settings, clock, calling=calling, ids=frame.ids, mask=frame.mask)
     consumed = {*adapter.pixel_keys.values(), *adapter.vision_keys} if kept else set()
     short = {name: value for name, value in arguments.items() if name not in consumed}
 

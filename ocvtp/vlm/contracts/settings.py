@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from ocvtp.vlm.contracts.budgets import Budget
+from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.contracts.selector import Selector
 
 Positions = Literal["compact", "original"]
@@ -22,7 +23,7 @@ class Settings:
     """Immutable: a call works on the one it started with.
 
     Attributes:
-        selector: who chooses.
+        selector: who chooses, or the rival method that does.
         budget: how many tokens of an image.
         positions: numbering of the kept tokens.
         backend: of fused operations.
@@ -38,7 +39,7 @@ class Settings:
         weigh: whether the language model knows how many tokens a kept one stands for.
     """
 
-    selector: Selector
+    selector: Selector | Reducer
     budget: Budget
     positions: Positions
     backend: str
@@ -51,6 +52,11 @@ class Settings:
     columns: bool = False
     merge: Merge = "off"
     weigh: bool = False
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Encoder layers whose attention is asked for, beside the consumed one's."""
+        return self.selector.blocks if isinstance(self.selector, Reducer) else ()
 
     @property
     def standing(self) -> bool:
