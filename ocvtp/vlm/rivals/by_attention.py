@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -17,19 +18,47 @@ RECEIVED = "attention received from all tokens in the place of the class token's
 
 
 @dataclass(frozen=True, eq=False)
-class FasterVLM(Reducer):
+class Salient(Reducer):
+    """What methods that start from the class token's attention have in common.
+
+    Attributes:
+        by: ``"received"`` takes the attention that tokens receive from all in its place: our adaptation, and
+            the only way in towers without a class token.
+    """
+
+    by: Literal["class_token", "received"] = field(default="class_token", kw_only=True)
+    consumed: int | None = field(default=None, kw_only=True, repr=False)
+
+    classless = RECEIVED
+
+    def bound(self, site: Site) -> Reducer:
+        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
+        if self.by not in ("class_token", "received"):
+            raise ValueError(f'by must be "class_token" or "received"; got {self.by!r}')
+        adaptation = self.adaptation
+        if self.by == "received" and RECEIVED not in adaptation:
+            adaptation = f"{adaptation}; {RECEIVED}" if adaptation else RECEIVED
+        return replace(self, consumed=max(site.consumed), adaptation=adaptation)
+
+    def salience(self, evidence: Evidence) -> torch.Tensor:
+        """``[P, N]``, at least float32."""
+        assert self.consumed is not None
+        return evidence.salience() if self.by == "class_token" else evidence.received(self.consumed)
+
+
+@dataclass(frozen=True, eq=False)
+class FasterVLM(Salient):
     """The tokens that the class token attends to most (arXiv 2412.01818)."""
 
     name = "fastervlm"
     title = "FasterVLM"
     source = "arXiv 2412.01818"
     families = LLAVA
-    classless = RECEIVED
     reads_rows = False
 
     def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Selection:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        return attention_top_k(evidence.salience(), keep)
+        return attention_top_k(self.salience(evidence), keep)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +114,7 @@ class HiPrune(Reducer):
 
 
 @dataclass(frozen=True, eq=False)
-class VisPruner(Reducer):
+class VisPruner(Salient):
     """Tokens the class token attends to, and of the rest those unlike each other (arXiv 2412.01818v2).
 
     Attributes:
@@ -100,9 +129,8 @@ class VisPruner(Reducer):
     title = "VisPruner"
     source = "arXiv 2412.01818"
     families = adapted(RECEIVED)
-    classless = RECEIVED
 
     def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Selection:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         features = evidence.features()[:, int(evidence.class_token) :]
-        return vispruner(features, evidence.salience(), keep, important=self.important, step=self.step)
+        return vispruner(features, self.salience(evidence), keep, important=self.important, step=self.step)

@@ -12,11 +12,11 @@ from ocvtp.methods.tome import even_schedule, first_places
 from ocvtp.selection import Reduction
 from ocvtp.vlm.contracts.evidence import Evidence
 from ocvtp.vlm.contracts.reducer import EVERYWHERE, Reducer, Site, adapted
-from ocvtp.vlm.rivals.by_attention import RECEIVED
+from ocvtp.vlm.rivals.by_attention import RECEIVED, Salient
 
 
 @dataclass(frozen=True, eq=False)
-class VisionZip(Reducer):
+class VisionZip(Salient):
     """Tokens the class token attends to, and means of groups of the others (arXiv 2412.04467).
 
     Attributes:
@@ -35,7 +35,7 @@ class VisionZip(Reducer):
 
     def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Reduction:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        salience = evidence.salience()
+        salience = self.salience(evidence)
         contextual = self._contextual(keep, evidence.tokens)
         dominant = keep - contextual
         features = self.material(evidence)
