@@ -20,17 +20,20 @@ class Golden:
 
     Attributes:
         path: where it is.
-        about: what it says of itself: the JSON under ``config`` or ``case`` in its metadata.
+        about: what it says of itself: the JSON in its metadata, under ``config`` if it holds sub-cases, or
+            under ``case`` if it is one.
         tensors: by key, ``<sub-case>.<tensor>``; a key without a dot serves all sub-cases.
+        tolerance: how far a value may be away.
+        is_one_case: dots in its keys divide no sub-cases.
         looked_at: keys that something was computed from or compared with, or that need no look.
         owed: keys that only a run of a whole tower can be compared with, until one was.
-        tolerance: how far a value may be away.
     """
 
     path: Path
     about: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     tolerance: float = TOLERANCE
+    is_one_case: bool = False
     looked_at: set[str] = field(default_factory=set)
     owed: set[str] = field(default_factory=set)
 
@@ -47,7 +50,7 @@ class Golden:
             if written is None:
                 raise ValueError('its metadata has neither "config" nor "case"')
             tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-            return cls(path, json.loads(written), tensors, tolerance)
+            return cls(path, json.loads(written), tensors, tolerance, "config" not in metadata)
 
     @property
     def name(self) -> str:
@@ -55,7 +58,9 @@ class Golden:
         return self.path.stem
 
     def cases(self) -> list[str]:
-        """Sub-cases: what stands before the dot, or, without dots, what has parameters."""
+        """Sub-cases: what stands before dots; without any, what has parameters. "" is the whole file."""
+        if self.is_one_case:
+            return [""]
         names = sorted({key.split(".")[0] for key in self.tensors if "." in key})
         return names or sorted(self.about.get("params", {})) or [""]
 

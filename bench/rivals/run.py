@@ -66,7 +66,8 @@ def check_file(path: Path, kind: Kind, tolerance: float = TOLERANCE) -> tuple[li
         dtypes = ", ".join(str(case.dtype).removeprefix("torch.") for case in cases)
         compared, worst = max(case.compared for case in cases), max(case.worst for case in cases)
         said = f"{compared} compared, largest difference {worst:.1e} ({dtypes})"
-        lines.append(f"{golden.name} {name}: {'ok, ' if not problems else ''}{said}".replace(" : ", ": "))
+        where = f"{golden.name} {name}".rstrip()
+        lines.append(f"{where}: {'' if problems else 'ok, '}{said}")
         lines += [f"{golden.name} {problem}" for problem in problems]
         fine = fine and not problems
     of_pixels = from_pixels(golden)

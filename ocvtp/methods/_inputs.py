@@ -29,7 +29,8 @@ def check_tensor(
         raise ValueError(
             f"{name} is on {tensor.device}, others on {beside.device}; move one with .to(device)"
         )
-    check_finite(name, tensor)
+    if tensor.numel():
+        check_finite(name, tensor)
 
 
 def check_share(name: str, value: object, *, below_one: bool = False) -> float:

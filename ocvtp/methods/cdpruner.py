@@ -58,8 +58,8 @@ def cdpruner_order(projected: torch.Tensor, relevance: torch.Tensor, keep: int) 
     # Each step takes its token's share out of all of them, entry by entry, so there are no sums whose bits
     # would depend on the batch.
     left = cosines(projected)
-    # A token's cosine with itself is 1, or 0 if it has no direction, and not what rounding makes of that: where
-    # all are as relevant, it would choose the first.
+    # A token's cosine with itself is 1, or 0 if it has no direction, and not what rounding makes of that: it
+    # would choose the first where all are as relevant.
     left = left.diagonal_scatter((left.diagonal(dim1=1, dim2=2) > 0.5).to(left.dtype), dim1=1, dim2=2)
     weight = wide(relevance).to(left.dtype).square()
     kept = torch.zeros(batch, tokens, dtype=torch.bool, device=projected.device)
@@ -122,13 +122,14 @@ def relevance_of(
     (product,) = image_by_image(
         lambda x, text: ((_unit(x) * text[:, None]).sum(dim=2),), wide(image_embeds), torch.stack(means)
     )
-    scaled = torch.empty_like(product)
+    scaled: dict[int, torch.Tensor] = {}
     for picture in dict.fromkeys(pictures):
         tiles = [image for image in range(batch) if pictures[image] == picture]
-        values = -product[tiles]
+        values = torch.stack([-product[image] for image in tiles])  # an index list would wait for a GPU
         low, high = values.amin(), values.amax()
-        scaled[tiles] = torch.where(high - low < FLAT, 1.0, (values - low + 1e-6) / (high - low))
-    return scaled
+        values = torch.where(high - low < FLAT, 1.0, (values - low + 1e-6) / (high - low))
+        scaled.update(zip(tiles, values, strict=True))
+    return torch.stack([scaled[image] for image in range(batch)])
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:

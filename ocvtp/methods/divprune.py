@@ -30,9 +30,9 @@ def divprune_order(projected: torch.Tensor, keep: int) -> torch.Tensor:
     """Farthest points by cosine distance, from the token whose nearest other one is farthest.
 
     DivPrune, arXiv 2503.02175. Distances are 1 - cosine, in at least float32, and those below 1e-6 are 0.
-    What is kept is masked, and of equal distances the lowest index wins. But for its start and for rounding it
-    is :func:`ocvtp_kernels.diversity.farthest_points` of normalised tokens, whose squared distance is twice
-    this one.
+    What is kept is masked, and of equal distances the lowest index wins. But for its start and for rounding
+    it is :func:`ocvtp_kernels.diversity.farthest_points` of normalised tokens, whose squared distance is
+    twice this one.
 
     Args:
         projected: ``[B, N, D]`` finite floating point.

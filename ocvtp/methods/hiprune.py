@@ -56,11 +56,11 @@ def hiprune(
 def anchors_and_neighbours(object_scores: torch.Tensor, anchors: int, width: int) -> torch.Tensor:
     """``[B, 5 * anchors]`` int64: the best of ``object_scores`` ``[B, N]``, and those around each.
 
-    Anchors come best first, behind each the tokens before, after, above and below it in rows of ``width``; some
-    may coincide.
+    Anchors come best first, behind each the tokens before, after, above and below it in rows of ``width``;
+    some may coincide.
     """
-    around = torch.tensor([0, -1, 1, -width, width], device=object_scores.device)
-    near = best(object_scores, anchors)[:, :, None] + around
+    anchor = best(object_scores, anchors)
+    near = torch.stack([anchor, anchor - 1, anchor + 1, anchor - width, anchor + width], dim=2)
     return near.flatten(1).clamp(0, object_scores.shape[1] - 1)
 
 

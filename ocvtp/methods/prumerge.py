@@ -90,8 +90,8 @@ def prumerge(
     even = int((keep - 1) * spread)
     kept = best(class_row, keep - 1 - even)
     left = others(kept, tokens)
-    at = [(2 * i + 1) * left.shape[1] // (2 * even) for i in range(even)]
-    kept = torch.cat([kept, left[:, torch.tensor(at, dtype=torch.int64, device=left.device)]], dim=1)
+    at = (2 * torch.arange(even, device=left.device) + 1) * left.shape[1] // (2 * max(even, 1))
+    kept = torch.cat([kept, left[:, at]], dim=1)
     return _merged(features, class_row, keys, kept, neighbours)
 
 

@@ -62,6 +62,8 @@ def even_schedule(tokens: int, keep: int, blocks: int) -> list[int]:
         TypeError, ValueError: a wrong number, or fewer tokens than so many blocks can reach.
     """
     keep = require_count("keep", keep, tokens, "tokens")
+    if as_int(blocks) is None or blocks < 1:
+        raise ValueError(f"blocks must be an int of at least 1; got {blocks!r}")
 
     def merging(most: int) -> list[int]:
         """What every block merges, if none merges more than ``most`` or than it can."""

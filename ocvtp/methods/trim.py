@@ -60,13 +60,11 @@ def trim_scores(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.
         round to 0.
 
     Raises:
-        TypeError, ValueError: a wrong type or shape, no tokens, or NaN or Inf.
+        TypeError, ValueError: a wrong type or shape, or NaN or Inf.
     """
     require_floating("image_embeds", image_embeds)
     require_shape("image_embeds", image_embeds, (None, None, None), "[B, N, P]")
     batch, tokens, _ = image_embeds.shape
-    if batch * tokens == 0:
-        raise ValueError(f"image_embeds must have tokens; got {list(image_embeds.shape)}")
     _check_embeds(image_embeds, text_embeds, (batch, tokens), image_embeds)
     (scores,) = image_by_image(lambda x: (x.softmax(dim=1),), _unlike(image_embeds, text_embeds))
     return scores
@@ -81,10 +79,10 @@ def trim_budget(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> int:
     GPU, since the result is a size.
 
     Returns:
-        ``keep`` for :func:`trim`: 1, the mean of all tokens alone, where none stands out. Never N: fewer than
-        a quarter of them can.
+        ``keep`` for :func:`trim`: 1, the mean of all tokens alone, where none stands out. Fewer than a
+        quarter of the tokens can.
 
-    Arguments and errors are those of :func:`trim_scores`.
+    Arguments and errors are those of :func:`trim_scores`; no tokens are another.
     """
     scores = trim_scores(image_embeds, text_embeds)
     return outliers(scores) // len(scores) + 1

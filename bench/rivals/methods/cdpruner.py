@@ -27,11 +27,11 @@ def check(case: Case) -> None:
         case.needs_tower("fixed_text_embeds")
     else:
         projected = case["features"]
-    keep, embeds = case.params["T"], case.get("image_embeds")
-    if embeds is None:  # every token is as relevant as any other
+    keep = case.params["T"]
+    if "image_embeds" in case:
+        embeds, text = case["image_embeds"], case["text_embeds"][None]
+    else:  # every token is as relevant as any other
         embeds, text = projected.new_ones(1, projected.shape[1], 6), projected.new_ones(1, 1, 6)
-    else:
-        text = case["text_embeds"][None]
     relevance = methods.relevance_of(embeds, text)
     if "relevance" in case:
         case.close("relevance", relevance)
