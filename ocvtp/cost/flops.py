@@ -11,6 +11,7 @@ as eager attention computes it. The weights of proportional attention are added 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -181,6 +182,45 @@ def count(
         ) from error
 
 
+def count_methods(
+    config: Any,
+    methods: Sequence[Rule | Rival | Reducer],
+    budgets: Sequence[float],
+    text_tokens: int = 32,
+    image: tuple[int, int] | None = None,
+) -> list[list[Cost]]:
+    """:func:`count` of many methods at many budgets of one model, which is made only once.
+
+    Args:
+        config: as for :func:`count`.
+        methods: rules, or methods of others.
+        budgets: tokens to keep, or shares.
+        text_tokens: as for :func:`count`.
+        image: as for :func:`count`.
+
+    Returns:
+        For each method its budgets, in order.
+
+    Raises:
+        ValueError: as :func:`count`.
+    """
+    text_tokens = _checked(config, text_tokens)
+    with torch.no_grad(), pretend(_ARCHITECTURE):
+        counted = _Counted(config, image, "torch")
+        return [[counted.cost(method, keep, text_tokens, {}) for keep in budgets] for method in methods]
+
+
+def _checked(config: Any, text_tokens: int) -> int:
+    """``text_tokens``; raises ``ValueError`` for a model or a prompt that can't be counted."""
+    family = config.model_type
+    if family not in FAMILIES:
+        raise ValueError(f"can't count a {family!r} model; these can be: {', '.join(FAMILIES)}")
+    count = as_int(text_tokens)
+    if count is None or count < 1:
+        raise ValueError(f"text_tokens must be an int of at least 1; got {text_tokens!r}")
+    return count
+
+
 def _count(
     config: Any,
     keep: float,
@@ -191,41 +231,59 @@ def _count(
     said: dict[str, Any],
     counter: Counter,
 ) -> Cost:
-    from transformers import AutoModelForImageTextToText
-
-    family = config.model_type
-    if family not in FAMILIES:
-        raise ValueError(f"can't count a {family!r} model; these can be: {', '.join(FAMILIES)}")
-    count = as_int(text_tokens)
-    if count is None or count < 1:
-        raise ValueError(f"text_tokens must be an int of at least 1; got {text_tokens!r}")
-    text_tokens = count
-    size, products = _size(config, image), counter_of(counter)
+    if method is not None and pruner is not None:
+        raise ValueError("give sizes of a pruner or a method, not both")
+    text_tokens = _checked(config, text_tokens)
     with torch.no_grad(), pretend(_ARCHITECTURE):  # "auto" is our kernels, as on a GPU
+        counted = _Counted(config, image, counter)
+        chooser = counted.pruner(pruner) if method is None else method
+        return counted.cost(chooser, keep, text_tokens, said)
+
+
+class _Counted:
+    """A model on the meta device, with what its vision side costs unpruned."""
+
+    def __init__(self, config: Any, image: tuple[int, int] | None, counter: Counter) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        size = _size(config, image)
+        self._products = counter_of(counter)
         with _META:  # eager attention, whose products both counters see
             model = AutoModelForImageTextToText.from_config(
                 config, dtype=torch.float16, attn_implementation="eager"
             ).eval()
+        self._text = config.get_text_config()
         if hasattr(model.model, "image_newline"):  # the one weight that is looked at
-            model.model.image_newline = nn.Parameter(torch.zeros(config.get_text_config().hidden_size))
-        adapter = adapter_for(model)
-        facts = adapter.facts({})
-        layer = min(PrunerConfig.layer, max(facts.consumed_layers) - 1)
-        sizes = PrunerConfig(in_dim=facts.width, unit=facts.unit, layer=layer) if pruner is None else pruner
-        if method is not None and pruner is not None:
-            raise ValueError("give sizes of a pruner or a method, not both")
-        arguments = picture_arguments(config, size, 1, _empty)
-        language = _LanguageModel(adapter, products)
-        before, rows, candidates = _unpruned_vision(adapter, arguments, products)
+            model.model.image_newline = nn.Parameter(torch.zeros(self._text.hidden_size))
+        self._adapter = adapter_for(model)
+        self._arguments = picture_arguments(config, size, 1, _empty)
+        language = _LanguageModel(self._adapter, self._products)
+        self._language = functools.cache(language.parts)
+        self._before, self._rows, self._candidates = _unpruned_vision(
+            self._adapter, self._arguments, self._products
+        )
+
+    def pruner(self, sizes: PrunerConfig | None) -> OCPruner:
+        """A pruner of these sizes; by default of the published ones for the tower's width."""
+        facts = self._adapter.facts({})
+        if sizes is None:
+            layer = min(PrunerConfig.layer, max(facts.consumed_layers) - 1)
+            sizes = PrunerConfig(in_dim=facts.width, unit=facts.unit, layer=layer)
         with _META:
-            chooser = OCPruner(sizes).eval() if method is None else method
-        settings, _ = resolve(adapter, Options(chooser, keep, **said))
-        after, plain, kept, budget = _pruned_vision(adapter, arguments, settings, before[2], products)
+            return OCPruner(sizes).eval()
+
+    def cost(self, chooser: Any, keep: float, text_tokens: int, said: dict[str, Any]) -> Cost:
+        """Of a call, unpruned and pruned by ``chooser``."""
+        before, candidates = self._before, self._candidates
+        settings, _ = resolve(self._adapter, Options(chooser, keep, **said))
+        after, plain, kept, budget = _pruned_vision(
+            self._adapter, self._arguments, settings, before[2], self._products
+        )
         if budget == candidates:
             after = plain = before
-        prompts = rows + text_tokens, kept + text_tokens
-        long, short = (language.parts(tokens) for tokens in prompts)
-        text = config.get_text_config()
+        prompts = self._rows + text_tokens, kept + text_tokens
+        long, short = (self._language(tokens) for tokens in prompts)
+        text = self._text
         # The published figures have the image's candidates alone: newlines don't count.
         paper = [
             paper_flops(text.num_hidden_layers, text.hidden_size, text.intermediate_size, n + text_tokens)
