@@ -41,7 +41,9 @@ WHOLE: dict[str, Method] = {
 }
 
 
-def _sharp(model: Any) -> Any:
+def _sharp(kind: Any, config: Any) -> Any:
+    torch.manual_seed(0)
+    model = kind(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -63,7 +65,7 @@ def llava(attention: str = "sdpa") -> Any:
         image_seq_length=TOKENS,
         attn_implementation=attention,
     )
-    return _sharp(LlavaForConditionalGeneration(config))
+    return _sharp(LlavaForConditionalGeneration, config)
 
 
 def llava_next(attention: str = "sdpa") -> Any:
@@ -76,7 +78,7 @@ def llava_next(attention: str = "sdpa") -> Any:
         image_grid_pinpoints=[[56, 112], [112, 56]],
         attn_implementation=attention,
     )
-    return _sharp(LlavaNextForConditionalGeneration(config))
+    return _sharp(LlavaNextForConditionalGeneration, config)
 
 
 def qwen2_5_vl(attention: str = "sdpa") -> Any:
@@ -94,7 +96,7 @@ def qwen2_5_vl(attention: str = "sdpa") -> Any:
         attn_implementation=attention,
         **tiny_qwen._IDS,
     )
-    return _sharp(Qwen2_5_VLForConditionalGeneration(config))
+    return _sharp(Qwen2_5_VLForConditionalGeneration, config)
 
 
 def qwen3_vl(attention: str = "sdpa") -> Any:
@@ -104,7 +106,7 @@ def qwen3_vl(attention: str = "sdpa") -> Any:
         attn_implementation=attention,
         **tiny_qwen._IDS,
     )
-    return _sharp(Qwen3VLForConditionalGeneration(config))
+    return _sharp(Qwen3VLForConditionalGeneration, config)
 
 
 MODELS: dict[str, Callable[..., Any]] = {
@@ -124,10 +126,7 @@ def row(family: str, before: int, after: int, images: int = 1, seed: int = 0) ->
 
     qwen = family.startswith("qwen")
     start, end = ([tiny_qwen.VISION_START], [tiny_qwen.VISION_END]) if qwen else ([], [])
-    if family == "llava_next":
-        count = _next_tokens()
-    else:
-        count = TOKENS
+    count = _next_tokens() if family == "llava_next" else TOKENS
     ids = words(before)
     for image in range(images):
         ids += start + [IMAGE] * count + end + (words(2) if image + 1 < images else [])
