@@ -11,6 +11,7 @@ from ocvtp.pruner.pruner import OCPruner
 from ocvtp.vlm.contracts.selector import Rule, Selector, reads_features
 from ocvtp.vlm.contracts.settings import Tower
 from ocvtp.vlm.encode.selectors import PrunerSelector, RuleSelector
+from ocvtp.vlm.insides import Everything
 from ocvtp.vlm.options import Options
 from ocvtp_kernels._checks import as_int
 
@@ -26,6 +27,8 @@ def selector_for(options: Options, consumed: tuple[int, ...]) -> Selector:
         TypeError, ValueError: a pruner that is none, or options that mean nothing to it.
     """
     pruner = options.pruner
+    if pruner is None:
+        return Everything()
     if not isinstance(pruner, torch.nn.Module) and pruner not in get_args(Rule):
         known = ", ".join(f'"{rule}"' for rule in get_args(Rule))
         raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")

@@ -18,6 +18,7 @@ from ocvtp.vlm.contracts.selector import Selector
 from ocvtp.vlm.contracts.settings import Merge, Positions, Settings
 from ocvtp.vlm.contracts.versions import transformers_older_than
 from ocvtp.vlm.encode.selectors import PrunerSelector
+from ocvtp.vlm.insides import ALL, NO_WEIGHTS, check_inside, described
 from ocvtp.vlm.options import Options
 from ocvtp.vlm.report import PruneReport
 from ocvtp_kernels._backend import resolve_backend
@@ -31,7 +32,9 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         BackendUnavailableError: an explicit backend that can't run here.
     """
     facts, model = adapter.facts({}), adapter.model
-    budget = Budget(options.keep, options.max_error, options.budgets)
+    budget = Budget(options.keep, options.max_error, options.budgets) if options.pruner is not None else ALL
+    if options.inside is not None:
+        check_inside(adapter, options.inside)
     if isinstance(options.pruner, torch.nn.Module):
         config: Any = getattr(options.pruner, "config", None)
         if not hasattr(config, "in_dim") or not hasattr(config, "layer"):
@@ -59,6 +62,8 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         columns=options.columns,
         merge=merge,
         weigh=weigh,
+        before=options.pruner is not None,
+        inside=options.inside,
     )
     if adapter.needs_mm_route and settings.route == "inputs_embeds":
         raise ValueError(f"pruning {model.config.model_type} needs transformers >= 5.18")
@@ -72,6 +77,8 @@ _KEPT_ROWS = 'tower="kept_rows" computes the consumed layer for kept tokens only
 
 def _merge(adapter: Adapter, options: Options) -> tuple[Merge, str | None]:
     """Where rows are averaged, and why not where ``"auto"`` would."""
+    if options.pruner is None:
+        return "off", None
     kept_rows = f"{_KEPT_ROWS}, so others can't be averaged"
     if options.merge == "auto":
         return ("off", kept_rows) if options.tower == "kept_rows" else ("projected", None)
@@ -87,9 +94,9 @@ def _merge(adapter: Adapter, options: Options) -> tuple[Merge, str | None]:
 
 def _weigh(adapter: Adapter, options: Options) -> tuple[bool, str | None]:
     """Whether the language model is told masses, and why not where ``"auto"`` would."""
-    if options.weigh is False:
+    if options.weigh is False or options.pruner is None:
         return False, None
-    reason = why_no_weights(adapter.model)
+    reason = why_no_weights(adapter.model) if options.inside is None else NO_WEIGHTS
     if reason is None and options.tower == "kept_rows":
         reason = f'{_KEPT_ROWS}, so nobody knows for whom they stand: use tower="exact"'
     if reason is not None and options.weigh is True:
@@ -116,7 +123,7 @@ def _report(
         keep=str(settings.budget),
         unit=facts.unit,
         tokens_before=None if facts.tokens is None else facts.tokens + facts.extra_rows,
-        tokens_after=keep + facts.extra_rows if isinstance(keep, int) else None,
+        tokens_after=(after := keep + facts.extra_rows if isinstance(keep, int) else None),
         positions=settings.positions,
         route=settings.route,
         kept_rows_only=settings.tower == "kept_rows",
@@ -124,6 +131,7 @@ def _report(
         weigh=settings.weigh,
         farthest=isinstance(settings.selector, PrunerSelector) and not settings.selector.reads_scores,
         reasons=reasons,
+        inside=() if options.inside is None else described(adapter, options.inside, after),
     )
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from ocvtp.vlm.in_llm.fitting import fit
 from ocvtp.vlm.in_llm.installing import hooks_of, install, settle, uninstall
 
-__all__ = ["hooks_of", "install", "settle", "uninstall"]
+__all__ = ["fit", "hooks_of", "install", "settle", "uninstall"]

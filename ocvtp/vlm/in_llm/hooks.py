@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from ocvtp.methods.in_llm.averages import check_depth
-from ocvtp.methods.in_llm.contract import Method, Numbering
-from ocvtp.vlm.in_llm.decoder import Decoder
+from ocvtp.methods.in_llm.contract import Method
+from ocvtp.vlm.in_llm.fitting import fit
 from ocvtp.vlm.in_llm.later import Later
 from ocvtp.vlm.in_llm.masks import MaskMaker, seen_by_last
 from ocvtp.vlm.in_llm.prefill import Prefill, Seen
@@ -59,10 +58,9 @@ class Hooks:
     """Whether :func:`ocvtp.apply` put them on."""
 
     def __init__(self, model: Any, method: Method, placeholders: Sequence[int]) -> None:
-        self._decoder = decoder = Decoder(model)
+        decoder, self.numbering = fit(model, method)
+        self._decoder = decoder
         self.method, self.placeholders = method, tuple(placeholders)
-        self.numbering = numbering_on(decoder, method)
-        self._check()
         self._owner: Any = model
         self._masks = MaskMaker(decoder.text)
         self._signature = inspect.signature(type(decoder.text).forward)
@@ -75,17 +73,6 @@ class Hooks:
         except BaseException:
             self._take_off()
             raise
-
-    def _check(self) -> None:
-        method, decoder = self.method, self._decoder
-        check_depth(method, decoder.depth)
-        method.check(decoder.heads)
-        if method.cuts[0] < decoder.stacked:
-            raise ValueError(
-                f"{method.name} would cut before layer {method.cuts[0]}, and up to layer "
-                f"{decoder.stacked - 1} this model adds features of its encoder to every image token "
-                f"(DeepStack): cut before layer {decoder.stacked} or later"
-            )
 
     def _forget(self) -> None:
         """What belongs to calls."""
@@ -156,6 +143,11 @@ class Hooks:
             self._local.expected = before
             if outer:
                 self._leave()
+
+    @property
+    def told(self) -> bool:
+        """Whether somebody in this thread is :meth:`expecting`."""
+        return getattr(self._local, "expected", None) is not None
 
     # ------------------------------------------------------------------------------------------- the hooks
 
@@ -292,19 +284,3 @@ class Hooks:
 def _brings(pixels: Any) -> bool:
     """Whether an argument brings image features along: with a text, ``generate`` brings an empty dict."""
     return bool(pixels) if isinstance(pixels, Mapping) else pixels is not None
-
-
-def numbering_on(decoder: Decoder, method: Method) -> Numbering:
-    """How positions behind a cut are numbered.
-
-    Raises:
-        ValueError: anew, where positions have three dimensions.
-    """
-    if method.numbering == "renumbered" and decoder.mrope:
-        raise ValueError(
-            "positions in three dimensions can't be renumbered: use numbering=None, which leaves them as "
-            "they are"
-        )
-    if method.numbering is not None:
-        return method.numbering
-    return "kept" if decoder.mrope else method.published_numbering
