@@ -212,13 +212,13 @@ def _at_cut(
         found.append(_sets(f"{label}stage{cut}.pivots", evidence["pivots"][row], want("pivots")))
     merged = want("merged")
     if merged is not None and seen.choice.merged is not None:
-        error = (seen.choice.merged[row, : len(merged)] - merged).abs().max()
-        found.append(_number(f"{label}stage{cut}.merged", float(error), case["tolerance"]["merged"]))
+        error = float((seen.choice.merged[row, : len(merged)] - merged).abs().max())
+        found.append(_number(f"{label}stage{cut}.merged", error, case["tolerance"]["merged"]))
         pooled = want("pool")
         if pooled is not None:
             _, means = in_llm.density_peaks(pooled[None], len(merged))
-            error = (means[0] - merged).abs().max()
-            found.append(_number(f"{label}stage{cut}.pool", float(error), case["tolerance"]["merged"]))
+            error = float((means[0] - merged).abs().max())
+            found.append(_number(f"{label}stage{cut}.pool", error, case["tolerance"]["merged"]))
     if stage is None:
         return found
     live = stage.live[row]

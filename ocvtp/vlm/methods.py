@@ -60,8 +60,8 @@ def install(model: Any, adapter: Adapter, settings: Settings, runs: Mapping[str,
 
 def resettle(model: Any, controller: Controller, settings: Settings) -> None:
     """Give a patched model other settings, whatever was put on top of it meanwhile."""
-    adapter = controller.adapter
-    settle(model, settings.inside, [adapter.token_id(modality) for modality in adapter.pixel_keys])
+    adapter, method = controller.adapter, settings.inside
+    settle(model, method, [adapter.token_id(one) for one in adapter.pixel_keys] if method is not None else ())
     controller.settings = settings
     settle_weights(model)
 
