@@ -111,8 +111,10 @@ def test_generate_of_a_batch_is_that_of_its_rows(family: str, name: str, model: 
     greedy = new(model.generate(**whole, **GREEDY), whole)
     static = model.generate(**whole, **GREEDY, cache_implementation="static")
     assert torch.equal(new(static, whole), greedy)
-    sampled = model.generate(**whole, max_new_tokens=5, do_sample=True, top_k=1, num_return_sequences=2)
-    assert torch.equal(new(sampled, whole), greedy.repeat_interleave(2, 0))
+    # Older transformers mix up the images of a prompt that has several and is repeated.
+    few = batch(rows[:3])
+    sampled = model.generate(**few, max_new_tokens=5, do_sample=True, top_k=1, num_return_sequences=2)
+    assert torch.equal(new(sampled, few), greedy[:3].repeat_interleave(2, 0))
 
 
 @methods

@@ -25,8 +25,8 @@ def inside(controller: Controller, ids: Any, *, generating: bool, placed: bool =
         placed: whether it will see these ids, too, and not only embeddings.
     """
     hooks = hooks_of(controller.model)
-    unasked = controller.settings.inside is None or hooks is None or torch.compiler.is_compiling()
-    if unasked or (hooks.told and not generating):
+    # Also those that ocvtp.vlm.in_llm.install put on.
+    if hooks is None or torch.compiler.is_compiling() or (hooks.told and not generating):
         yield
         return
     vision = None

@@ -54,7 +54,9 @@ def squeeze(hidden: torch.Tensor, layout: Layout, choice: Choice, kept: tuple[in
         last = torch.where(layout.vision, torch.arange(length, device=device)[None], -1).amax(1, keepdim=True)
         number = torch.arange(choice.stands.shape[1], device=device)[None]
         there = number < torch.tensor(made).to(device, non_blocking=True)[:, None]
-        place = torch.cat([place, torch.where(there, 2 * last + 1, gone)], dim=1)
+        # Farthest from what stays: old static caches count states that aren't zero, so none fills a row up.
+        nowhere = gone - 1 if layout.left else gone + 1
+        place = torch.cat([place, torch.where(there, 2 * last + 1, nowhere)], dim=1)
         stands = columns.gather(1, choice.stands)
     order = place.sort(dim=1, stable=True).indices
     size = max(lengths)
