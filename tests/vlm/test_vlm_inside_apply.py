@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +27,7 @@ from tests.vlm.tiny_inside import (
     llava,
     llava_next,
     new,
+    ours_on,
     qwen2_5_vl,
     qwen3_vl,
     row,
@@ -52,17 +52,6 @@ def model(shared: Any) -> Iterator[Any]:
     uninstall(shared)
     assert "forward" not in shared.__dict__
     assert ours_on(shared) == []
-
-
-def ours_on(model: Any) -> list[Any]:
-    """Our hooks on a model; transformers has some of its own."""
-    hooks = [
-        hook
-        for module in model.modules()
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    ]
-    functions = (hook.func if isinstance(hook, functools.partial) else hook for hook in hooks)
-    return [one for one in functions if one.__module__.startswith("ocvtp")]
 
 
 def answers(model: Any, inputs: dict[str, torch.Tensor], **more: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -205,3 +206,14 @@ def forced(model: Any, inputs: dict[str, torch.Tensor], steps: torch.Tensor) -> 
         )
         logits.append(out.logits[:, -1])
     return torch.stack(logits, 1)
+
+
+def ours_on(model: Any) -> list[Any]:
+    """Our hooks on a model; transformers has some of its own."""
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    ]
+    functions = (hook.func if isinstance(hook, functools.partial) else hook for hook in hooks)
+    return [one for one in functions if one.__module__.startswith("ocvtp")]

@@ -54,7 +54,8 @@ class Later:
     def _of(self, stage: Stage, hidden: torch.Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
         batch, queries = hidden.shape[:2]
         live = None
-        if self._live is not None:
+        # Without padding, transformers mostly has no mask for the first layers: it looked, and needn't again.
+        if self._live is not None and not (stage.full and arguments.get("attention_mask") is None):
             since = self._live[:, self.trace.prompt :].to(hidden.device)
             live = torch.cat([stage.live.to(hidden.device), since], dim=1)
         elif not stage.full:

@@ -156,7 +156,7 @@ class Prefill:
         self, stage: Stage, hidden: torch.Tensor, arguments: dict[str, Any], embeddings: Any
     ) -> dict[str, Any]:
         """Arguments of the layers behind a cut, where they are others."""
-        live = None if stage.full and self._live is None else stage.live
+        live = None if stage.full else stage.live
         made: dict[str, Any] = {"position_embeddings": tuple(embeddings)}
         made["attention_mask"] = self._masks(self.cache, stage.cut, hidden, live)
         columns = torch.arange(hidden.shape[1], device=hidden.device)
