@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ocvtp.vlm.layouts",),
     ("ocvtp.vlm.towers",),
     ("ocvtp.vlm.families", "ocvtp.vlm.encode", "ocvtp.vlm.rivals"),
+    ("ocvtp.vlm.in_llm",),
     ("ocvtp.vlm.call",),
     ("ocvtp.vlm",),
     ("ocvtp",),  # the public names

@@ -93,7 +93,9 @@ def by_hand(model: Any, inputs: Inputs, rows: torch.Tensor) -> Inputs:
             means, mass = stand_by_hand(model, inputs, rows, places, BOUNDS[model.dtype])
             rows = rows if settings.merge == "off" else means
         own = isinstance(settings.selector, Reducer) and settings.selector.merges
-        if own or settings.layout == "official":  # rows that no place of the prompt has; golden tensors prove them
+        if (
+            own or settings.layout == "official"
+        ):  # rows that no place of the prompt has; golden tensors prove them
             rows = rows.index_copy(0, places, kept.flat().to(rows))
         text = model.get_input_embeddings()(ids)
         long = text.masked_scatter(where[..., None], rows.to(text))

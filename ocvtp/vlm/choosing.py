@@ -13,6 +13,7 @@ from ocvtp.vlm.contracts.reducer import Reducer, Rival, Site
 from ocvtp.vlm.contracts.selector import Rule, Selector, reads_features
 from ocvtp.vlm.contracts.settings import Tower
 from ocvtp.vlm.encode.selectors import PrunerSelector, RuleSelector
+from ocvtp.vlm.insides import Everything
 from ocvtp.vlm.options import Options
 from ocvtp.vlm.rivals.catalog import bound, rival
 from ocvtp_kernels._checks import as_int
@@ -28,7 +29,9 @@ def selector_for(options: Options, consumed: tuple[int, ...]) -> Selector:
     Raises:
         TypeError, ValueError: a pruner that is none, or options that mean nothing to it.
     """
-    pruner: Any = options.pruner  # torch.nn.Module | Rule
+    pruner: Any = options.pruner  # torch.nn.Module | Rule | None
+    if pruner is None:
+        return Everything()
     if not isinstance(pruner, torch.nn.Module) and pruner not in get_args(Rule):
         known = ", ".join(f'"{name}"' for name in (*get_args(Rule), *get_args(Rival)))
         raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")
@@ -74,7 +77,7 @@ def reducer_for(options: Options, adapter: Adapter) -> Reducer | None:
     Raises:
         ValueError: a method that can't work on this model, or options that mean nothing to it.
     """
-    asked = options.pruner
+    asked: Any = options.pruner
     if not isinstance(asked, Reducer):
         if isinstance(asked, torch.nn.Module) or asked not in get_args(Rival):
             return None

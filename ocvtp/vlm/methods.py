@@ -20,6 +20,7 @@ from ocvtp.vlm.call.wrappers import foreign_layer, label, layers, living, number
 from ocvtp.vlm.contracts.adapter import Adapter
 from ocvtp.vlm.contracts.errors import PatchError
 from ocvtp.vlm.contracts.settings import Settings
+from ocvtp.vlm.in_llm import settle
 from ocvtp.vlm.replicas import allow_replicas, refuse_replicas
 
 #: ``(controller, what the method lies on, args, kwargs)`` -> what the method returns.
@@ -59,6 +60,8 @@ def install(model: Any, adapter: Adapter, settings: Settings, runs: Mapping[str,
 
 def resettle(model: Any, controller: Controller, settings: Settings) -> None:
     """Give a patched model other settings, whatever was put on top of it meanwhile."""
+    adapter, method = controller.adapter, settings.inside
+    settle(model, method, [adapter.token_id(one) for one in adapter.pixel_keys] if method is not None else ())
     controller.settings = settings
     settle_weights(model)
 
@@ -79,6 +82,7 @@ def uninstall(model: Any) -> None:
         controller.around.remove()
         controller.around = None
     settle_weights(model)
+    settle(model, None, ())
     allow_replicas(model)
     for name in controller.originals:
         slot = model.__dict__.get(name)

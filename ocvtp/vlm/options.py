@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from ocvtp.methods.in_llm import Method
 from ocvtp.pruner.pruner import check_options
 from ocvtp.pruner.topup import Fill
 from ocvtp.vlm.contracts.reducer import Reducer, Rival
@@ -20,7 +21,7 @@ from ocvtp_kernels.coverage import check_rounds
 class Options:
     """The arguments of :func:`ocvtp.apply`, where they are explained."""
 
-    pruner: torch.nn.Module | Rule | Rival | Reducer
+    pruner: torch.nn.Module | Rule | Rival | Reducer | None
     keep: int | float | Literal["auto"] = 64
     positions: Positions | Literal["auto"] = "auto"
     seed: int = 0
@@ -39,6 +40,7 @@ class Options:
     weigh: bool | Literal["auto"] = "auto"
     features: int | Literal["auto", "early", "consumed"] = "auto"
     fill: Fill | Literal["auto"] = "auto"
+    inside: Method | None = None
 
     @classmethod
     def default(cls, name: str) -> object:
@@ -62,3 +64,19 @@ class Options:
             raise ValueError(f'weigh must be True, False or "auto"; got {self.weigh!r}')
         if self.keep == "auto" and isinstance(self.pruner, str | Reducer):
             raise ValueError(f'keep="auto" compares coverage, which needs a pruner, not {self.pruner!r}')
+        self._check_inside()
+
+    def _check_inside(self) -> None:
+        if self.inside is not None and not hasattr(self.inside, "cuts"):
+            raise TypeError(f"inside must be settings of ocvtp.methods.in_llm; got {self.inside!r}")
+        if self.inside is not None and self.columns:
+            raise ValueError("columns are of the short prompt, which is shorter still inside: columns=False")
+        if self.pruner is None:
+            if self.inside is None:
+                raise TypeError("pruner=None prunes nothing before the language model: say what does inside=")
+            asked = [one.name for one in fields(self) if one.name not in ("pruner", "inside", "backend")]
+            asked = [name for name in asked if getattr(self, name) != type(self).__dict__[name]]
+            if asked:
+                raise ValueError(
+                    f"{', '.join(asked)}: for a pruner before the language model, and pruner is None"
+                )

@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 import torch
 
+from ocvtp.methods.in_llm import Method
 from ocvtp.pruner.topup import Fill
 from ocvtp.selection import Selection
 from ocvtp.vlm.call import calls
 from ocvtp.vlm.call.controller import ATTRIBUTE, controller_of, unwrap
+from ocvtp.vlm.contracts.errors import PatchError
 from ocvtp.vlm.contracts.reducer import Reducer, Rival
 from ocvtp.vlm.contracts.selector import DEFAULT_RULE, Rule
 from ocvtp.vlm.contracts.settings import Frames, Layout, Merge, Newlines, Settings, Tower
@@ -27,7 +29,7 @@ _PATCHED: dict[str, Run] = {"forward": calls.forward, "generate": calls.generate
 
 def apply(
     model: Any,
-    pruner: torch.nn.Module | Rule | Rival | Reducer = DEFAULT_RULE,
+    pruner: torch.nn.Module | Rule | Rival | Reducer | None = DEFAULT_RULE,
     keep: int | float | Literal["auto"] = 64,
     positions: Literal["compact", "original", "auto"] = "auto",
     *,
@@ -47,6 +49,7 @@ def apply(
     weigh: bool | Literal["auto"] = "auto",
     features: int | Literal["auto", "early", "consumed"] = "auto",
     fill: Fill | Literal["auto"] = "auto",
+    inside: Method | None = None,
 ) -> PruneReport:
     """Patch a vision-language model in place, so that ``forward`` and ``generate`` prune image tokens.
 
@@ -69,7 +72,8 @@ def apply(
             ``"visionzip"``, ``"hiprune"``, ``"tome"`` and the rest of ``docs/methods.md``, by name, or as an
             instance with other settings (:mod:`ocvtp.vlm.rivals`), on LLaVA-1.5, LLaVA-NeXT and Qwen2.5-VL.
             They do what was published: nothing is merged or weighed unless ``merge`` and ``weigh`` say so,
-            and of a tiled image each tile keeps its share (``layout="official"``).
+            and of a tiled image each tile keeps its share (``layout="official"``). ``None``, with
+            ``inside``: nothing is dropped before the language model, and nothing of the tower is changed.
         keep: image tokens to keep per image, all its tiles together: a number, or a share of them such as
             ``0.25``, or ``"auto"``: for each image the smallest of ``budgets`` whose coverage error is at
             most ``max_error``, for which a pruner must be given. Where images differ in size, one of fewer
@@ -124,6 +128,10 @@ def apply(
         fill: what tops a pruner's tokens up to the budget: ``"attention"`` received, as published, or
             ``"farthest_point"``, see :class:`~ocvtp.OCPruner`. ``"auto"`` is the latter for a pruner of the
             consumed layer, which it serves better, and the former for others.
+        inside: what drops tokens inside the language model, after whatever is dropped before it: settings of
+            :mod:`ocvtp.methods.in_llm`, such as ``FastV(layer=2, keep=166)``. Caches then hold fewer tokens
+            in deeper layers, ``forward`` returns fewer logits still, and neither ``columns`` nor ``weigh`` is
+            there; nor are labels, chunked prefill, and an image behind a used cache.
 
     Returns:
         A :class:`~ocvtp.vlm.PruneReport`; print it.
@@ -156,6 +164,7 @@ def apply(
         weigh=weigh,
         features=features,
         fill=fill,
+        inside=inside,
     )
     settings, report = resolve(adapter, options)
     before = _settings_of(target)
@@ -184,7 +193,7 @@ def remove(model: Any) -> None:
 @contextlib.contextmanager
 def pruned(
     model: Any,
-    pruner: torch.nn.Module | Rule | Rival | Reducer = DEFAULT_RULE,
+    pruner: torch.nn.Module | Rule | Rival | Reducer | None = DEFAULT_RULE,
     *args: Any,
     **options: Any,
 ) -> Iterator[PruneReport]:
@@ -233,11 +242,13 @@ def select(
         vision: what else the processor made of the images (``image_sizes``, ``image_grid_thw``).
 
     Raises:
-        PatchError: ``model`` is not patched.
+        PatchError: ``model`` is not patched, or not to drop tokens before the language model.
         ValueError: the images have different numbers of tokens; ask for one at a time. Or a method that reads
             the question, which is in no prompt here.
     """
     controller = controller_of(model)
+    if not controller.settings.before:
+        raise PatchError("nothing is chosen before the language model: ocvtp.apply(model, None, ...)")
     arguments = {"pixel_values": pixel_values, **vision}
     with torch.no_grad():
         found = choose(controller.adapter, arguments, controller.settings, return_attention=return_attention)

@@ -38,6 +38,7 @@ class PruneReport:
             projector, ``"features"`` before it, or ``"off"``.
         weigh: whether the language model adds log(how many tokens a kept one stands for) to its logits.
         farthest: whether farthest points top up a pruner's tokens, rather than those that receive attention.
+        inside: what drops tokens inside the language model, and how many, in words; empty: nothing does.
         reasons: why merging or weights are off although ``"auto"`` would have them.
         method: of a rival method, its source, and what is our adaptation on this model.
         own_merge: whether a rival method merges tokens by its own rule.
@@ -67,6 +68,7 @@ class PruneReport:
     reasons: tuple[str, ...] = ()
     method: str | None = None
     own_merge: bool = False
+    inside: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         consumed = ", ".join(str(layer) for layer in self.consumed_layers)
@@ -85,6 +87,7 @@ class PruneReport:
             ("model consumes", f"layer {consumed}{rest}; later layers are skipped"),
             ("dropped tokens", self._dropped()),
             *(("", f"({reason})") for reason in self.reasons),
+            *zip(("inside", *[""] * len(self.inside)), self.inside, strict=False),
             ("positions", self.positions),
             ("kernels", f"{self.backend}, {self.precision}{', CUDA graphs' if self.captured else ''}"),
             ("hand-over", self.route),

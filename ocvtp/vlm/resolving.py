@@ -19,6 +19,7 @@ from ocvtp.vlm.contracts.selector import Selector
 from ocvtp.vlm.contracts.settings import Layout, Merge, Positions, Settings
 from ocvtp.vlm.contracts.versions import transformers_older_than
 from ocvtp.vlm.encode.selectors import PrunerSelector
+from ocvtp.vlm.insides import ALL, NO_WEIGHTS, check_inside, described
 from ocvtp.vlm.options import Options
 from ocvtp.vlm.report import PruneReport
 from ocvtp_kernels._backend import resolve_backend
@@ -32,7 +33,9 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         BackendUnavailableError: an explicit backend that can't run here.
     """
     facts, model = adapter.facts({}), adapter.model
-    budget = Budget(options.keep, options.max_error, options.budgets)
+    budget = Budget(options.keep, options.max_error, options.budgets) if options.pruner is not None else ALL
+    if options.inside is not None:
+        check_inside(adapter, options.inside)
     if isinstance(options.pruner, torch.nn.Module):
         config: Any = getattr(options.pruner, "config", None)
         if not hasattr(config, "in_dim") or not hasattr(config, "layer"):
@@ -61,6 +64,8 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         columns=options.columns,
         merge=merge,
         weigh=weigh,
+        before=options.pruner is not None,
+        inside=options.inside,
     )
     if adapter.needs_mm_route and settings.route == "inputs_embeds":
         raise ValueError(f"pruning {model.config.model_type} needs transformers >= 5.18")
@@ -80,7 +85,7 @@ def _layout(adapter: Adapter, options: Options, selector: Selector | Reducer) ->
 
 def _merge(adapter: Adapter, options: Options, selector: Selector | Reducer) -> tuple[Merge, str | None]:
     """Where rows are averaged, and why not where ``"auto"`` would. Rivals are as published, unless asked."""
-    if options.merge == "auto" and isinstance(selector, Reducer):
+    if options.pruner is None or (options.merge == "auto" and isinstance(selector, Reducer)):
         return "off", None
     kept_rows = f"{_KEPT_ROWS}, so others can't be averaged"
     if options.merge == "auto":
@@ -97,9 +102,10 @@ def _merge(adapter: Adapter, options: Options, selector: Selector | Reducer) -> 
 
 def _weigh(adapter: Adapter, options: Options, selector: Selector | Reducer) -> tuple[bool, str | None]:
     """Whether the language model is told masses, and why not where ``"auto"`` would."""
-    if options.weigh is False or (options.weigh == "auto" and isinstance(selector, Reducer)):
+    published = options.weigh == "auto" and isinstance(selector, Reducer)
+    if options.weigh is False or options.pruner is None or published:
         return False, None
-    reason = why_no_weights(adapter.model)
+    reason = why_no_weights(adapter.model) if options.inside is None else NO_WEIGHTS
     if reason is None and options.tower == "kept_rows":
         reason = f'{_KEPT_ROWS}, so nobody knows for whom they stand: use tower="exact"'
     if reason is not None and options.weigh is True:
@@ -126,7 +132,7 @@ def _report(
         keep=str(settings.budget),
         unit=facts.unit,
         tokens_before=None if facts.tokens is None else facts.tokens + facts.extra_rows,
-        tokens_after=keep + facts.extra_rows if isinstance(keep, int) else None,
+        tokens_after=(after := keep + facts.extra_rows if isinstance(keep, int) else None),
         positions=settings.positions,
         route=settings.route,
         kept_rows_only=settings.tower == "kept_rows",
@@ -136,6 +142,7 @@ def _report(
         reasons=reasons,
         method=settings.selector.account if isinstance(settings.selector, Reducer) else None,
         own_merge=isinstance(settings.selector, Reducer) and settings.selector.merges,
+        inside=() if options.inside is None else described(adapter, options.inside, after),
     )
 
 

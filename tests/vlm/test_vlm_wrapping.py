@@ -72,6 +72,7 @@ class Family:
 class Settings:
     route = "mm_encoder_outputs"
     weigh = False
+    before, inside = True, None
 
     def __init__(self, keep: int) -> None:
         self.keep = keep

@@ -33,6 +33,10 @@ _NOT_HERE: dict[str, tuple[tuple[object, ...], str]] = {
     "capture": ((False,), "vLLM captures graphs of its own"),
     "budgets": ((None,), 'they belong to keep="auto"'),
     "max_error": ((None,), 'it belongs to keep="auto"'),
+    "inside": (
+        (None,),
+        "vLLM's paged cache holds as many tokens in every layer, and its kernels return no attention",
+    ),
 }
 
 

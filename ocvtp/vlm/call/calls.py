@@ -16,6 +16,7 @@ from ocvtp.vlm.call.controller import Controller
 from ocvtp.vlm.call.custom import prompt_in
 from ocvtp.vlm.call.embeddings import ids_behind, short_embeddings
 from ocvtp.vlm.call.generation import effective, pad_token_id
+from ocvtp.vlm.call.inside import check_forward, check_generate, inside
 from ocvtp.vlm.call.memory import CacheNote, cached_length, note_of, prefix_of, write_note
 from ocvtp.vlm.call.prompt import identity, restore_prompt
 from ocvtp.vlm.call.shorten import ShortCall, shorten
@@ -48,6 +49,11 @@ def _forward(
     note = note_of(cache)
     pixels = controller.has_pixels("forward", args, kwargs)
     settings = controller.settings
+    if pixels:
+        check_forward(controller, controller.by_name("forward", args, kwargs))
+    if not settings.before:
+        with inside(controller, controller.argument("forward", "input_ids", args, kwargs), generating=False):
+            return original(*args, **kwargs)
     if note is None and not pixels:
         given = controller.by_name("forward", args, kwargs)
         kwargs = with_running_weights(controller, given, kwargs)
@@ -85,8 +91,10 @@ def _forward(
         )
     if "inputs_embeds" not in call.arguments or call.arguments["inputs_embeds"] is None:
         call.arguments["input_ids"] = call.ids
+    placed = call.arguments.get("inputs_embeds") is None
     try:
-        output = original(**with_weights(call.arguments, call.note, hold))
+        with inside(controller, call.ids, generating=False, placed=placed):
+            output = original(**with_weights(call.arguments, call.note, hold))
     except BaseException:
         _note_failure(cache, note, prefix, ids)
         raise
@@ -107,6 +115,10 @@ def generate(
         write_note(own_cache, None)
     note = note_of(cache)
     pixels = controller.has_pixels("generate", args, kwargs)
+    if pixels:
+        check_generate(controller, controller.by_name("generate", args, kwargs))
+    if not controller.settings.before:
+        return _unshortened(controller, original, args, kwargs)
     if note is None and not pixels:
         return original(*args, **kwargs)
     arguments = controller.by_name("generate", args, kwargs)
@@ -138,8 +150,12 @@ def generate(
             pad_token_id=pad_token_id(controller.model, arguments),
             guard=_may_run_without_cache(controller.model, arguments),
         )
+    placed = call.arguments.get("inputs_embeds") is None
     if call.note is None:
-        with weighing(controller.model, None, None, None):
+        with (
+            weighing(controller.model, None, None, None),
+            inside(controller, call.ids, generating=True, placed=placed),
+        ):
             output = original(**{name: call.ids}, **call.arguments)
         return with_columns(output, call.index, ids.shape[1]) if settings.columns else output
     view = LongView(ids, call.ids.shape[1])
@@ -150,6 +166,7 @@ def generate(
         with (
             compared_by_own_type(controller.model, call.arguments),
             weighing(controller.model, call.note.bias, cache, hold),
+            inside(controller, call.ids, generating=True, placed=placed),
         ):
             output = original(**{name: call.ids}, **call.arguments)
     except BaseException:
@@ -157,6 +174,16 @@ def generate(
         raise
     output = _restore(output, ids, call, cache)
     return with_columns(output, call.index, ids.shape[1]) if settings.columns else output
+
+
+def _unshortened(
+    controller: Controller, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``generate`` where nothing is dropped before the language model."""
+    given = controller.by_name("generate", args, kwargs)
+    ids = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
+    with inside(controller, ids, generating=True):
+        return original(*args, **kwargs)
 
 
 def _restore(output: Any, ids: torch.Tensor, call: ShortCall, cache: Any) -> Any:

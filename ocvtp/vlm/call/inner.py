@@ -17,6 +17,7 @@ import torch
 
 from ocvtp.vlm.call.controller import Controller, unwrap
 from ocvtp.vlm.call.generation import pad_token_id
+from ocvtp.vlm.call.inside import under_way
 from ocvtp.vlm.call.memory import CacheNote, note_of, prefix_of, write_note
 from ocvtp.vlm.call.named import by_name, positional_names
 from ocvtp.vlm.call.prompt import identity, short_columns
@@ -114,6 +115,10 @@ class Around:
         given = by_name(f"{type(self.inner).__name__}.forward", self._names, args, kwargs)
         adapter, settings = controller.adapter, controller.settings
         pixels = bool(pixels_in(adapter, given))
+        if settings.inside is not None and pixels and not under_way(controller):
+            raise _refusal(controller.model, "its states would be of fewer columns than it was given")
+        if not settings.before:
+            return None
         cache = given.get("past_key_values")
         note = note_of(cache)
         if (note is None and not pixels) or given.get("mm_encoder_outputs") is not None:

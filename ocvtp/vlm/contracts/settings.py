@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from ocvtp.methods.in_llm import Method
 from ocvtp.vlm.contracts.budgets import Budget
 from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.contracts.selector import Selector
@@ -37,6 +38,8 @@ class Settings:
         merge: where dropped tokens are averaged into their nearest kept one: not at all, after the projector,
             or before it.
         weigh: whether the language model knows how many tokens a kept one stands for.
+        before: whether tokens are dropped before the language model.
+        inside: what drops tokens inside it, if anything does.
     """
 
     selector: Selector | Reducer
@@ -52,6 +55,8 @@ class Settings:
     columns: bool = False
     merge: Merge = "off"
     weigh: bool = False
+    before: bool = True
+    inside: Method | None = None
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -1,0 +1,77 @@
+"""What dropping tokens inside the language model asks of the rest: settings, reasons, lines of the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ocvtp.methods.in_llm import Method, averages
+from ocvtp.vlm.contracts.adapter import Adapter
+from ocvtp.vlm.contracts.budgets import Budget
+from ocvtp.vlm.contracts.errors import PatchError
+from ocvtp.vlm.contracts.selector import Begun, Group
+from ocvtp.vlm.in_llm import fit, hooks_of
+
+#: Why kept tokens have no weights then.
+NO_WEIGHTS = (
+    "weights of kept tokens are by the columns of the prompt, and layers behind a cut inside hold fewer: use "
+    "weigh=False"
+)
+
+
+@dataclass(frozen=True)
+class Everything:
+    """Nobody chooses before the language model."""
+
+    name: str = "nobody"
+    read_layer: int | None = None
+    reads_scores: bool = False
+
+    def begin(
+        self,
+        group: Group,
+        features: torch.Tensor | None,
+        device: torch.device,
+        *,
+        return_attention: bool = False,
+    ) -> Begun:
+        """Nobody asks."""
+        raise PatchError("nothing is chosen before the language model: ocvtp.apply(model, None, ...)")
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+
+ALL = Budget(1.0)
+
+
+def check_inside(adapter: Adapter, method: Method) -> None:
+    """Raise ``ValueError`` for a method that can't work on a model, ``PatchError`` where another is on."""
+    fit(adapter.model, method)
+    there = hooks_of(adapter.model)
+    if there is not None and not there.owned:
+        raise PatchError("in_llm.install put hooks on this model: in_llm.uninstall(model) first")
+
+
+def described(adapter: Adapter, method: Method, tokens: int | None) -> tuple[str, ...]:
+    """Lines of the report.
+
+    Args:
+        adapter: of the model.
+        method: that drops tokens.
+        tokens: vision tokens that one image leaves the language model, if all leave as many.
+    """
+    decoder, numbering = fit(adapter.model, method)
+    where = ", ".join(str(cut) for cut in method.cuts)
+    lines = [f"{method.name} before layer{'s' * (len(method.cuts) > 1)} {where}, positions {numbering}"]
+    if tokens is not None:
+        found = averages(method, depth=decoder.depth, tokens=tokens)
+        steps = " -> ".join(str(one) for one in (tokens, *found.nominal))
+        lines.append(
+            f"of one image {steps}; its {decoder.depth} layers get {found.entering:.1f} on average "
+            f"({found.entering / tokens:.1%}), {found.leaving:.1f} leave them"
+        )
+    if decoder.mrope and method.adaptation is not None:
+        lines.append(f"(on {adapter.model.config.model_type} our adaptation: {method.adaptation})")
+    return tuple(lines)
