@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from bench.rivals import in_llm
 from bench.rivals.from_pixels import pairs
 from bench.rivals.golden import TOLERANCE, Case, Golden
-from bench.rivals.methods import INPUTS, KINDS, Kind
+from bench.rivals.methods import IN_LLM, INPUTS, KINDS, Kind
 
 
 @dataclass
@@ -34,6 +35,11 @@ def check_folder(folder: Path, tolerance: float = TOLERANCE, kinds: Mapping[str,
     for path in paths:
         if path.stem in INPUTS:
             lines.append(f"{path.stem}: input of others")
+            continue
+        if path.stem.split("_")[0] in IN_LLM:
+            of_file, fine = check_language_model(path)
+            lines += of_file
+            proven = proven and fine
             continue
         kind = kinds.get(path.stem.split("_")[0])
         if kind is None:
@@ -76,6 +82,19 @@ def check_file(path: Path, kind: Kind, tolerance: float = TOLERANCE) -> tuple[li
     unseen += [f"{golden.name} FAILED: {key}: no tower was run for it" for key in sorted(golden.owed)]
     failed = any(" FAILED: " in line for line in of_pixels)
     return lines + unseen, fine and not failed and not unseen
+
+
+def check_language_model(path: Path) -> tuple[list[str], bool]:
+    """Lines about a file of a method inside the language model, and whether all of it is proven."""
+    try:
+        found = in_llm.check(path)
+    except Exception as error:
+        return [f"{path.stem}: FAILED: {type(error).__name__}: {error}"], False
+    wrong = [f"{path.stem} FAILED: {one.key}: off by {one.error:.2e}" for one in found if not one.ok]
+    worst = max((one.error for one in found), default=0.0)
+    fine = bool(found) and not wrong
+    said = f"{len(found)} compared, largest difference {worst:.1e} (float32)"
+    return [f"{path.stem}: {'ok, ' if fine else ''}{said}", *wrong], fine
 
 
 def from_pixels(golden: Golden) -> list[str]:

@@ -62,5 +62,8 @@ KINDS: dict[str, Kind] = {
     "vispruner": Kind(vispruner.check, vispruner.dtypes),
 }
 
+#: Kinds that :mod:`bench.rivals.in_llm` answers for.
+IN_LLM = frozenset({"dart", "fastv", "pdrop", "sparsevlm1", "sparsevlm2"})
+
 #: Files that others read: weights and what they made of an input.
-INPUTS = frozenset({"tower_clip", "tower_qwen"})
+INPUTS = frozenset({"tower_clip", "tower_qwen", "w64", "w128"})
