@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import torch
 
+from ocvtp.methods.in_llm import Inside
 from ocvtp.pruner.capture import SlotRunner
 from ocvtp.pruner.pruner import OCPruner
 from ocvtp.vlm.contracts.adapter import Adapter
@@ -33,7 +34,7 @@ def selector_for(options: Options, consumed: tuple[int, ...]) -> Selector:
     if pruner is None:
         return Everything()
     if not isinstance(pruner, torch.nn.Module) and pruner not in get_args(Rule):
-        known = ", ".join(f'"{name}"' for name in (*get_args(Rule), *get_args(Rival)))
+        known = ", ".join(f'"{name}"' for name in (*get_args(Rule), *get_args(Rival), *get_args(Inside)))
         raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")
     compares = isinstance(pruner, str) and reads_features(pruner)
     if options.fill != "auto" and isinstance(pruner, str):

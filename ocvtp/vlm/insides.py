@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, get_args
 
 import torch
 
-from ocvtp.methods.in_llm import Method, averages
+from ocvtp.methods.in_llm import Inside, Method, averages, by_name
 from ocvtp.vlm.contracts.adapter import Adapter
 from ocvtp.vlm.contracts.budgets import Budget
 from ocvtp.vlm.contracts.errors import PatchError
 from ocvtp.vlm.contracts.selector import Begun, Group
 from ocvtp.vlm.in_llm import fit, hooks_of
+from ocvtp.vlm.in_llm.decoder import Decoder
+from ocvtp.vlm.options import Options
 
 #: Why kept tokens have no weights then.
 NO_WEIGHTS = (
@@ -44,6 +47,35 @@ class Everything:
 
 
 ALL = Budget(1.0)
+
+
+def named(adapter: Adapter, options: Options) -> Options:
+    """The same with the method inside that ``pruner`` names, fitted to ``keep``; others as they are.
+
+    Raises:
+        TypeError, ValueError: options that mean nothing then, or a budget that can't be had.
+    """
+    name: Any = options.pruner
+    if isinstance(name, torch.nn.Module) or name not in get_args(Inside):
+        return options
+    for field in fields(options):
+        said = (
+            field.name not in ("pruner", "keep", "backend") and getattr(options, field.name) != field.default
+        )
+        if said:
+            raise ValueError(
+                f"{field.name} is for what is dropped before the language model, not for {name!r}"
+            )
+    tokens = adapter.facts({}).tokens
+    if tokens is None and not isinstance(options.keep, float):
+        raise ValueError(
+            f"images of this model differ in size, so keep of {name!r} must be a share, such as 0.222; "
+            f"got {options.keep!r}"
+        )
+    keep: Any = options.keep
+    depth = Decoder(adapter.model).depth
+    method = by_name(name, keep, depth=depth, tokens=tokens)
+    return Options(None, inside=method, backend=options.backend)
 
 
 def check_inside(adapter: Adapter, method: Method) -> None:

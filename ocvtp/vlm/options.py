@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ocvtp.methods.in_llm import Method
+from ocvtp.methods.in_llm import Inside, Method
 from ocvtp.pruner.pruner import check_options
 from ocvtp.pruner.topup import Fill
 from ocvtp.vlm.contracts.reducer import Reducer, Rival
@@ -21,7 +21,7 @@ from ocvtp_kernels.coverage import check_rounds
 class Options:
     """The arguments of :func:`ocvtp.apply`, where they are explained."""
 
-    pruner: torch.nn.Module | Rule | Rival | Reducer | None
+    pruner: torch.nn.Module | Rule | Rival | Inside | Reducer | None
     keep: int | float | Literal["auto"] = 64
     positions: Positions | Literal["auto"] = "auto"
     seed: int = 0

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from ocvtp.methods.in_llm import Method
+from ocvtp.methods.in_llm import Inside, Method
 from ocvtp.pruner.topup import Fill
 from ocvtp.selection import Selection
 from ocvtp.vlm.call import calls
@@ -29,7 +29,7 @@ _PATCHED: dict[str, Run] = {"forward": calls.forward, "generate": calls.generate
 
 def apply(
     model: Any,
-    pruner: torch.nn.Module | Rule | Rival | Reducer | None = DEFAULT_RULE,
+    pruner: torch.nn.Module | Rule | Rival | Inside | Reducer | None = DEFAULT_RULE,
     keep: int | float | Literal["auto"] = 64,
     positions: Literal["compact", "original", "auto"] = "auto",
     *,
@@ -72,7 +72,9 @@ def apply(
             ``"visionzip"``, ``"hiprune"``, ``"tome"`` and the rest of ``docs/methods.md``, by name, or as an
             instance with other settings (:mod:`ocvtp.vlm.rivals`), on LLaVA-1.5, LLaVA-NeXT and Qwen2.5-VL.
             They do what was published: nothing is merged or weighed unless ``merge`` and ``weigh`` say so,
-            and of a tiled image each tile keeps its share (``layout="official"``). ``None``, with
+            and of a tiled image each tile keeps its share (``layout="official"``). ``"fastv"``,
+            ``"sparsevlm"``, ``"sparsevlm2"``, ``"pyramiddrop"`` and ``"dart"`` drop tokens inside the
+            language model; ``keep`` is then what goes into its layers on average. ``None``, with
             ``inside``: nothing is dropped before the language model, and nothing of the tower is changed.
         keep: image tokens to keep per image, all its tiles together: a number, or a share of them such as
             ``0.25``, or ``"auto"``: for each image the smallest of ``budgets`` whose coverage error is at
@@ -193,7 +195,7 @@ def remove(model: Any) -> None:
 @contextlib.contextmanager
 def pruned(
     model: Any,
-    pruner: torch.nn.Module | Rule | Rival | Reducer | None = DEFAULT_RULE,
+    pruner: torch.nn.Module | Rule | Rival | Inside | Reducer | None = DEFAULT_RULE,
     *args: Any,
     **options: Any,
 ) -> Iterator[PruneReport]:

@@ -39,6 +39,7 @@ class PruneReport:
         weigh: whether the language model adds log(how many tokens a kept one stands for) to its logits.
         farthest: whether farthest points top up a pruner's tokens, rather than those that receive attention.
         inside: what drops tokens inside the language model, and how many, in words; empty: nothing does.
+        before: whether anything is dropped before the language model.
         reasons: why merging or weights are off although ``"auto"`` would have them.
         method: of a rival method, its source, and what is our adaptation on this model.
         own_merge: whether a rival method merges tokens by its own rule.
@@ -69,30 +70,38 @@ class PruneReport:
     method: str | None = None
     own_merge: bool = False
     inside: tuple[str, ...] = ()
+    before: bool = True
 
     def __str__(self) -> str:
-        consumed = ", ".join(str(layer) for layer in self.consumed_layers)
-        rounds = f", {self.refine} round{'s' * (self.refine > 1)} of refinement" if self.refine else ""
-        reads = "no layer" if self.read_layer is None else f"layer {self.read_layer}"
-        topped = ", topped up by farthest points" if self.farthest else ""
-        rest = " for kept tokens only" if self.kept_rows_only else ""
         rows = [
-            ("image tokens", self._tokens()),
-            ("tower", f"{self.tower}, {self.num_layers} layers, {self.attention} attention"),
-            (
-                "chosen by",
-                self.selector if self.method else f"{self.selector}, which reads {reads}{topped}{rounds}",
-            ),
-            *([("", f"({self.method})")] if self.method else []),
-            ("model consumes", f"layer {consumed}{rest}; later layers are skipped"),
-            ("dropped tokens", self._dropped()),
-            *(("", f"({reason})") for reason in self.reasons),
+            *(self._before() if self.before else [("image tokens", self._tokens())]),
             *zip(("inside", *[""] * len(self.inside)), self.inside, strict=False),
             ("positions", self.positions),
             ("kernels", f"{self.backend}, {self.precision}{', CUDA graphs' if self.captured else ''}"),
             ("hand-over", self.route),
         ]
         return "\n".join([f"ocvtp on {self.family}", *(f"  {name:<15}{value}" for name, value in rows)])
+
+    def _before(self) -> list[tuple[str, str]]:
+        """What happens before the language model."""
+        consumed = ", ".join(str(layer) for layer in self.consumed_layers)
+        rest = " for kept tokens only" if self.kept_rows_only else ""
+        return [
+            ("image tokens", self._tokens()),
+            ("tower", f"{self.tower}, {self.num_layers} layers, {self.attention} attention"),
+            ("chosen by", self.selector if self.method else f"{self.selector}, {self._read()}"),
+            *([("", f"({self.method})")] if self.method else []),
+            ("model consumes", f"layer {consumed}{rest}; later layers are skipped"),
+            ("dropped tokens", self._dropped()),
+            *(("", f"({reason})") for reason in self.reasons),
+        ]
+
+    def _read(self) -> str:
+        """What it chooses by."""
+        rounds = f", {self.refine} round{'s' * (self.refine > 1)} of refinement" if self.refine else ""
+        reads = "no layer" if self.read_layer is None else f"layer {self.read_layer}"
+        topped = ", topped up by farthest points" if self.farthest else ""
+        return f"which reads {reads}{topped}{rounds}"
 
     def _dropped(self) -> str:
         """What becomes of them."""

@@ -19,7 +19,7 @@ from ocvtp.vlm.contracts.selector import Selector
 from ocvtp.vlm.contracts.settings import Layout, Merge, Positions, Settings
 from ocvtp.vlm.contracts.versions import transformers_older_than
 from ocvtp.vlm.encode.selectors import PrunerSelector
-from ocvtp.vlm.insides import ALL, NO_WEIGHTS, check_inside, described
+from ocvtp.vlm.insides import ALL, NO_WEIGHTS, check_inside, described, named
 from ocvtp.vlm.options import Options
 from ocvtp.vlm.report import PruneReport
 from ocvtp_kernels._backend import resolve_backend
@@ -32,6 +32,7 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         TypeError, ValueError: a pruner or an option that does not fit, or that this machine can't serve.
         BackendUnavailableError: an explicit backend that can't run here.
     """
+    options = named(adapter, options)
     facts, model = adapter.facts({}), adapter.model
     budget = Budget(options.keep, options.max_error, options.budgets) if options.pruner is not None else ALL
     if options.inside is not None:
@@ -142,6 +143,7 @@ def _report(
         reasons=reasons,
         method=settings.selector.account if isinstance(settings.selector, Reducer) else None,
         own_merge=isinstance(settings.selector, Reducer) and settings.selector.merges,
+        before=options.pruner is not None,
         inside=() if options.inside is None else described(adapter, options.inside, after),
     )
 

@@ -30,7 +30,7 @@ from ocvtp.atomic import write_json
 _ROOT = Path(__file__).parents[3]
 _DOCUMENT = _ROOT / "docs" / "accuracy.md"
 _RECORD = "accuracy_rivals.json"
-_GATE_PICTURES, _GATE_QUESTIONS, _GATE_KEEP = 6, 4, 28
+_GATE_PICTURES, _GATE_QUESTIONS, _GATE_KEEP = 6, 4, 84
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     model, processor = load_model(MODEL, device)
     folders = {"early": ASSETS / "testbed-pruner", "consumed": ASSETS / "testbed-pruner-consumed"}
-    lines = contenders(load_pruners(folders, device))
+    depth, tokens = model.config.text_config.num_hidden_layers, model.config.image_seq_length
+    lines = contenders(load_pruners(folders, device), depth, tokens)
     if arguments.only:
         lines = [one for one in lines if one.name in (EVERYTHING, DEFAULT) or arguments.only in one.name]
     words = processor.tokenizer.get_vocab()
@@ -50,7 +51,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     checked = sum(check(model, processor, few, one, _GATE_KEEP) for one in lines)
     print(f"{checked} answers of the product and of this benchmark agree", flush=True)
     test = testset.build(model, words, "test", arguments.pictures, arguments.questions, [])
-    tokens = test.tokens.shape[1]
     rows = []
     for percent in BUDGETS:
         keep = keep_of(percent, tokens)
@@ -58,14 +58,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for one in lines:
             if arguments.verbose:
                 print(f"{time.strftime('%H:%M:%S')} {percent} %: {one.name}", flush=True)
-            right[one.name] = right_answers(model, processor, test, one, keep).mean(0)
-        rows += [_row(test, one, percent, keep, right) for one in lines]
+            answered = right_answers(model, processor, test, one, keep)
+            if answered is not None:
+                right[one.name] = answered.mean(0)
+        rows += [_row(test, one, percent, keep, right) for one in lines if one.name in right]
     return {
         **provenance(device, arguments.commit),
         "gate": {"answers": checked},
         "set": {"split": "test", "pictures": len(test), "questions": len(test.kinds)},
         "tokens": tokens,
-        "language_layers": model.config.text_config.num_hidden_layers,
+        "language_layers": depth,
         "rows": rows,
     }
 

@@ -11,7 +11,7 @@ from PIL import Image
 import ocvtp
 from bench.accuracy.answers import correct
 from bench.accuracy.gate import GateError
-from bench.accuracy.rivals.contenders import Contender
+from bench.accuracy.rivals.contenders import EVERYTHING, Contender
 from bench.accuracy.testset import TestSet
 from bench.testbed.language import prompt
 from bench.testbed.network import answer, said
@@ -23,18 +23,23 @@ _PICTURES, _QUESTIONS = 25, 40  # at once
 
 
 @torch.no_grad()
-def right_answers(model: Any, processor: Any, test: TestSet, contender: Contender, keep: int) -> np.ndarray:
-    """``[seeds, Q]``: which questions are answered right.
+def right_answers(
+    model: Any, processor: Any, test: TestSet, contender: Contender, keep: int
+) -> np.ndarray | None:
+    """``[seeds, Q]``: which questions are answered right; ``None`` if the budget can't be had.
 
     What is kept of a picture is asked for once where the question doesn't matter, and all its questions are
     answered in one packed sequence, as :mod:`bench.accuracy` does; else each question is a prompt.
     """
-    if contender.pruner is None:
+    if contender.name == EVERYTHING:
         return correct(model, test)[None]
+    arguments = contender.arguments(keep)
+    if arguments is None:
+        return None
     found = []
     for seed in range(contender.seeds):
-        options = {**contender.options, **({"seed": seed} if contender.seeds > 1 else {})}
-        with ocvtp.pruned(model, contender.pruner, keep=keep, **options):
+        drawn: dict[str, Any] = {"seed": seed} if contender.seeds > 1 else {}
+        with ocvtp.pruned(model, **arguments, **drawn):
             if contender.asks:
                 found.append(_one_by_one(model, processor, test))
                 continue
@@ -84,9 +89,10 @@ def check(model: Any, processor: Any, few: TestSet, contender: Contender, keep: 
     Raises:
         GateError: a word differs.
     """
-    if contender.pruner is None:
+    arguments = contender.arguments(keep)
+    if contender.name == EVERYTHING or arguments is None:
         return 0
-    with ocvtp.pruned(model, contender.pruner, keep=keep, **contender.options):
+    with ocvtp.pruned(model, **arguments):
         asked = [(one.pixels, question.text) for one in few.examples for question in one.questions]
         inputs = _inputs(processor, asked).to(model.device)
         generated = model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1].tolist()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ocvtp import OCPruner
+from ocvtp.methods.in_llm import Dart, FastV, Method, PyramidDrop, SparseVLM
 from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.rivals.by_attention import Salient
 from ocvtp.vlm.rivals.catalog import METHODS
@@ -24,8 +25,9 @@ class Contender:
 
     Attributes:
         name: of it.
-        pruner: what ``apply`` takes; ``None`` prunes nothing.
+        pruner: what ``apply`` takes; ``None`` prunes nothing before the language model.
         options: what else it takes.
+        inside: makes settings of a method inside the language model for an average, by what goes into layers.
         seeds: draws that differ.
         asks: whether what is kept depends on the question.
         note: what is not as published.
@@ -34,16 +36,28 @@ class Contender:
     name: str
     pruner: Any
     options: Mapping[str, Any] = field(default_factory=dict)
+    inside: Callable[[int], Method] | None = None
     seeds: int = 1
     asks: bool = False
     note: str = ""
 
+    def arguments(self, keep: int) -> dict[str, Any] | None:
+        """What ``apply`` takes for a budget, beside the model; ``None`` if it can't be had."""
+        if self.inside is None:
+            return {"pruner": self.pruner, "keep": keep, **self.options}
+        try:
+            return {"pruner": None, "inside": self.inside(keep)}
+        except ValueError:
+            return None
 
-def contenders(pruners: Mapping[str, OCPruner]) -> list[Contender]:
+
+def contenders(pruners: Mapping[str, OCPruner], depth: int, tokens: int) -> list[Contender]:
     """All of them; the product's default comes second, after all tokens.
 
     Args:
         pruners: ours by name: ``"early"`` and ``"consumed"``.
+        depth: layers of the language model.
+        tokens: of a picture.
     """
     found = [
         Contender(EVERYTHING, None),
@@ -54,7 +68,22 @@ def contenders(pruners: Mapping[str, OCPruner]) -> list[Contender]:
     ]
     for method in METHODS.values():
         found += _lines(method)
-    return found
+    return [*found, *_inside(depth, tokens)]
+
+
+def _inside(depth: int, tokens: int) -> list[Contender]:
+    """Methods inside the language model, which here has a few layers: cuts are as early as they can be."""
+    size: dict[str, Any] = {"depth": depth, "tokens": tokens}
+    makers: dict[str, tuple[str, Callable[[int], Method]]] = {
+        "FastV": ("layer 1", lambda keep: FastV.fit(keep, layer=1, **size)),
+        "DART": ("layer 1", lambda keep: Dart.fit(keep, layer=1, **size)),
+        "PyramidDrop": ("layers 1, 2, 3", lambda keep: PyramidDrop.fit(keep, layers=(1, 2, 3), **size)),
+        "SparseVLM": ("layers 1, 2, 3", lambda keep: SparseVLM.fit(keep, layers=(0, 1, 2), **size)),
+    }
+    return [
+        Contender(name, None, inside=make, asks=True, note=f"cuts before {where} of {depth}, on average")
+        for name, (where, make) in makers.items()
+    ]
 
 
 def _lines(kind: type[Reducer]) -> Sequence[Contender]:

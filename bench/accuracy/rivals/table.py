@@ -21,12 +21,11 @@ def tables(record: dict[str, Any]) -> dict[str, str]:
     ]
     lines = []
     for name in dict.fromkeys(row["method"] for row in rows):
-        of_it = [found[name, percent] for percent in percents]
-        accuracy = [_pm(row["accuracy"]) for row in of_it]
-        beyond = [
-            "" if name in (DEFAULT, EVERYTHING) else _pm(row["over_default"], sign=True) for row in of_it
-        ]
-        note = next(row["note"] for row in of_it)
+        of_it = [found.get((name, percent)) for percent in percents]
+        accuracy = ["can't" if row is None else _pm(row["accuracy"]) for row in of_it]
+        itself = name in (DEFAULT, EVERYTHING)
+        beyond = ["" if itself or row is None else _pm(row["over_default"], sign=True) for row in of_it]
+        note = next(row["note"] for row in of_it if row is not None)
         lines.append([f"{name} ({note})" if note else name, *accuracy, *beyond])
     return {"rivals": table(head, lines)}
 

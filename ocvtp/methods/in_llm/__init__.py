@@ -7,6 +7,7 @@ of tensors. None of it knows a model.
 from __future__ import annotations
 
 from ocvtp.methods.in_llm.averages import Averages, averages
+from ocvtp.methods.in_llm.by_name import Inside, by_name
 from ocvtp.methods.in_llm.contract import Choice, Method, Numbering, Rows
 from ocvtp.methods.in_llm.dart import Dart, least_alike, longest
 from ocvtp.methods.in_llm.density import density_peaks
@@ -24,6 +25,7 @@ __all__ = [
     "Choice",
     "Dart",
     "FastV",
+    "Inside",
     "Method",
     "Numbering",
     "Preset",
@@ -31,6 +33,7 @@ __all__ = [
     "Rows",
     "SparseVLM",
     "averages",
+    "by_name",
     "density_peaks",
     "fastv_scores",
     "gravity",
