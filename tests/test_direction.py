@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ocvtp.vlm.contracts",),
     ("ocvtp.vlm.layouts",),
     ("ocvtp.vlm.towers",),
-    ("ocvtp.vlm.families", "ocvtp.vlm.encode"),
+    ("ocvtp.vlm.families", "ocvtp.vlm.encode", "ocvtp.vlm.rivals"),
     ("ocvtp.vlm.in_llm",),
     ("ocvtp.vlm.call",),
     ("ocvtp.vlm",),

@@ -256,7 +256,7 @@ def test_models_that_can_t_be_counted() -> None:
 def test_a_transformers_that_can_t_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """5.0 asks torch whether autocast is on for ``meta``, which is an error."""
 
-    def run(*_: Any) -> Any:
+    def run(*_: Any, **__: Any) -> Any:
         raise RuntimeError("unknown device type for autocast in get_autocast_dispatch_key_from_device_type")
 
     monkeypatch.setattr(flops, "encode", run)

@@ -8,6 +8,7 @@ Where kept tokens stand for others, means are taken by hand as well, and weights
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,7 +23,9 @@ from bench.micro.gates import GateError, require_error, worst_error
 from ocvtp import OCPruner
 from ocvtp.vlm import select
 from ocvtp.vlm.call.controller import controller_of
+from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.encode.encode import encode
+from ocvtp.vlm.encode.questions import questions_of
 
 #: Largest relative error of the first token's logits, ``|got - want| / |want|``.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -80,14 +83,20 @@ def by_hand(model: Any, inputs: Inputs, rows: torch.Tensor) -> Inputs:
     controller = controller_of(model)
     adapter, settings = controller.adapter, controller.settings
     with torch.no_grad():
-        kept = encode(adapter, inputs, settings, None)["image"]
         ids = inputs["input_ids"]
+        asking = functools.partial(questions_of, ids, inputs["attention_mask"])
+        kept = encode(adapter, inputs, settings, None, asking=asking)["image"]
         where = ids == adapter.token_id("image")
         places = kept.places(ids.device)
         mass = None
         if settings.standing:
             means, mass = stand_by_hand(model, inputs, rows, places, BOUNDS[model.dtype])
             rows = rows if settings.merge == "off" else means
+        own = isinstance(settings.selector, Reducer) and settings.selector.merges
+        if (
+            own or settings.layout == "official"
+        ):  # rows that no place of the prompt has; golden tensors prove them
+            rows = rows.index_copy(0, places, kept.flat().to(rows))
         text = model.get_input_embeddings()(ids)
         long = text.masked_scatter(where[..., None], rows.to(text))
         stays = ~where

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+#: Now and then the profiler returns no event at all, of calls that have thousands.
+_TRIES = 3
+
 
 def extra_bytes(device: torch.device, call: Callable[[], object]) -> int:
     """The most memory that a call takes at a time, on top of what tensors hold before it.
@@ -22,10 +25,14 @@ def extra_bytes(device: torch.device, call: Callable[[], object]) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    results: Any = profiler.profiler
-    changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    changes: list[Any] = []
+    for _ in range(_TRIES):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        results: Any = profiler.profiler
+        changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+        if changes:
+            break
     now = peak = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
         now += event.nbytes()

@@ -16,8 +16,10 @@ from bench.e2e.watch import Watch, watched
 from ocvtp import OCPruner
 from ocvtp.vlm import PatchError, stage_times
 from ocvtp.vlm.call.controller import controller_of
+from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.contracts.selector import Rule
 from ocvtp.vlm.encode.timing import Clock
+from ocvtp.vlm.rivals.catalog import METHODS
 
 UNPRUNED, OURS, OFFICIAL = "unpruned", "ocvtp", "official dataflow"
 MERGED, WEIGHED = "ocvtp, merged", "ocvtp, merged and weighed"
@@ -34,7 +36,10 @@ RULES: dict[str, Rule] = {
     "attention": "attention",
     "random": "random",
 }
-NAMES = (UNPRUNED, *VARIANTS, OFFICIAL, *RULES)
+#: Methods of others, as published. What reads the question compares it in the language model's space: a
+#: model of random weights comes without a text tower.
+RIVALS: dict[str, type[Reducer]] = {kind.title: kind for kind in METHODS.values()}
+NAMES = (UNPRUNED, *VARIANTS, OFFICIAL, *RULES, *RIVALS)
 
 Prepare = Callable[[Inputs, Clock | None], Inputs]
 
@@ -127,6 +132,12 @@ def methods(model: Any, pruner: OCPruner, keep: int, everything: int) -> dict[st
     if model.config.model_type in FAMILIES:
         found.append(Method(OFFICIAL, keep, official))
     found += [patched(name, rule, VARIANTS[OURS]) for name, rule in RULES.items()]
+    family = model.config.model_type
+    found += [
+        patched(name, kind("language_model") if kind.reads_text else kind(), {})  # type: ignore[call-arg]
+        for name, kind in RIVALS.items()
+        if family in kind.families
+    ]
     return {method.name: method for method in found}
 
 

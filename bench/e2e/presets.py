@@ -122,7 +122,7 @@ def rehearsal(preset: Preset) -> Preset:
             vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 4, 64, 96, 4
             vision.fullatt_block_indexes, vision.out_hidden_size = [1, 3], 256
         else:
-            vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size = 4, 64, 96
+            vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size = 8, 64, 96
             vision.num_attention_heads = 4
         return made
 

@@ -84,10 +84,11 @@ def _is_pruner_folder(folder: Path) -> bool:
 
 
 def is_rule(pruner: str) -> bool:
-    """Whether this names a rule that needs no pruner."""
+    """Whether this names a rule, or a method of others, that needs no pruner."""
+    from ocvtp.vlm.contracts.reducer import Rival
     from ocvtp.vlm.contracts.selector import Rule
 
-    return pruner in get_args(Rule)
+    return pruner in (*get_args(Rule), *get_args(Rival))
 
 
 def pruner_source(given: str) -> str:

@@ -11,6 +11,8 @@ as eager attention computes it. The weights of proportional attention are added 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +23,8 @@ from ocvtp.cost.counters import Counter, Products, counter_of
 from ocvtp.pruner import OCPruner
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.vlm.contracts.adapter import Adapter
+from ocvtp.vlm.contracts.reducer import Reducer, Rival
+from ocvtp.vlm.contracts.selector import Rule
 from ocvtp.vlm.contracts.settings import Merge, Settings
 from ocvtp.vlm.encode.encode import choose, encode
 from ocvtp.vlm.families import adapter_for
@@ -143,6 +147,7 @@ def count(
     pruner: PrunerConfig | None = None,
     merge: Merge | Literal["auto"] | None = None,
     weigh: bool | Literal["auto"] | None = None,
+    method: Rule | Rival | Reducer | None = None,
     counter: Counter = "torch",
 ) -> Cost:
     """Count a call with one image at batch 1.
@@ -157,6 +162,7 @@ def count(
         pruner: sizes of the pruner; default: the published ones for the tower's width.
         merge: as of :func:`ocvtp.apply`; ``None``: its default.
         weigh: as of :func:`ocvtp.apply`; ``None``: its default.
+        method: who chooses in the place of a pruner: a rule, or a method of others.
         counter: whose formulas: ``"torch"``, or ``"fvcore"`` for a second opinion (``pip install fvcore``).
 
     Raises:
@@ -166,7 +172,7 @@ def count(
     """
     said = {name: value for name, value in (("merge", merge), ("weigh", weigh)) if value is not None}
     try:
-        return _count(config, keep, text_tokens, image, pruner, said, counter)
+        return _count(config, keep, text_tokens, image, pruner, method, said, counter)
     except RuntimeError as error:
         if "autocast" not in str(error):
             raise
@@ -176,48 +182,108 @@ def count(
         ) from error
 
 
-def _count(
+def count_methods(
     config: Any,
-    keep: float,
-    text_tokens: int,
-    image: tuple[int, int] | None,
-    pruner: PrunerConfig | None,
-    said: dict[str, Any],
-    counter: Counter,
-) -> Cost:
-    from transformers import AutoModelForImageTextToText
+    methods: Sequence[Rule | Rival | Reducer],
+    budgets: Sequence[float],
+    text_tokens: int = 32,
+    image: tuple[int, int] | None = None,
+) -> list[list[Cost]]:
+    """:func:`count` of many methods at many budgets of one model, which is made only once.
 
+    Args:
+        config: as for :func:`count`.
+        methods: rules, or methods of others.
+        budgets: tokens to keep, or shares.
+        text_tokens: as for :func:`count`.
+        image: as for :func:`count`.
+
+    Returns:
+        For each method its budgets, in order.
+
+    Raises:
+        ValueError: as :func:`count`.
+    """
+    text_tokens = _checked(config, text_tokens)
+    with torch.no_grad(), pretend(_ARCHITECTURE):
+        counted = _Counted(config, image, "torch")
+        return [[counted.cost(method, keep, text_tokens, {}) for keep in budgets] for method in methods]
+
+
+def _checked(config: Any, text_tokens: int) -> int:
+    """``text_tokens``; raises ``ValueError`` for a model or a prompt that can't be counted."""
     family = config.model_type
     if family not in FAMILIES:
         raise ValueError(f"can't count a {family!r} model; these can be: {', '.join(FAMILIES)}")
     count = as_int(text_tokens)
     if count is None or count < 1:
         raise ValueError(f"text_tokens must be an int of at least 1; got {text_tokens!r}")
-    text_tokens = count
-    size, products = _size(config, image), counter_of(counter)
+    return count
+
+
+def _count(
+    config: Any,
+    keep: float,
+    text_tokens: int,
+    image: tuple[int, int] | None,
+    pruner: PrunerConfig | None,
+    method: Rule | Rival | Reducer | None,
+    said: dict[str, Any],
+    counter: Counter,
+) -> Cost:
+    if method is not None and pruner is not None:
+        raise ValueError("give sizes of a pruner or a method, not both")
+    text_tokens = _checked(config, text_tokens)
     with torch.no_grad(), pretend(_ARCHITECTURE):  # "auto" is our kernels, as on a GPU
+        counted = _Counted(config, image, counter)
+        chooser = counted.pruner(pruner) if method is None else method
+        return counted.cost(chooser, keep, text_tokens, said)
+
+
+class _Counted:
+    """A model on the meta device, with what its vision side costs unpruned."""
+
+    def __init__(self, config: Any, image: tuple[int, int] | None, counter: Counter) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        size = _size(config, image)
+        self._products = counter_of(counter)
         with _META:  # eager attention, whose products both counters see
             model = AutoModelForImageTextToText.from_config(
                 config, dtype=torch.float16, attn_implementation="eager"
             ).eval()
+        self._text = config.get_text_config()
         if hasattr(model.model, "image_newline"):  # the one weight that is looked at
-            model.model.image_newline = nn.Parameter(torch.zeros(config.get_text_config().hidden_size))
-        adapter = adapter_for(model)
-        facts = adapter.facts({})
-        layer = min(PrunerConfig.layer, max(facts.consumed_layers) - 1)
-        sizes = PrunerConfig(in_dim=facts.width, unit=facts.unit, layer=layer) if pruner is None else pruner
-        arguments = picture_arguments(config, size, 1, _empty)
-        language = _LanguageModel(adapter, products)
-        before, rows, candidates = _unpruned_vision(adapter, arguments, products)
+            model.model.image_newline = nn.Parameter(torch.zeros(self._text.hidden_size))
+        self._adapter = adapter_for(model)
+        self._arguments = picture_arguments(config, size, 1, _empty)
+        language = _LanguageModel(self._adapter, self._products)
+        self._language = functools.cache(language.parts)
+        self._before, self._rows, self._candidates = _unpruned_vision(
+            self._adapter, self._arguments, self._products
+        )
+
+    def pruner(self, sizes: PrunerConfig | None) -> OCPruner:
+        """A pruner of these sizes; by default of the published ones for the tower's width."""
+        facts = self._adapter.facts({})
+        if sizes is None:
+            layer = min(PrunerConfig.layer, max(facts.consumed_layers) - 1)
+            sizes = PrunerConfig(in_dim=facts.width, unit=facts.unit, layer=layer)
         with _META:
-            made = OCPruner(sizes).eval()
-        settings, _ = resolve(adapter, Options(made, keep, **said))
-        after, plain, kept, budget = _pruned_vision(adapter, arguments, settings, before[2], products)
+            return OCPruner(sizes).eval()
+
+    def cost(self, chooser: Any, keep: float, text_tokens: int, said: dict[str, Any]) -> Cost:
+        """Of a call, unpruned and pruned by ``chooser``."""
+        before, candidates = self._before, self._candidates
+        settings, _ = resolve(self._adapter, Options(chooser, keep, **said))
+        after, plain, kept, budget = _pruned_vision(
+            self._adapter, self._arguments, settings, before[2], self._products
+        )
         if budget == candidates:
             after = plain = before
-        prompts = rows + text_tokens, kept + text_tokens
-        long, short = (language.parts(tokens) for tokens in prompts)
-        text = config.get_text_config()
+        prompts = self._rows + text_tokens, kept + text_tokens
+        long, short = (self._language(tokens) for tokens in prompts)
+        text = self._text
         # The published figures have the image's candidates alone: newlines don't count.
         paper = [
             paper_flops(text.num_hidden_layers, text.hidden_size, text.intermediate_size, n + text_tokens)
@@ -281,13 +347,17 @@ def _pruned_vision(
     def vision() -> Any:
         return adapter.vision("image", arguments, plain)
 
+    def asking(_: int, totals: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.empty(1, dtype=torch.int64, device=_META)] * len(totals)  # looking words up is free
+
     def encoding(how: Settings) -> int:
-        return products(lambda: encode(adapter, arguments, how, None))
+        return products(lambda: encode(adapter, arguments, how, None, asking=asking))
 
     # Also folds the pruner's weights, which happens once a checkpoint, not once a call.
-    kept = sum(len(rows) for rows in encode(adapter, arguments, plain, None)["image"].rows)
-    tower = products(lambda: vision().run(settings.selector.read_layer, None))
-    chosen = products(lambda: choose(adapter, arguments, plain))
+    kept = sum(len(rows) for rows in encode(adapter, arguments, plain, None, asking=asking)["image"].rows)
+    chosen = products(lambda: choose(adapter, arguments, plain, asking=asking))
+    in_tower = isinstance(settings.selector, Reducer) and settings.selector.in_tower
+    tower = chosen if in_tower else products(lambda: vision().run(settings.selector.read_layer, None))
     on_kept = encoding(plain) - chosen
     projector = everywhere if settings.standing and settings.merge != "features" else on_kept
     merging = encoding(settings) - chosen - projector if settings.standing else 0

@@ -8,11 +8,14 @@ import torch
 
 from ocvtp.pruner.capture import SlotRunner
 from ocvtp.pruner.pruner import OCPruner
+from ocvtp.vlm.contracts.adapter import Adapter
+from ocvtp.vlm.contracts.reducer import Reducer, Rival, Site
 from ocvtp.vlm.contracts.selector import Rule, Selector, reads_features
 from ocvtp.vlm.contracts.settings import Tower
 from ocvtp.vlm.encode.selectors import PrunerSelector, RuleSelector
 from ocvtp.vlm.insides import Everything
 from ocvtp.vlm.options import Options
+from ocvtp.vlm.rivals.catalog import bound, rival
 from ocvtp_kernels._checks import as_int
 
 
@@ -26,11 +29,11 @@ def selector_for(options: Options, consumed: tuple[int, ...]) -> Selector:
     Raises:
         TypeError, ValueError: a pruner that is none, or options that mean nothing to it.
     """
-    pruner = options.pruner
+    pruner: Any = options.pruner  # torch.nn.Module | Rule | None
     if pruner is None:
         return Everything()
     if not isinstance(pruner, torch.nn.Module) and pruner not in get_args(Rule):
-        known = ", ".join(f'"{rule}"' for rule in get_args(Rule))
+        known = ", ".join(f'"{name}"' for name in (*get_args(Rule), *get_args(Rival)))
         raise TypeError(f"pruner must be an ocvtp.OCPruner or one of {known}; got {pruner!r}")
     compares = isinstance(pruner, str) and reads_features(pruner)
     if options.fill != "auto" and isinstance(pruner, str):
@@ -62,6 +65,43 @@ def selector_for(options: Options, consumed: tuple[int, ...]) -> Selector:
     return PrunerSelector(
         pruner, passed, SlotRunner(options.capture), options.max_error, reads_scores=fill == "attention"
     )
+
+
+def reducer_for(options: Options, adapter: Adapter) -> Reducer | None:
+    """The rival method that was asked for, made up for a model; ``None`` if none was.
+
+    Args:
+        options: what was asked.
+        adapter: of the model.
+
+    Raises:
+        ValueError: a method that can't work on this model, or options that mean nothing to it.
+    """
+    asked: Any = options.pruner
+    if not isinstance(asked, Reducer):
+        if isinstance(asked, torch.nn.Module) or asked not in get_args(Rival):
+            return None
+        asked = rival(asked)
+    for name in ("fill", "features", "refine"):
+        if getattr(options, name) != Options.default(name):
+            raise ValueError(f"{name} is for pruners and rules of our own, not for {asked.title}")
+    if options.tower == "kept_rows" and asked.reads_rows:
+        raise ValueError(
+            f'tower="kept_rows" computes the consumed layer for kept tokens only, and {asked.title} compares '
+            'all of it: use tower="exact"'
+        )
+    if asked.merges and (options.merge not in ("auto", "off") or options.weigh is True):
+        raise ValueError(f"{asked.title} merges tokens by its own rule: leave out merge and weigh")
+    facts = adapter.facts({})
+    site = Site(
+        family=adapter.model.config.model_type,
+        class_token=adapter.class_token,
+        consumed=facts.consumed_layers,
+        num_layers=facts.num_layers,
+        blocks=adapter.told_blocks,
+        model=adapter.model,
+    )
+    return bound(asked, site)
 
 
 def _read_layer(features: object, consumed: tuple[int, ...], tower: Tower) -> int:

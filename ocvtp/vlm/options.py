@@ -11,6 +11,7 @@ import torch
 from ocvtp.methods.in_llm import Method
 from ocvtp.pruner.pruner import check_options
 from ocvtp.pruner.topup import Fill
+from ocvtp.vlm.contracts.reducer import Reducer, Rival
 from ocvtp.vlm.contracts.selector import Rule
 from ocvtp.vlm.contracts.settings import Frames, Layout, Merge, Newlines, Positions, Tower
 from ocvtp_kernels.coverage import check_rounds
@@ -20,7 +21,7 @@ from ocvtp_kernels.coverage import check_rounds
 class Options:
     """The arguments of :func:`ocvtp.apply`, where they are explained."""
 
-    pruner: torch.nn.Module | Rule | None
+    pruner: torch.nn.Module | Rule | Rival | Reducer | None
     keep: int | float | Literal["auto"] = 64
     positions: Positions | Literal["auto"] = "auto"
     seed: int = 0
@@ -41,6 +42,11 @@ class Options:
     fill: Fill | Literal["auto"] = "auto"
     inside: Method | None = None
 
+    @classmethod
+    def default(cls, name: str) -> object:
+        """The default of a field that has one."""
+        return next(field.default for field in fields(cls) if field.name == name)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "refine", check_rounds(self.refine))
         object.__setattr__(self, "seed", check_options(self.seed, self.precision))
@@ -56,7 +62,7 @@ class Options:
             raise ValueError(f'merge must be one of {known} or "auto"; got {self.merge!r}')
         if not isinstance(self.weigh, bool) and self.weigh != "auto":
             raise ValueError(f'weigh must be True, False or "auto"; got {self.weigh!r}')
-        if self.keep == "auto" and isinstance(self.pruner, str):
+        if self.keep == "auto" and isinstance(self.pruner, str | Reducer):
             raise ValueError(f'keep="auto" compares coverage, which needs a pruner, not {self.pruner!r}')
         self._check_inside()
 

@@ -14,6 +14,7 @@ from ocvtp.selection import Selection
 from ocvtp.vlm.call import calls
 from ocvtp.vlm.call.controller import ATTRIBUTE, controller_of, unwrap
 from ocvtp.vlm.contracts.errors import PatchError
+from ocvtp.vlm.contracts.reducer import Reducer, Rival
 from ocvtp.vlm.contracts.selector import DEFAULT_RULE, Rule
 from ocvtp.vlm.contracts.settings import Frames, Layout, Merge, Newlines, Settings, Tower
 from ocvtp.vlm.encode.encode import choose
@@ -28,7 +29,7 @@ _PATCHED: dict[str, Run] = {"forward": calls.forward, "generate": calls.generate
 
 def apply(
     model: Any,
-    pruner: torch.nn.Module | Rule | None = DEFAULT_RULE,
+    pruner: torch.nn.Module | Rule | Rival | Reducer | None = DEFAULT_RULE,
     keep: int | float | Literal["auto"] = 64,
     positions: Literal["compact", "original", "auto"] = "auto",
     *,
@@ -67,8 +68,12 @@ def apply(
         pruner: an :class:`~ocvtp.OCPruner` for the tower's width and token unit, moved to the tower's device
             on use; or a rule without training: ``"attention"``, ``"random"``, ``"grid"``, or one that
             compares ``features``: ``"farthest_point"`` or ``"greedy_dpp"``. The last answered best of all
-            where we could measure it (``docs/accuracy.md``), so it is the default. ``None``, with ``inside``:
-            nothing is dropped before the language model, and nothing of the tower is changed.
+            where we could measure it (``docs/accuracy.md``), so it is the default. Or a method of others:
+            ``"visionzip"``, ``"hiprune"``, ``"tome"`` and the rest of ``docs/methods.md``, by name, or as an
+            instance with other settings (:mod:`ocvtp.vlm.rivals`), on LLaVA-1.5, LLaVA-NeXT and Qwen2.5-VL.
+            They do what was published: nothing is merged or weighed unless ``merge`` and ``weigh`` say so,
+            and of a tiled image each tile keeps its share (``layout="official"``). ``None``, with
+            ``inside``: nothing is dropped before the language model, and nothing of the tower is changed.
         keep: image tokens to keep per image, all its tiles together: a number, or a share of them such as
             ``0.25``, or ``"auto"``: for each image the smallest of ``budgets`` whose coverage error is at
             most ``max_error``, for which a pruner must be given. Where images differ in size, one of fewer
@@ -187,7 +192,10 @@ def remove(model: Any) -> None:
 
 @contextlib.contextmanager
 def pruned(
-    model: Any, pruner: torch.nn.Module | Rule | None = DEFAULT_RULE, *args: Any, **options: Any
+    model: Any,
+    pruner: torch.nn.Module | Rule | Rival | Reducer | None = DEFAULT_RULE,
+    *args: Any,
+    **options: Any,
 ) -> Iterator[PruneReport]:
     """:func:`apply` for the length of a ``with`` block; afterwards the model is as it was before.
 
@@ -225,6 +233,8 @@ def select(
 ) -> Selection:
     """Which tokens a patched model keeps of each image, without running the language model.
 
+    Of a method that merges tokens the selection has a ``reduction``: rows that stand at ``indices``.
+
     Args:
         model: patched by :func:`apply`.
         pixel_values: from the model's processor.
@@ -233,7 +243,8 @@ def select(
 
     Raises:
         PatchError: ``model`` is not patched, or not to drop tokens before the language model.
-        ValueError: the images have different numbers of tokens; ask for one at a time.
+        ValueError: the images have different numbers of tokens; ask for one at a time. Or a method that reads
+            the question, which is in no prompt here.
     """
     controller = controller_of(model)
     if not controller.settings.before:

@@ -40,6 +40,8 @@ class PruneReport:
         farthest: whether farthest points top up a pruner's tokens, rather than those that receive attention.
         inside: what drops tokens inside the language model, and how many, in words; empty: nothing does.
         reasons: why merging or weights are off although ``"auto"`` would have them.
+        method: of a rival method, its source, and what is our adaptation on this model.
+        own_merge: whether a rival method merges tokens by its own rule.
     """
 
     family: str
@@ -64,6 +66,8 @@ class PruneReport:
     weigh: bool = False
     farthest: bool = False
     reasons: tuple[str, ...] = ()
+    method: str | None = None
+    own_merge: bool = False
     inside: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -75,7 +79,11 @@ class PruneReport:
         rows = [
             ("image tokens", self._tokens()),
             ("tower", f"{self.tower}, {self.num_layers} layers, {self.attention} attention"),
-            ("chosen by", f"{self.selector}, which reads {reads}{topped}{rounds}"),
+            (
+                "chosen by",
+                self.selector if self.method else f"{self.selector}, which reads {reads}{topped}{rounds}",
+            ),
+            *([("", f"({self.method})")] if self.method else []),
             ("model consumes", f"layer {consumed}{rest}; later layers are skipped"),
             ("dropped tokens", self._dropped()),
             *(("", f"({reason})") for reason in self.reasons),
@@ -93,6 +101,7 @@ class PruneReport:
             "projected": "averaged into the nearest kept one",
             "features": "averaged into the nearest kept one before the projector",
         }[self.merge]
+        merged = "merged by its own rule" if self.own_merge else merged
         weighed = "weighed by proportional attention" if self.weigh else ""
         return ", ".join(part for part in (merged, weighed) if part) or "thrown away"
 

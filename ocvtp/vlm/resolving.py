@@ -9,13 +9,14 @@ import torch
 from ocvtp.pruner.pruner import OCPruner
 from ocvtp.vlm.call.handover import route_of
 from ocvtp.vlm.call.weighing import why_no_weights
-from ocvtp.vlm.choosing import selector_for
+from ocvtp.vlm.choosing import reducer_for, selector_for
 from ocvtp.vlm.contracts.adapter import Adapter
 from ocvtp.vlm.contracts.budgets import Budget
 from ocvtp.vlm.contracts.fit import check_fit
 from ocvtp.vlm.contracts.layout import TowerFacts
+from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.contracts.selector import Selector
-from ocvtp.vlm.contracts.settings import Merge, Positions, Settings
+from ocvtp.vlm.contracts.settings import Layout, Merge, Positions, Settings
 from ocvtp.vlm.contracts.versions import transformers_older_than
 from ocvtp.vlm.encode.selectors import PrunerSelector
 from ocvtp.vlm.insides import ALL, NO_WEIGHTS, check_inside, described
@@ -40,14 +41,15 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         if not hasattr(config, "in_dim") or not hasattr(config, "layer"):
             raise TypeError(f"pruner must be an ocvtp.OCPruner; got {type(options.pruner).__name__}")
         check_fit(config, facts, model.config._name_or_path or "MODEL")
-    selector = selector_for(options, facts.consumed_layers)
+    reducer = reducer_for(options, adapter)
+    selector = selector_for(options, facts.consumed_layers) if reducer is None else reducer
     if options.tower == "kept_rows" and selector.read_layer == max(facts.consumed_layers):
         raise ValueError(
             f'{_KEPT_ROWS}, and tokens are chosen by all of it: use features="early", or a pruner trained on '
             "an earlier layer"
         )
-    merge, no_merge = _merge(adapter, options)
-    weigh, no_weights = _weigh(adapter, options)
+    merge, no_merge = _merge(adapter, options, selector)
+    weigh, no_weights = _weigh(adapter, options, selector)
     settings = Settings(
         selector=selector,
         budget=budget,
@@ -55,7 +57,7 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         backend=options.backend,
         route=route_of(model),
         attention=str(model.config.get_text_config()._attn_implementation),
-        layout=options.layout,
+        layout=_layout(adapter, options, selector),
         newlines=options.newlines,
         frames=options.frames,
         tower=options.tower,
@@ -75,9 +77,15 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
 _KEPT_ROWS = 'tower="kept_rows" computes the consumed layer for kept tokens only'
 
 
-def _merge(adapter: Adapter, options: Options) -> tuple[Merge, str | None]:
-    """Where rows are averaged, and why not where ``"auto"`` would."""
-    if options.pruner is None:
+def _layout(adapter: Adapter, options: Options, selector: Selector | Reducer) -> Layout:
+    """Of tiled images; rival methods choose tile by tile, among all tokens, as their authors do."""
+    tiled = "layout" in adapter.layout.options
+    return "official" if tiled and isinstance(selector, Reducer) else options.layout
+
+
+def _merge(adapter: Adapter, options: Options, selector: Selector | Reducer) -> tuple[Merge, str | None]:
+    """Where rows are averaged, and why not where ``"auto"`` would. Rivals are as published, unless asked."""
+    if options.pruner is None or (options.merge == "auto" and isinstance(selector, Reducer)):
         return "off", None
     kept_rows = f"{_KEPT_ROWS}, so others can't be averaged"
     if options.merge == "auto":
@@ -92,9 +100,10 @@ def _merge(adapter: Adapter, options: Options) -> tuple[Merge, str | None]:
     return options.merge, None
 
 
-def _weigh(adapter: Adapter, options: Options) -> tuple[bool, str | None]:
+def _weigh(adapter: Adapter, options: Options, selector: Selector | Reducer) -> tuple[bool, str | None]:
     """Whether the language model is told masses, and why not where ``"auto"`` would."""
-    if options.weigh is False or options.pruner is None:
+    published = options.weigh == "auto" and isinstance(selector, Reducer)
+    if options.weigh is False or options.pruner is None or published:
         return False, None
     reason = why_no_weights(adapter.model) if options.inside is None else NO_WEIGHTS
     if reason is None and options.tower == "kept_rows":
@@ -110,7 +119,7 @@ def _report(
     keep = settings.budget.of(facts.tokens) if facts.tokens is not None else None
     return PruneReport(
         family=adapter.model.config.model_type,
-        selector=settings.selector.name,
+        selector=_name(settings.selector),
         tower=facts.tower,
         read_layer=settings.selector.read_layer,
         consumed_layers=facts.consumed_layers,
@@ -131,11 +140,17 @@ def _report(
         weigh=settings.weigh,
         farthest=isinstance(settings.selector, PrunerSelector) and not settings.selector.reads_scores,
         reasons=reasons,
+        method=settings.selector.account if isinstance(settings.selector, Reducer) else None,
+        own_merge=isinstance(settings.selector, Reducer) and settings.selector.merges,
         inside=() if options.inside is None else described(adapter, options.inside, after),
     )
 
 
-def _captured(selector: Selector, options: Options, device: torch.device) -> bool:
+def _name(selector: Selector | Reducer) -> str:
+    return selector.title if isinstance(selector, Reducer) else selector.name
+
+
+def _captured(selector: Selector | Reducer, options: Options, device: torch.device) -> bool:
     """Whether a CUDA graph is replayed. Not by rules, and not where farthest points read the whole map."""
     able = isinstance(selector, PrunerSelector) and selector.reads_scores
     return able and options.capture and device.type == "cuda"

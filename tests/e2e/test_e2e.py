@@ -39,7 +39,7 @@ from tests.vlm import tiny_llava
 from tests.vlm.family import families
 
 CPU = torch.device("cpu")
-KEEP = 5
+KEEP = 10
 TEXT = 11
 #: Family -> height and width of a picture, and its tokens.
 PICTURES = {"llava": ((56, 56), 16), "llava_next": ((112, 112), 16 + 8 * 9), "qwen2_5_vl": ((84, 112), 12)}
@@ -225,7 +225,7 @@ def test_other_kept_tokens_fail(llava: Any, oc_pruner: OCPruner, monkeypatch: py
         return sorted({*kept[1:], next(i for i in range(16) if i not in kept)})
 
     monkeypatch.setattr("bench.e2e.official.official_selection", wrong)
-    fails(llava, oc_pruner, "80.00% of the kept tokens are the official dataflow's, fewer than 100%")
+    fails(llava, oc_pruner, "90.00% of the kept tokens are the official dataflow's, fewer than 100%")
 
 
 def test_other_tokens_fail(llava: Any, oc_pruner: OCPruner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +357,8 @@ def test_rows(family: str, mode: Any) -> None:
         stages = {"vision tower", "projector"} if family != "qwen2_5_vl" else {"vision tower"}
         if method.name != UNPRUNED:
             stages = {"vision tower", "pruner", "projector"}
+        if method.name == "ToMe" and family != "qwen2_5_vl":  # in the tower
+            stages.remove("pruner")
         assert set(row["vision_ms"]) == stages
         assert all(timing["median"] > 0 for timing in row["vision_ms"].values())
         assert row["ttft_ms"]["median"] >= sum(t["median"] for t in row["vision_ms"].values()) * 0.5
@@ -468,7 +470,7 @@ def test_rehearsal_of_what_a_gpu_will_run(
         (cell.mode, cell.batch, cell.text_tokens, method)
         for cell in small.cells
         for method in cell.methods or NAMES
-        if method != OFFICIAL or "llava" in name
+        if "llava" in name or method not in (OFFICIAL, "FasterVLM")
     }
     rows = record["rows"]
     assert {(row["mode"], row["batch"], row["text_tokens"], row["method"]) for row in rows} == want

@@ -17,6 +17,7 @@ from ocvtp.serving.vllm.ranks import OnAllRanks
 from ocvtp.serving.vllm.spec import spec_of
 from ocvtp.serving.vllm.taps import Tower
 from ocvtp.vlm.contracts.adapter import Vision
+from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.contracts.rows import KeptRows
 from ocvtp.vlm.encode.encode import prune_rows
 from ocvtp.vlm.encode.selectors import PrunerSelector
@@ -51,10 +52,13 @@ class Pruned:
                 "ocvtp: this machine has another pruner, or another ocvtp, than the front end: install the "
                 "same version on every node, and give each the same pruner"
             )
-        if isinstance(plan.settings.selector, PrunerSelector):
+        selector = plan.settings.selector
+        assert not isinstance(selector, Reducer)  # rival methods have no setting here
+        if isinstance(selector, PrunerSelector):
             # A plain object holds it: as a submodule, vLLM would look for its weights in the checkpoint.
-            plan.settings.selector.pruner.to(device)
-        settings = replace(plan.settings, selector=OnAllRanks(plan.settings.selector))
+            selector.pruner.to(device)
+        self._reads_scores = selector.reads_scores
+        settings = replace(plan.settings, selector=OnAllRanks(selector))
         self.plan: Plan = replace(plan, settings=settings)
         #: Tokens of images that go through the tower at once; vLLM counts kept ones, of which more would fit.
         self._most = vllm_config.scheduler_config.max_num_batched_tokens
@@ -81,7 +85,7 @@ class Pruned:
 
     def scored(self, layer: int) -> int | None:
         """``layer``, if somebody asks for its attention."""
-        return layer if self.plan.settings.selector.reads_scores else None
+        return layer if self._reads_scores else None
 
     def encoder(self, body: Any, layers: Sequence[Any], tail: str = "post_layernorm") -> Tower:
         """A tower of layers whose last one is consumed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from ocvtp.vlm.contracts.pixels import pixels_in
 from ocvtp.vlm.contracts.rows import KeptRows
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.encode.encode import encode
+from ocvtp.vlm.encode.questions import questions_of
 from ocvtp.vlm.encode.timing import Clock
 
 # Tensors along the sequence, and what to put on new padding.
@@ -102,7 +104,8 @@ def shorten(
     frame = frame_of(ids, arguments.get("attention_mask"), prefix, generating=generating)
     if pixels_in(adapter, arguments):
         adapter.check_call(arguments, generating=generating)
-    kept = encode(adapter, arguments, settings, clock, calling=calling)
+    asking = functools.partial(questions_of, frame.ids, frame.mask)
+    kept = encode(adapter, arguments, settings, clock, calling=calling, asking=asking)
     consumed = {*adapter.pixel_keys.values(), *adapter.vision_keys} if kept else set()
     short = {name: value for name, value in arguments.items() if name not in consumed}
 

@@ -109,6 +109,18 @@ class Adapter(Protocol):
         """Whether the projector reads candidates one by one, so that their means can be taken before it."""
 
     @property
+    def layout(self) -> Any:
+        """The family's :class:`~ocvtp.vlm.contracts.layout.Layout`."""
+
+    @property
+    def told_blocks(self) -> tuple[int, ...]:
+        """Encoder layers whose attention a vision side tells rival methods of; none if it tells nothing."""
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the tower has one, where :attr:`told_blocks`."""
+
+    @property
     def model(self) -> Any:
         """The patched ``...ForConditionalGeneration``."""
 
@@ -192,6 +204,8 @@ class Family:
     needs_mm_route = False
     masks_by_layer = True
     projects_tokens = True
+    told_blocks: tuple[int, ...] = ()
+    class_token = False
 
     def __init__(self, model: Any, layout: Layout) -> None:
         self.model = model

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ocvtp.methods.in_llm import Method
 from ocvtp.vlm.contracts.budgets import Budget
+from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.contracts.selector import Selector
 
 Positions = Literal["compact", "original"]
@@ -23,7 +24,7 @@ class Settings:
     """Immutable: a call works on the one it started with.
 
     Attributes:
-        selector: who chooses.
+        selector: who chooses, or the rival method that does.
         budget: how many tokens of an image.
         positions: numbering of the kept tokens.
         backend: of fused operations.
@@ -41,7 +42,7 @@ class Settings:
         inside: what drops tokens inside it, if anything does.
     """
 
-    selector: Selector
+    selector: Selector | Reducer
     budget: Budget
     positions: Positions
     backend: str
@@ -56,6 +57,11 @@ class Settings:
     weigh: bool = False
     before: bool = True
     inside: Method | None = None
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Encoder layers whose attention is asked for, beside the consumed one's."""
+        return self.selector.blocks if isinstance(self.selector, Reducer) else ()
 
     @property
     def standing(self) -> bool:

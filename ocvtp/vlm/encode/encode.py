@@ -13,10 +13,13 @@ from ocvtp.selection import Selection
 from ocvtp.vlm.contracts.adapter import Adapter, Vision
 from ocvtp.vlm.contracts.budgets import Budget
 from ocvtp.vlm.contracts.pixels import pixels_in
+from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Segment, assemble
-from ocvtp.vlm.contracts.selector import Begun, Group
+from ocvtp.vlm.contracts.selector import Begun, Group, Selector
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.weights import inside
+from ocvtp.vlm.encode.questions import Asking
+from ocvtp.vlm.encode.reducing import handed_over, reduced
 from ocvtp.vlm.encode.standing import owners, stand_for
 from ocvtp.vlm.encode.timing import Clock, stage
 
@@ -28,6 +31,7 @@ def encode(
     clock: Clock | None,
     *,
     calling: Sequence[Any] = (),
+    asking: Asking | None = None,
 ) -> dict[str, KeptRows]:
     """Encode and prune what ``arguments`` bring along, by modality.
 
@@ -37,6 +41,7 @@ def encode(
         settings: of the call.
         clock: times the stages, if one runs.
         calling: modules whose calls are under way (``generate`` is no call).
+        asking: tells the questions, to methods that read them.
 
     Raises:
         ValueError: arguments that don't describe images of this model.
@@ -49,7 +54,9 @@ def encode(
     def run(*pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         given = {**arguments, **{key: pixels[i] for i, key in enumerate(keys.values())}}
         visions = {modality: adapter.vision(modality, given, settings) for modality in keys}
-        kept.update({modality: prune_rows(vision, settings, clock) for modality, vision in visions.items()})
+        for modality, vision in visions.items():
+            asked = _asked(settings, asking, adapter.token_id(modality), vision)
+            kept[modality] = prune_rows(vision, settings, clock, asked)
         return tuple(tensor for rows in kept.values() for tensor in rows.tensors())
 
     pixels = (arguments[key] for key in keys.values())
@@ -57,17 +64,29 @@ def encode(
     return {modality: rows.made_of(made) for modality, rows in kept.items()}
 
 
+def _asked(
+    settings: Settings, asking: Asking | None, token_id: int, vision: Vision
+) -> list[torch.Tensor] | None:
+    """The question about each image or video, where somebody reads it."""
+    reads = isinstance(settings.selector, Reducer) and settings.selector.reads_text
+    return asking(token_id, vision.totals) if reads and asking is not None else None
+
+
 def choose(
-    adapter: Adapter, arguments: Mapping[str, Any], settings: Settings, *, return_attention: bool = False
+    adapter: Adapter,
+    arguments: Mapping[str, Any],
+    settings: Settings,
+    *,
+    return_attention: bool = False,
+    asking: Asking | None = None,
 ) -> list[Selection]:
     """Run tower and choice only: what is kept of each group of images, outside of the model's call."""
     found: list[Selection] = []
 
     def choice(pixels: torch.Tensor) -> tuple[()]:
         vision = adapter.vision("image", {**arguments, key: pixels}, settings)
-        run = _Run(vision, settings, None, return_attention=return_attention)
-        for i, group in enumerate(run.groups):
-            selection = run.choice(i).select(run.scores(i))
+        asked = _asked(settings, asking, adapter.token_id("image"), vision)
+        for group, selection in _choices(vision, settings, asked, return_attention=return_attention):
             found.append(_with_owners(vision, group, selection, settings) if settings.standing else selection)
         return ()
 
@@ -76,15 +95,23 @@ def choose(
     return found
 
 
-def prune_rows(vision: Vision, settings: Settings, clock: Clock | None = None) -> KeptRows:
+def prune_rows(
+    vision: Vision,
+    settings: Settings,
+    clock: Clock | None = None,
+    questions: Sequence[torch.Tensor] | None = None,
+) -> KeptRows:
     """Tower, choice and projector of the images (or the videos) of a call.
 
     Args:
         vision: of the images.
         settings: of the call.
         clock: times the stages, if one runs.
+        questions: ids of the text that asks about each image or video, for rival methods that read it.
     """
-    run = _Run(vision, settings, clock)
+    if isinstance(settings.selector, Reducer):
+        return _reduce_rows(vision, settings.selector, settings, clock, questions)
+    run = _Run(vision, settings.selector, settings, clock)
     chosen = []
     with stage(clock, "pruner", vision.device):
         for i, group in enumerate(run.groups):
@@ -103,6 +130,68 @@ def prune_rows(vision: Vision, settings: Settings, clock: Clock | None = None) -
             for which, piece in _matched(part, _rows(vision, part, indices, rows, settings))
         ]
     return assemble(vision.segments, vision.totals, made)
+
+
+def _reduce_rows(
+    vision: Vision,
+    reducer: Reducer,
+    settings: Settings,
+    clock: Clock | None,
+    questions: Sequence[torch.Tensor] | None,
+) -> KeptRows:
+    """:func:`prune_rows` by a rival method, which follows the tower or runs it."""
+    groups = groups_of(vision.segments, settings.budget)
+    whole = [group.keep == group.tokens for group in groups]
+    with stage(clock, "vision tower", vision.device):
+        if any(whole) or not reducer.in_tower:
+            vision.run(None, None)
+    with stage(clock, "vision tower" if reducer.in_tower else "pruner", vision.device):
+        chosen = [
+            _everything(group, vision.device) if all_of_it else reduced(vision, reducer, group, questions)
+            for group, all_of_it in zip(groups, whole, strict=True)
+        ]
+    with stage(clock, "projector", vision.device):
+        made = []
+        for group, selection in zip(groups, chosen, strict=True):
+            if selection.reduction is None:
+                pieces = _rows(vision, group.which, selection.indices, None, settings)
+            else:
+                projects = not reducer.behind
+                pieces = handed_over(vision, group.which, selection.reduction, settings, projects=projects)
+            made += list(_matched(group.which, pieces))
+    return assemble(vision.segments, vision.totals, made)
+
+
+def _everything(group: Group, device: torch.device) -> Selection:
+    """All tokens of a group."""
+    indices = torch.arange(group.tokens, device=device).expand(len(group.which), -1)
+    return Selection(indices, indices.new_zeros(len(indices)), tokens=group.tokens)
+
+
+def _choices(
+    vision: Vision,
+    settings: Settings,
+    questions: Sequence[torch.Tensor] | None,
+    *,
+    return_attention: bool,
+) -> Iterator[tuple[Group, Selection]]:
+    """What is kept of each group, after the tower ran."""
+    selector = settings.selector
+    if not isinstance(selector, Reducer):
+        run = _Run(vision, selector, settings, None, return_attention=return_attention)
+        for i, group in enumerate(run.groups):
+            yield group, run.choice(i).select(run.scores(i))
+        return
+    if return_attention:
+        raise ValueError(f"{selector.title} has no slots, so there is no slot attention to return")
+    if not selector.in_tower:
+        vision.run(None, None)
+    for group in groups_of(vision.segments, settings.budget):
+        all_of_it = group.keep == group.tokens
+        yield (
+            group,
+            _everything(group, vision.device) if all_of_it else reduced(vision, selector, group, questions),
+        )
 
 
 def _rows(
@@ -134,10 +223,16 @@ class _Run:
     """The tower's run, with the choices it has started."""
 
     def __init__(
-        self, vision: Vision, settings: Settings, clock: Clock | None, *, return_attention: bool = False
+        self,
+        vision: Vision,
+        selector: Selector,
+        settings: Settings,
+        clock: Clock | None,
+        *,
+        return_attention: bool = False,
     ) -> None:
         self.groups = groups_of(vision.segments, settings.budget)
-        self._vision, self._settings = vision, settings
+        self._vision, self._selector, self._settings = vision, selector, settings
         self._begun: list[Begun] = []
 
         def start() -> None:
@@ -145,13 +240,13 @@ class _Run:
 
         with stage(clock, "vision tower", vision.device):
             # While somebody measures, the stages follow one another.
-            vision.run(settings.selector.read_layer, start if clock is None else None)
+            vision.run(selector.read_layer, start if clock is None else None)
         if not self._begun:
             with stage(clock, "pruner", vision.device):
                 start()
 
     def _begin(self, group: Group, return_attention: bool) -> Begun:
-        selector, vision = self._settings.selector, self._vision
+        selector, vision = self._selector, self._vision
         features = None if selector.read_layer is None else vision.features(group.which)
         return selector.begin(group, features, vision.device, return_attention=return_attention)
 
@@ -161,7 +256,7 @@ class _Run:
 
     def scores(self, group: int) -> torch.Tensor | None:
         """Fill scores of a group."""
-        if not self._settings.selector.reads_scores:
+        if not self._selector.reads_scores:
             return None
         return self._vision.scores(self.groups[group].which, self._settings.backend)
 

@@ -9,9 +9,11 @@ import torch
 
 from ocvtp.vlm.contracts.adapter import Family, Vision
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
+from ocvtp.vlm.contracts.evidence import Evidence
 from ocvtp.vlm.contracts.fit import check_layers
 from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
+from ocvtp.vlm.families.witness import Witness
 from ocvtp.vlm.layouts import layout_for
 from ocvtp.vlm.towers.clip import TowerRun, root, run_tower
 from ocvtp_kernels.selection import gather_tokens
@@ -29,6 +31,8 @@ class LlavaAdapter(Family):
                 f"can't prune a {type(model).__name__}: pass the ...ForConditionalGeneration itself"
             )
         super().__init__(model, layout_for(model.config, inner.vision_tower.config))
+        self.told_blocks = tuple(range(max(self.layout.consumed({})) + 1))
+        self.class_token = self.layout.class_token
 
     def bypassed_methods(self) -> list[tuple[str, torch.nn.Module, str]]:
         """Upstream methods on the way from pixels to rows, which the patch replaces."""
@@ -95,6 +99,9 @@ class Pictures:
         patches: candidates of a picture.
         shape: rows and columns of the candidates, if all patches are.
         hold: whether the end of the deepest consumed layer is computed for kept rows only.
+        blocks: earlier layers whose attention will be asked for.
+        backend: of fused operations.
+        class_token: whether the tower has one.
     """
 
     def __init__(
@@ -109,6 +116,8 @@ class Pictures:
         self._pixels = pixel_values
         self._consumed = adapter.layout.consumed(arguments)
         self.hold = settings.tower == "kept_rows"
+        self.blocks = settings.blocks
+        self.backend = settings.backend
         self._read: torch.Tensor | None = None
         self._received: torch.Tensor | None = None
         self._run: TowerRun | None = None
@@ -117,6 +126,7 @@ class Pictures:
         self.prefix, self.class_rows = adapter.layout.prefix(arguments)
         self.patches: int = adapter.layout.patches(arguments)
         self.shape: tuple[int, int] | None = adapter.layout.shape(arguments)
+        self.class_token: bool = adapter.layout.class_token
         check_layers(settings.selector.read_layer, self._consumed)
 
     def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
@@ -129,7 +139,7 @@ class Pictures:
                     after()
 
         taps = {*self._consumed} if read_layer is None else {*self._consumed, read_layer}
-        self._run = run_tower(self._tower, self._pixels, taps, tapped, hold=self.hold)
+        self._run = run_tower(self._tower, self._pixels, taps, tapped, hold=self.hold, scored=self.blocks)
 
     @property
     def read(self) -> torch.Tensor:
@@ -197,6 +207,35 @@ class Pictures:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         return Projected(self.run_projector(sources[0]))
 
+    def witness(
+        self, pictures: Sequence[int], tiles: int = 1, grids: Sequence[tuple[int, int]] = ()
+    ) -> Witness:
+        """What the tower tells of some pictures, ``tiles`` of which are one image, laid out in ``grids``.
+
+        Raises:
+            ValueError: the projector reads several layers, or the class token too.
+        """
+        if len(self._consumed) > 1 or self.class_rows:
+            raise ValueError(
+                "rival methods are defined for one vision_feature_layer and "
+                'vision_feature_select_strategy="default"'
+            )
+        return Witness(
+            tower=self._tower,
+            done=lambda: self.done,
+            pixels=self._pixels,
+            projects=self.all_projected,
+            pictures=tuple(pictures),
+            tiles=tiles,
+            grids=grids,
+            tokens=self.patches,
+            shape=self.shape,
+            class_token=self.class_token,
+            prefix=self.prefix,
+            consumed=self._consumed[0],
+            backend=self.backend,
+        )
+
 
 class _Images(Pictures):
     """Every picture is an image of its own (:class:`~ocvtp.vlm.contracts.adapter.Vision`)."""
@@ -212,6 +251,10 @@ class _Images(Pictures):
         count = pixel_values.shape[0]
         self.segments: list[Segment] = adapter.layout.segments(count, arguments)
         self.totals = [self.patches + self.class_rows] * count
+
+    def evidence(self, which: Sequence[int]) -> Evidence:
+        """See :class:`~ocvtp.vlm.contracts.evidence.Telling`."""
+        return self.witness(which)
 
     def features(self, which: Sequence[int]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""

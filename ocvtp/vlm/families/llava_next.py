@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.contracts.adapter import Vision
+from ocvtp.vlm.contracts.evidence import Evidence
 from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Newlines, Settings
 from ocvtp.vlm.families.llava import LlavaAdapter, Pictures
@@ -120,6 +121,12 @@ class Tiled(Pictures):
     def features(self, which: Sequence[int]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         return torch.stack([self._of(self.read, i) for i in which])
+
+    def evidence(self, which: Sequence[int]) -> Evidence:
+        """See :class:`~ocvtp.vlm.contracts.evidence.Telling`: tile by tile."""
+        tiles = self.packings[which[0]].tiles
+        pictures = [self._first[i] + tile for i in which for tile in range(tiles)]
+        return self.witness(pictures, tiles, [self.packings[i].grid for i in which])
 
     def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; a tile's attention sums to 1, so they compare."""

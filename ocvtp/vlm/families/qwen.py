@@ -6,18 +6,21 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ocvtp.vlm.contracts.adapter import Family, Vision
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
+from ocvtp.vlm.contracts.evidence import Evidence, Merged, OneHead
 from ocvtp.vlm.contracts.fit import check_layers
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.versions import transformers_older_than
 from ocvtp.vlm.layouts import layout_for
 from ocvtp.vlm.layouts.qwen_geometry import as_grids, patchify
+from ocvtp.vlm.layouts.units import full_blocks
 from ocvtp.vlm.towers.qwen import QwenTowerRun, run_qwen_tower
 
 
@@ -44,6 +47,8 @@ class QwenAdapter(Family):
                 f"can't prune a {type(model).__name__}: pass the ...ForConditionalGeneration itself"
             )
         super().__init__(model, layout_for(model.config, inner.visual.config))
+        full = full_blocks(inner.visual)
+        self.told_blocks = tuple(range(len(inner.visual.blocks)) if full is None else sorted(full))
         # Embeddings have no place for the features that DeepStack adds inside the language model.
         self.needs_mm_route = bool(getattr(inner.visual, "deepstack_visual_indexes", ()))
 
@@ -163,7 +168,8 @@ class _Units:
         # Upstream's own conversion, where its weights say what to.
         self._pixels = pixels.type(self._tower.dtype)
         self._grids = as_grids(grids, facts.unit)
-        self._layer = settings.selector.read_layer
+        self._blocks = settings.blocks
+        self._backend = settings.backend
         self._run: QwenTowerRun | None = None
         self._scores: torch.Tensor | None = None
         self._features: torch.Tensor | None = None
@@ -184,12 +190,17 @@ class _Units:
                 after()
 
         taps = () if read_layer is None else (read_layer,)
-        self._run = run_qwen_tower(self._tower, self._pixels, self._grids, taps, tapped)
+        self._run = run_qwen_tower(self._tower, self._pixels, self._grids, taps, tapped, self._blocks)
+
+    def evidence(self, which: Sequence[int]) -> Evidence:
+        """See :class:`~ocvtp.vlm.contracts.evidence.Telling`."""
+        assert self._run is not None
+        return _Witness(self, self._run, tuple(which), self._backend)
 
     def features(self, which: Sequence[int]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         assert self._features is not None
-        return self._of(self._features, which)
+        return self.of(self._features, which)
 
     def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; every frame's attention sums to 1."""
@@ -197,7 +208,7 @@ class _Units:
         if self._scores is None:
             scores = self._run.received_attention(backend)
             self._scores = scores if self._features is None else scores.to(self._features.device)
-        return self._of(self._scores, which)
+        return self.of(self._scores, which)
 
     def source(self, which: Sequence[int]) -> None:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; the merger takes kept units' patches itself."""
@@ -219,12 +230,12 @@ class _Units:
         if self._all is None:  # the merger sees all units, once a call
             self._all = self._run.merged(), self._run.deepstack()
         rows, deeper = self._all
-        return Projected(self._of(rows, which), tuple(self._of(deep, which) for deep in deeper))
+        return Projected(self.of(rows, which), tuple(self.of(deep, which) for deep in deeper))
 
     def sources(self, which: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`: a unit's patches, side by side."""
         assert self._run is not None
-        return tuple(self._of(units, which) for units in self._run.units())
+        return tuple(self.of(units, which) for units in self._run.units())
 
     def project(self, which: Sequence[int], sources: tuple[torch.Tensor, ...]) -> Projected:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
@@ -243,10 +254,62 @@ class _Units:
         slots = indices + offsets[:, None].to(indices.device, non_blocking=True)
         return [Piece(made.rows, slots, made.deep, mass)]
 
-    def _of(self, units: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+    def of(self, units: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         """``[units, ...] -> [segments, N, ...]``; without a copy where they follow one another."""
         first, last = self._starts[which[0]], self._starts[which[-1] + 1]
         tokens = self.segments[which[0]].tokens
         if last - first == len(which) * tokens:
             return units[first:last].unflatten(0, (len(which), tokens))
         return torch.stack([units[self._starts[i] : self._starts[i + 1]] for i in which])
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no truth
+class _Witness:
+    """Some segments of a call (:class:`~ocvtp.vlm.contracts.evidence.Evidence`). There is no class token."""
+
+    units: _Units
+    done: QwenTowerRun
+    which: tuple[int, ...]
+    backend: str
+    tiles = 1
+    grids = ()
+    class_token = False
+
+    @property
+    def tokens(self) -> int:
+        """See the protocol."""
+        return self.units.segments[self.which[0]].tokens
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """See the protocol."""
+        return self.units.segments[self.which[0]].shape
+
+    def features(self) -> torch.Tensor:
+        """See the protocol: a unit's mean over its patches."""
+        patches = self.done.units()[0].unflatten(1, (self.done.merge**2, -1))
+        return self.units.of(patches.mean(1), self.which)
+
+    def salience(self) -> torch.Tensor:
+        """See the protocol."""
+        return self.units.of(self.done.received_attention(self.backend), self.which)
+
+    def received(self, block: int) -> torch.Tensor:
+        """See the protocol; a unit receives what its patches do."""
+        return self.units.of(self.done.received_attention(self.backend, block), self.which)
+
+    def keys(self) -> torch.Tensor:
+        """See the protocol: after rotation, mean over a unit's patches too."""
+        return self.units.of(self.done.mean_keys(), self.which)
+
+    def one_head(self) -> OneHead:
+        """See the protocol. The last block has heads: their mean."""
+        return OneHead(self.salience(), self.keys())
+
+    def projected(self) -> torch.Tensor:
+        """See the protocol."""
+        return self.units.projected(self.which).rows
+
+    def merged(self, removed: Sequence[int]) -> Merged:
+        """Windows and merged patches forbid it (:meth:`.Reducer.bound` says so before)."""
+        raise NotImplementedError

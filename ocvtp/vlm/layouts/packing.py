@@ -35,6 +35,7 @@ class Packing:
         total: placeholders.
         stitched: rows and columns of the stitched tiles, without padding.
         shrunk: rows and columns that they are shrunk to, which make the candidates; ``None`` if they are not.
+        grid: rows and columns of tiles, the whole picture not among them.
     """
 
     tiles: int
@@ -45,6 +46,7 @@ class Packing:
     total: int
     stitched: tuple[int, int] = (0, 0)
     shrunk: tuple[int, int] | None = None
+    grid: tuple[int, int] = (0, 0)
 
     def to(self, device: torch.device) -> Packing:
         """The packing on another device."""
@@ -99,6 +101,7 @@ def packing(
             total=side**2 + lines * (length + 1),
             stitched=(stitched.shape[0], stitched.shape[1]),
             shrunk=shrunk,
+            grid=(down, across),
         )
         return made.to(device)
 

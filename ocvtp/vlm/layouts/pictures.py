@@ -55,13 +55,18 @@ class PictureLayout(Layout):
         )
 
     @property
+    def class_token(self) -> bool:
+        """Whether the first token of the tower is one."""
+        return TOWERS[self.vision.model_type]
+
+    @property
     def side(self) -> int:
         """Patches along the side of a picture."""
         return int(self.vision.image_size) // int(self.vision.patch_size)
 
     def patches(self, arguments: Mapping[str, Any]) -> int:
         """Candidates of a picture."""
-        return self.side**2 + TOWERS[self.vision.model_type] - self.prefix(arguments)[0]
+        return self.side**2 + self.class_token - self.prefix(arguments)[0]
 
     def shape(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
         """Rows and columns of the candidates, if all patches are."""
@@ -97,7 +102,6 @@ class PictureLayout(Layout):
             strategy = self.config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(f'vision_feature_select_strategy must be "default" or "full"; got {strategy!r}')
-        has_class_token = TOWERS[self.vision.model_type]
         if strategy == "default":
             return 1, 0
-        return int(has_class_token), int(has_class_token)
+        return int(self.class_token), int(self.class_token)

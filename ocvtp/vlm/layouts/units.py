@@ -10,6 +10,7 @@ import torch
 
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
 from ocvtp.vlm.contracts.layout import CPU, Layout, TowerFacts
+from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.contracts.rows import Segment
 from ocvtp.vlm.contracts.settings import Frames, Settings
 from ocvtp.vlm.layouts.qwen_geometry import Grid
@@ -74,7 +75,8 @@ class UnitLayout(Layout):
     def check(self, settings: Settings) -> None:
         """Raise ``ValueError`` for settings that this family or this tower can't serve."""
         super().check(settings)
-        if settings.selector.reads_scores and self.scored is None:
+        selector = settings.selector
+        if not isinstance(selector, Reducer) and selector.reads_scores and self.scored is None:
             raise ValueError(
                 "no block of this tower attends to whole images, so there are no scores to fill the budget "
                 'by; choose "farthest_point", "random" or "grid"'

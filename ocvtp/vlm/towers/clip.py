@@ -8,6 +8,7 @@ needs no forward hooks, which threads would share. What each step saves: ``docs/
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -24,7 +25,61 @@ def root(tower: Any) -> Any:
     return getattr(tower, "vision_model", tower)
 
 
-class WholeLayer:
+def embedded(body: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """``[B, 3, H, W] -> [B, tokens, C]``: what the first layer of a :func:`root` gets."""
+    hidden: torch.Tensor = body.embeddings(pixel_values)
+    if hasattr(body, "pre_layrnorm"):  # spelled like this upstream; SigLIP has none
+        hidden = body.pre_layrnorm(hidden)
+    return hidden
+
+
+class LayerInput:
+    """What an encoder layer got, and what its attention makes of that.
+
+    Queries and keys are projected a second time: catching them on their way would take forward hooks, which
+    concurrent calls trip over.
+
+    Args:
+        layer: ``CLIPEncoderLayer`` or ``SiglipEncoderLayer``.
+        hidden: its input, ``[B, tokens, C]``.
+    """
+
+    def __init__(self, layer: Any, hidden: torch.Tensor) -> None:
+        self._layer = layer
+        self._input = hidden
+
+    def received_attention(self, backend: str) -> torch.Tensor:
+        """See :meth:`TowerRun.received_attention`."""
+        return _received(self._layer.self_attn, *self.query_key(), backend)
+
+    def of(self, which: Sequence[int]) -> LayerInput:
+        """The same of some images only."""
+        return LayerInput(self._layer, self._input[list(which)])
+
+    def first_row(self, backend: str) -> torch.Tensor:
+        """``[B, tokens]``, at least float32: attention from the first token, mean over heads."""
+        query, key = self.query_key(queries=1)
+        return _received(self._layer.self_attn, query, key, backend)
+
+    def keys(self) -> torch.Tensor:
+        """``[B, tokens, C / heads]``, at least float32: mean over heads."""
+        _, key = self.query_key(queries=1)
+        heads = key.unflatten(-1, (self._layer.self_attn.num_heads, -1))
+        return heads.to(torch.promote_types(key.dtype, torch.float32)).mean(2)
+
+    def query_key(self, queries: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, queries, C]`` of the first tokens (``None``: all), and ``[B, tokens, C]``."""
+        found: tuple[torch.Tensor, torch.Tensor] = inside(
+            (self._layer, self._layer.self_attn), functools.partial(self._query_key, queries), self._input
+        )
+        return found
+
+    def _query_key(self, queries: int | None, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        attention, x = self._layer.self_attn, self._layer.layer_norm1(hidden)
+        return attention.q_proj(x[:, :queries]), attention.k_proj(x)
+
+
+class WholeLayer(LayerInput):
     """An encoder layer that has run.
 
     Args:
@@ -34,23 +89,8 @@ class WholeLayer:
     """
 
     def __init__(self, layer: Any, hidden: torch.Tensor, output: torch.Tensor) -> None:
-        self._layer = layer
-        self._input = hidden
+        super().__init__(layer, hidden)
         self._output = output
-
-    def received_attention(self, backend: str) -> torch.Tensor:
-        """See :meth:`TowerRun.received_attention`.
-
-        Queries and keys are projected a second time: catching them on their way would take forward hooks,
-        which concurrent calls trip over.
-        """
-        attention = self._layer.self_attn
-        query, key = inside((self._layer, attention), self._query_key, self._input)
-        return _received(attention, query, key, backend)
-
-    def _query_key(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        attention, x = self._layer.self_attn, self._layer.layer_norm1(hidden)
-        return attention.q_proj(x), attention.k_proj(x)
 
     def rows(self, indices: torch.Tensor, which: Sequence[int] | None = None) -> torch.Tensor:
         """See :meth:`TowerRun.finish`."""
@@ -62,7 +102,7 @@ class WholeLayer:
         return _flat_rows(self._output, indices)
 
 
-class HeldLayer:
+class HeldLayer(LayerInput):
     """An encoder layer stopped before its attention: the rest is computed for the rows that are wanted.
 
     After attention every token goes its own way, so the rest of a layer (two thirds of its work) need not be
@@ -81,16 +121,15 @@ class HeldLayer:
 
     def __init__(self, layer: Any, hidden: torch.Tensor) -> None:
         attention = layer.self_attn
+        super().__init__(layer, hidden)
         x = layer.layer_norm1(hidden)
-        self._layer = layer
-        self._input = hidden
         self._query = attention.q_proj(x)
         self._key = attention.k_proj(x)
         self._value = attention.v_proj(x)
 
-    def received_attention(self, backend: str) -> torch.Tensor:
-        """See :meth:`TowerRun.received_attention`."""
-        return _received(self._layer.self_attn, self._query, self._key, backend)
+    def query_key(self, queries: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`LayerInput`; they are here already."""
+        return self._query[:, :queries], self._key
 
     def rows(self, indices: torch.Tensor, which: Sequence[int] | None = None) -> torch.Tensor:
         """See :meth:`TowerRun.finish`."""
@@ -132,20 +171,31 @@ class TowerRun:
     Attributes:
         outputs: layer index -> ``[B, tokens, C]``, bit-equal to ``hidden_states[index + 1]``. Without the
             deepest layer if that is held.
+        inputs: layer index -> that layer, for the deepest and those asked for.
     """
 
-    def __init__(self, outputs: dict[int, torch.Tensor], deepest: WholeLayer | HeldLayer) -> None:
+    def __init__(
+        self,
+        outputs: dict[int, torch.Tensor],
+        deepest: WholeLayer | HeldLayer,
+        inputs: dict[int, LayerInput],
+    ) -> None:
         self.outputs = outputs
+        self.inputs = inputs
         self._deepest = deepest
 
-    def received_attention(self, backend: str) -> torch.Tensor:
-        """Attention each token receives in the deepest consumed layer, ``[B, tokens]``, at least float32.
+    def received_attention(self, backend: str, layer: int | None = None) -> torch.Tensor:
+        """Attention each token receives in a layer, ``[B, tokens]``, at least float32.
 
         Mean over heads and all queries, the class token among them, as in OC-VTP. Unless the layer is held,
         its queries and keys are projected again (0.7 % of a CLIP-L tower), to the same bits.
+
+        Args:
+            backend: of the operation.
+            layer: one of :attr:`inputs`; default: the deepest consumed one.
         """
         with torch.no_grad():
-            return self._deepest.received_attention(backend)
+            return (self._deepest if layer is None else self.inputs[layer]).received_attention(backend)
 
     def finish(self, indices: torch.Tensor, which: Sequence[int] | None = None) -> torch.Tensor:
         """Output of the deepest layer at some tokens: computed now if the layer is held, else taken.
@@ -187,6 +237,7 @@ def run_tower(
     after: Callable[[int, torch.Tensor], None] | None = None,
     *,
     hold: bool = False,
+    scored: Collection[int] = (),
 ) -> TowerRun:
     """Run the tower up to its deepest tapped layer.
 
@@ -198,17 +249,20 @@ def run_tower(
             is held.
         hold: stop in the middle of the deepest layer; :meth:`TowerRun.finish` computes the rows that are
             wanted (:class:`HeldLayer`). Of several consumed layers the others run whole.
+        scored: earlier layers whose attention will be asked for.
     """
     body = root(tower)
-    hidden = body.embeddings(pixel_values)
-    if hasattr(body, "pre_layrnorm"):  # spelled like this upstream; SigLIP has none
-        hidden = body.pre_layrnorm(hidden)
+    hidden = embedded(body, pixel_values)
     outputs: dict[int, torch.Tensor] = {}
+    inputs: dict[int, LayerInput] = {}
     deepest = max(taps)
     layer, layer_input = None, hidden
     for index, layer in enumerate(itertools.islice(body.encoder.layers, deepest + 1)):
         if hold and index == deepest:
-            return TowerRun(outputs, HeldLayer(layer, hidden))
+            held = HeldLayer(layer, hidden)
+            return TowerRun(outputs, held, {**inputs, index: held})
+        if index in scored:
+            inputs[index] = LayerInput(layer, hidden)
         layer_input, hidden = hidden, layer(hidden, None)
         if isinstance(hidden, tuple):  # some releases return (hidden, weights)
             hidden = hidden[0]
@@ -216,7 +270,8 @@ def run_tower(
             outputs[index] = hidden
             if after is not None:
                 after(index, hidden)
-    return TowerRun(outputs, WholeLayer(layer, layer_input, hidden))
+    whole = WholeLayer(layer, layer_input, hidden)
+    return TowerRun(outputs, whole, {**inputs, deepest: whole})
 
 
 def _received(attention: Any, query: torch.Tensor, key: torch.Tensor, backend: str) -> torch.Tensor:

@@ -37,7 +37,7 @@ class QwenTowerRun:
         self._plan = plan
         self._features: dict[int, torch.Tensor] = {}
         self._stacked: dict[int, torch.Tensor] = {}  # outputs that DeepStack reads
-        self._scored_input: torch.Tensor | None = None
+        self._inputs: dict[int, torch.Tensor] = {}  # of blocks whose attention may be asked for
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last: torch.Tensor | None = None
 
@@ -45,28 +45,24 @@ class QwenTowerRun:
         """``[units, C]``: mean over the patches of each unit of what the tapped block ``layer`` put out."""
         return self._features[layer]
 
-    def received_attention(self, backend: str) -> torch.Tensor:
-        """Attention each unit receives in the last block with full attention, ``[units]``, >= float32.
+    def received_attention(self, backend: str, layer: int | None = None) -> torch.Tensor:
+        """Attention each unit receives in a block with full attention, ``[units]``, >= float32.
 
         Mean over heads and over the queries of the unit's own frame, summed over the unit's patches, so each
         frame's scores sum to 1. Queries and keys are projected a second time from the block's input: one qkv
         projection more than the tower has; catching them on their way would take forward hooks, which
         concurrent calls trip over.
 
+        Args:
+            backend: of the operation.
+            layer: of the block: the last one with full attention, or one of those asked for.
+
         Raises:
             ValueError: a tower without a block of full attention, where scores could not be compared.
         """
-        if self._scored_input is None or self._angles is None:
-            raise ValueError("this tower has no block with full attention; choose a selector without scores")
-        block = self._tower.blocks[scored_block(self._tower, len(self._tower.blocks))]
         with torch.no_grad():
-            attention = block.attn
-            projected = inside(
-                (block, attention), lambda hidden: attention.qkv(block.norm1(hidden)), self._scored_input
-            )
-            query, key = projected.unflatten(-1, (3, attention.num_heads, -1)).unbind(1)[:2]
-            cos, sin = (angle.to(query.device).unsqueeze(1) for angle in self._angles)
-            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+            query, key = self._query_key(layer)
+            scaling = self._tower.blocks[0].attn.scaling
             received: torch.Tensor | None = None
             for length, count, rows in self._plan.equal_frames:
                 index = None if rows is None else rows.to(query.device, non_blocking=True)
@@ -74,7 +70,7 @@ class QwenTowerRun:
                     (part if index is None else part[index]).unflatten(0, (count, length)).transpose(1, 2)
                     for part in (query, key)
                 )
-                scores = received_attention(q, k, attention.scaling, backend=backend).flatten()
+                scores = received_attention(q, k, scaling, backend=backend).flatten()
                 if index is None:
                     received = scores
                 else:
@@ -82,6 +78,30 @@ class QwenTowerRun:
                     received.index_copy_(0, index, scores)
             assert received is not None
             return self._original(received.unflatten(0, (-1, self.merge**2)).sum(-1))
+
+    def mean_keys(self) -> torch.Tensor:
+        """``[units, d]``, at least float32: keys of the last block with full attention, after rotation.
+
+        Mean over heads and over the patches of each unit.
+        """
+        with torch.no_grad():
+            _, key = self._query_key(None)
+            wide = key.to(torch.promote_types(key.dtype, torch.float32))
+            return self._original(wide.unflatten(0, (-1, self.merge**2)).mean((1, 2)))
+
+    def _query_key(self, layer: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[patches, heads, d]`` each, rotated, in the tower's order."""
+        where = scored_block(self._tower, len(self._tower.blocks)) if layer is None else layer
+        if where is None or where not in self._inputs or self._angles is None:
+            raise ValueError("this tower has no block with full attention; choose a selector without scores")
+        block = self._tower.blocks[where]
+        attention = block.attn
+        projected = inside(
+            (block, attention), lambda hidden: attention.qkv(block.norm1(hidden)), self._inputs[where]
+        )
+        query, key = projected.unflatten(-1, (3, attention.num_heads, -1)).unbind(1)[:2]
+        cos, sin = (angle.to(query.device).unsqueeze(1) for angle in self._angles)
+        return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
     def merged(self, units: torch.Tensor | None = None) -> torch.Tensor:
         """``pooler_output[units]`` of upstream's forward, ``[k, D]``; the merger runs on these units only.
@@ -146,6 +166,7 @@ def run_qwen_tower(
     grid_thw: torch.Tensor | Sequence[Sequence[int]],
     taps: Collection[int],
     after: Callable[[int, torch.Tensor], None] | None = None,
+    inputs: Collection[int] = (),
 ) -> QwenTowerRun:
     """Run all blocks of the tower; mergers run when the run is asked for their rows.
 
@@ -156,6 +177,7 @@ def run_qwen_tower(
         taps: indices of the blocks whose features are wanted.
         after: called with each of them and its features as soon as they are there, before the
             next block runs.
+        inputs: blocks with full attention whose attention will be asked for, beside the last of them.
 
     Raises:
         ValueError: taps that the tower does not have, grids that are not of whole units, or pixels that don't
@@ -192,8 +214,8 @@ def run_qwen_tower(
     }
     scored, stacked = scored_block(tower, depth), _stacked_layers(tower)
     for layer, block in enumerate(tower.blocks):
-        if layer == scored:
-            run._scored_input = hidden
+        if layer == scored or layer in inputs:
+            run._inputs[layer] = hidden
         hidden = block(hidden, position_embeddings=run._angles, **arguments[full is None or layer in full])
         if layer in stacked:
             run._stacked[layer] = hidden

@@ -1,0 +1,52 @@
+"""All methods by name, and where each works."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ocvtp.vlm.contracts.reducer import Reducer, Site
+from ocvtp.vlm.rivals.by_attention import FasterVLM, HiPrune, VisPruner
+from ocvtp.vlm.rivals.by_merging import PruMerge, PruMergePlus, ToMe, VisionZip
+from ocvtp.vlm.rivals.by_text import CDPruner, DivPrune, Trim
+
+METHODS: dict[str, type[Reducer]] = {
+    kind.name: kind
+    for kind in (
+        CDPruner,
+        DivPrune,
+        FasterVLM,
+        HiPrune,
+        PruMerge,
+        PruMergePlus,
+        ToMe,
+        Trim,
+        VisionZip,
+        VisPruner,
+    )
+}
+
+
+def rival(name: str) -> Reducer:
+    """The method of a name, as its authors set it."""
+    return METHODS[name]()
+
+
+def bound(method: Reducer, site: Site) -> Reducer:
+    """A method made up for a model.
+
+    Raises:
+        ValueError: it can't work there; the message lists what can, or says what is missing.
+    """
+    family = site.family
+    if family not in method.families:
+        there = ", ".join(sorted(name for name, kind in METHODS.items() if family in kind.families))
+        where = ", ".join(sorted(method.families))
+        raise ValueError(
+            f"{method.title} has no proven form on {family}; it works on {where}. "
+            f"On {family}: {there or 'none of the rival methods'}"
+        )
+    behind = family == "qwen2_5_vl"
+    if not site.class_token and not behind and method.classless is None:
+        raise ValueError(f"{method.title} needs a tower with a class token, which this model's has not")
+    note = method.note(family, class_token=site.class_token)
+    return replace(method, adaptation=note, behind=behind).bound(site)
