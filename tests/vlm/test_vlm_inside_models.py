@@ -174,7 +174,7 @@ def test_dropping_is_masking(family: str, name: str, model: Any) -> None:
 
 @methods
 def test_prompts_that_end_in_an_image(name: str) -> None:
-    """No text can rate or be a pivot, where other rows of the batch have some; one token of text can't rate."""
+    """No text can rate or be a pivot, where other rows have some; one token of text can't rate."""
     model, rows = _made("llava"), [row("llava", 6, n, seed=n) for n in (0, 1, 5)]
     install(model, METHODS[name])
     try:
