@@ -269,6 +269,8 @@ def test_calls_that_cannot_work_are_refused_in_words(model: Any, pruner: Any) ->
         model(**inputs, labels=inputs["input_ids"])
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         model.generate(**inputs, **GREEDY, prefill_chunk_size=8)
+    with pytest.raises(ValueError, match="paged"):
+        model.generate(**inputs, **GREEDY, cache_implementation="paged")
     with pytest.raises(PatchError, match="fewer columns"):
         model.model(**inputs)
     text = batch([row("llava", 9, 9, images=0)])
@@ -276,6 +278,14 @@ def test_calls_that_cannot_work_are_refused_in_words(model: Any, pruner: Any) ->
     if pruner is None:
         with pytest.raises(PatchError, match="nothing is chosen"):
             ocvtp.vlm.select(model, inputs["pixel_values"])
+
+
+@methods
+@pytest.mark.parametrize("pruner", [None, "grid"])
+def test_without_a_cache_the_prompt_decides_every_time(model: Any, name: str, pruner: Any) -> None:
+    inputs = batch([ONE])
+    ocvtp.apply(model, pruner, **({} if pruner is None else {"keep": 8}), inside=METHODS[name])
+    assert torch.equal(answers(model, inputs, use_cache=False), answers(model, inputs))
 
 
 @methods

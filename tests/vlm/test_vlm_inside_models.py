@@ -173,6 +173,19 @@ def test_dropping_is_masking(family: str, name: str, model: Any) -> None:
 
 
 @methods
+def test_prompts_that_end_in_an_image(name: str) -> None:
+    """No text can rate or be a pivot, where other rows have some; one token of text can't rate."""
+    model, rows = _made("llava"), [row("llava", 6, n, seed=n) for n in (0, 1, 5)]
+    install(model, METHODS[name])
+    try:
+        found = forced(model, batch(rows), STEPS[:3])
+        alone = [forced(model, batch([one]), STEPS[i : i + 1]) for i, one in enumerate(rows)]
+    finally:
+        uninstall(model)
+    assert torch.allclose(found, torch.cat(alone), atol=1e-4)
+
+
+@methods
 def test_layers_hold_what_is_left(name: str) -> None:
     model, method = _made("llava"), METHODS[name]
     inputs = batch([row("llava", 3, 9, images=2, seed=1)])

@@ -26,7 +26,7 @@ class Rows(Protocol):
     words: tuple[int, ...]
     """Tokens of text behind the last vision token, of each row."""
     vision: torch.Tensor
-    """``[B, V]`` int64 columns of vision tokens, ascending."""
+    """``[B, V]`` int64 columns of vision tokens, ascending: what stands on a placeholder, newlines too."""
     is_vision: torch.Tensor
     """``[B, V]`` bool, false on padding."""
     text: torch.Tensor

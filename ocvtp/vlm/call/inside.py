@@ -58,6 +58,11 @@ def check_generate(controller: Controller, arguments: Mapping[str, Any]) -> None
     """Raise ``ValueError`` for a call of ``generate`` with pixels that can't be served."""
     if controller.settings.inside is None:
         return
+    if effective(controller.model, arguments, "cache_implementation") == "paged":
+        raise ValueError(
+            "a paged cache holds as many tokens in every layer, and what is dropped in the language model "
+            "is in some alone"
+        )
     if effective(controller.model, arguments, "prefill_chunk_size") is not None:
         raise ValueError(
             "prefill_chunk_size: tokens are dropped inside the language model by the whole prompt, so it "

@@ -94,9 +94,11 @@ class Hooks:
                 hook = functools.partial(self._layer, number)
                 self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if self._decoder.merger is not None:
-            self._handles.append(
-                self._decoder.merger.register_forward_pre_hook(self._placed, with_kwargs=True)
-            )
+            merger = self._decoder.merger
+            self._handles += [
+                merger.register_forward_hook(self._unplaced, always_call=True),
+                merger.register_forward_pre_hook(self._placed, with_kwargs=True),
+            ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
         """For a copy of the model. On a copy of a part of it alone they do nothing."""
@@ -162,6 +164,10 @@ class Hooks:
             for one in self.placeholders[1:]:
                 placed = placed | (ids == one)
             self._local.placed = placed
+
+    def _unplaced(self, *_: Any) -> None:
+        """After it, or where it failed before the language model was called."""
+        self._local.placed = None
 
     def _begin(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         # PyTorch gives a hook no keyword arguments until a moment after it is put on.

@@ -145,6 +145,8 @@ class Prefill:
             new = replace(new, positions=positions)
             embeddings = self._decoder.text.rotary_emb(squeezed.hidden, position_ids=positions)
         self._layout = new
+        if number == self._method.cuts[-1]:
+            self._before, self._tap = None, Tap(None)  # nobody asks any more
         stage = Stage(number, new.columns, new.positions, new.live, new.full, shift)
         self._stages.append(stage)
         if self._seen is not None:
