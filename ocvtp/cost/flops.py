@@ -11,8 +11,9 @@ as eager attention computes it. The weights of proportional attention are added 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from ocvtp.cost.counters import Counter, Products, counter_of
+from ocvtp.methods.in_llm import Inside, averages
 from ocvtp.pruner import OCPruner
 from ocvtp.pruner.config import PrunerConfig
 from ocvtp.vlm.contracts.adapter import Adapter
@@ -81,7 +83,9 @@ class Cost:
 
     Attributes:
         image_tokens: candidates: tokens of the image that are chosen among.
-        keep: how many of them are kept.
+        keep: how many of them are kept before the language model.
+        average: how many of the image's rows go into a layer of the language model, on average: with what the
+            model adds, and fewer behind cuts inside.
         merge: where dropped tokens are averaged into kept ones, if they are.
         weigh: whether the language model knows how many a kept one stands for.
         text_tokens: of the prompt, the image aside.
@@ -94,6 +98,7 @@ class Cost:
 
     image_tokens: int
     keep: int
+    average: float
     merge: Merge
     weigh: bool
     text_tokens: int
@@ -108,6 +113,7 @@ class Cost:
         unpruned, pruned = self.paper
         return {
             "keep": self.keep,
+            "average": round(self.average, 4),
             "merge": self.merge,
             "weigh": self.weigh,
             "text_tokens": self.text_tokens,
@@ -147,7 +153,7 @@ def count(
     pruner: PrunerConfig | None = None,
     merge: Merge | Literal["auto"] | None = None,
     weigh: bool | Literal["auto"] | None = None,
-    method: Rule | Rival | Reducer | None = None,
+    method: Rule | Rival | Inside | Reducer | None = None,
     counter: Counter = "torch",
 ) -> Cost:
     """Count a call with one image at batch 1.
@@ -162,7 +168,8 @@ def count(
         pruner: sizes of the pruner; default: the published ones for the tower's width.
         merge: as of :func:`ocvtp.apply`; ``None``: its default.
         weigh: as of :func:`ocvtp.apply`; ``None``: its default.
-        method: who chooses in the place of a pruner: a rule, or a method of others.
+        method: who chooses in the place of a pruner: a rule, or a method of others. One inside the language
+            model leaves the vision side as it is.
         counter: whose formulas: ``"torch"``, or ``"fvcore"`` for a second opinion (``pip install fvcore``).
 
     Raises:
@@ -182,24 +189,19 @@ def count(
         ) from error
 
 
-def count_methods(
-    config: Any,
-    methods: Sequence[Rule | Rival | Reducer],
-    budgets: Sequence[float],
-    text_tokens: int = 32,
-    image: tuple[int, int] | None = None,
-) -> list[list[Cost]]:
+@contextlib.contextmanager
+def counting(
+    config: Any, text_tokens: int = 32, image: tuple[int, int] | None = None
+) -> Iterator[Callable[[Rule | Rival | Inside | Reducer, float], Cost]]:
     """:func:`count` of many methods at many budgets of one model, which is made only once.
 
     Args:
         config: as for :func:`count`.
-        methods: rules, or methods of others.
-        budgets: tokens to keep, or shares.
         text_tokens: as for :func:`count`.
         image: as for :func:`count`.
 
-    Returns:
-        For each method its budgets, in order.
+    Yields:
+        ``(method, keep) -> Cost``, which raises as :func:`count` does.
 
     Raises:
         ValueError: as :func:`count`.
@@ -207,7 +209,7 @@ def count_methods(
     text_tokens = _checked(config, text_tokens)
     with torch.no_grad(), pretend(_ARCHITECTURE):
         counted = _Counted(config, image, "torch")
-        return [[counted.cost(method, keep, text_tokens, {}) for keep in budgets] for method in methods]
+        yield lambda method, keep: counted.cost(method, keep, text_tokens, {})
 
 
 def _checked(config: Any, text_tokens: int) -> int:
@@ -227,7 +229,7 @@ def _count(
     text_tokens: int,
     image: tuple[int, int] | None,
     pruner: PrunerConfig | None,
-    method: Rule | Rival | Reducer | None,
+    method: Rule | Rival | Inside | Reducer | None,
     said: dict[str, Any],
     counter: Counter,
 ) -> Cost:
@@ -276,14 +278,20 @@ class _Counted:
         """Of a call, unpruned and pruned by ``chooser``."""
         before, candidates = self._before, self._candidates
         settings, _ = resolve(self._adapter, Options(chooser, keep, **said))
-        after, plain, kept, budget = _pruned_vision(
-            self._adapter, self._arguments, settings, before[2], self._products
-        )
+        if settings.before:
+            after, plain, kept, budget = _pruned_vision(
+                self._adapter, self._arguments, settings, before[2], self._products
+            )
+        else:
+            after, plain, kept, budget = before, before, self._rows, candidates
         if budget == candidates:
             after = plain = before
         prompts = self._rows + text_tokens, kept + text_tokens
-        long, short = (self._language(tokens) for tokens in prompts)
         text = self._text
+        long, short, average = self._language(prompts[0]), self._language(prompts[1]), float(kept)
+        if settings.inside is not None:
+            inside = averages(settings.inside, depth=text.num_hidden_layers, tokens=kept)
+            short, average = self._by_layer(inside.layers, text_tokens), inside.entering
         # The published figures have the image's candidates alone: newlines don't count.
         paper = [
             paper_flops(text.num_hidden_layers, text.hidden_size, text.intermediate_size, n + text_tokens)
@@ -292,6 +300,7 @@ class _Counted:
         return Cost(
             candidates,
             budget,
+            average,
             settings.merge,
             settings.weigh,
             text_tokens,
@@ -301,6 +310,18 @@ class _Counted:
             Parts(*plain, *short),
             (paper[0], paper[1]),
         )
+
+    def _by_layer(self, rows: Sequence[int], text_tokens: int) -> tuple[int, int, int]:
+        """:meth:`_LanguageModel.parts` where layers hold different numbers of the image's rows.
+
+        All layers are alike, so each costs its share of a language model that has as many in all of them.
+        What a method inside does to choose is not counted.
+        """
+        parts = [self._language(count + text_tokens) for count in rows]
+        head = parts[0][1]
+        prefill = sum(one for one, _, _ in parts) // len(parts)
+        step = sum(one - head for _, _, one in parts) // len(parts)
+        return prefill, head, step + head
 
 
 # ------------------------------------------------------------------------------------------------ vision side
