@@ -84,7 +84,7 @@ def by_hand(model: Any, inputs: Inputs, rows: torch.Tensor) -> Inputs:
     adapter, settings = controller.adapter, controller.settings
     with torch.no_grad():
         ids = inputs["input_ids"]
-        asking = functools.partial(questions_of, ids, inputs["attention_mask"])
+        asking = functools.partial(questions_of, ids, ids != adapter.token_id("image"))
         kept = encode(adapter, inputs, settings, None, asking=asking)["image"]
         where = ids == adapter.token_id("image")
         places = kept.places(ids.device)

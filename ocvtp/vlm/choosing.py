@@ -10,6 +10,7 @@ from ocvtp.methods.in_llm import Inside
 from ocvtp.pruner.capture import SlotRunner
 from ocvtp.pruner.pruner import OCPruner
 from ocvtp.vlm.contracts.adapter import Adapter
+from ocvtp.vlm.contracts.budgets import Budget
 from ocvtp.vlm.contracts.reducer import Reducer, Rival, Site
 from ocvtp.vlm.contracts.selector import Rule, Selector, reads_features
 from ocvtp.vlm.contracts.settings import Tower
@@ -100,9 +101,16 @@ def reducer_for(options: Options, adapter: Adapter) -> Reducer | None:
         consumed=facts.consumed_layers,
         num_layers=facts.num_layers,
         blocks=adapter.told_blocks,
+        tokens=facts.tokens,
+        square=not hasattr(adapter.layout, "shape") or adapter.layout.shape({}) is not None,
+        extra_rows=facts.extra_rows,
         model=adapter.model,
     )
-    return bound(asked, site)
+    method = bound(asked, site)
+    keep = None if facts.tokens is None else Budget(options.keep).of(facts.tokens)
+    if isinstance(keep, int) and facts.tokens is not None and keep < facts.tokens:
+        method.check(keep, site)
+    return method
 
 
 def _read_layer(features: object, consumed: tuple[int, ...], tower: Tower) -> int:

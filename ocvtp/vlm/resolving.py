@@ -68,6 +68,7 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         before=options.pruner is not None,
         inside=options.inside,
     )
+    _check_columns(selector, settings)
     if adapter.needs_mm_route and settings.route == "inputs_embeds":
         raise ValueError(f"pruning {model.config.model_type} needs transformers >= 5.18")
     adapter.check(settings)
@@ -75,13 +76,36 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
     return settings, _report(adapter, facts, options, settings, reasons)
 
 
+def _check_columns(selector: Selector | Reducer, settings: Settings) -> None:
+    """Raise ``ValueError`` where rows are handed over in an order that no column tells of."""
+    if not isinstance(selector, Reducer) or not selector.merges or selector.in_raster:
+        return
+    if settings.columns and settings.positions == "compact":
+        raise ValueError(
+            f"{selector.title} hands its rows over in an order of its own, of which columns say nothing: use "
+            'positions="original", which leaves rows at their places, or columns=False'
+        )
+
+
 _KEPT_ROWS = 'tower="kept_rows" computes the consumed layer for kept tokens only'
 
 
 def _layout(adapter: Adapter, options: Options, selector: Selector | Reducer) -> Layout:
-    """Of tiled images; rival methods choose tile by tile, among all tokens, as their authors do."""
-    tiled = "layout" in adapter.layout.options
-    return "official" if tiled and isinstance(selector, Reducer) else options.layout
+    """Of tiled images; rival methods choose tile by tile, among all tokens, as their authors do.
+
+    Raises:
+        ValueError: options that this leaves no room for.
+    """
+    if "layout" not in adapter.layout.options or not isinstance(selector, Reducer):
+        return options.layout
+    if options.positions == "original":
+        raise ValueError(
+            f"{selector.title} chooses among all tokens of all tiles, padding too, which has no position in the "
+            'long prompt: use positions="compact" or "auto"'
+        )
+    if options.newlines != "last":
+        raise ValueError(f"{selector.title} puts all tiles' tokens together, with one newline behind them")
+    return "official"
 
 
 def _merge(adapter: Adapter, options: Options, selector: Selector | Reducer) -> tuple[Merge, str | None]:

@@ -11,11 +11,12 @@ import torch
 
 import ocvtp
 from ocvtp.vlm.contracts.reducer import Reducer
-from ocvtp.vlm.rivals import CDPruner, HiPrune, Trim, VisionZip
+from ocvtp.vlm.rivals import CDPruner, HiPrune, Trim, VisionZip, VisPruner
 from ocvtp.vlm.rivals.catalog import METHODS
+from ocvtp.vlm.rivals.text import LanguageText
 from ocvtp.vlm.towers.clip import run_tower
 from ocvtp.vlm.towers.tome import run_merging_tower
-from tests.vlm.family import by_name, families
+from tests.vlm.family import by_name, families, packed
 from tests.vlm.tiny_llava import GREEDY, ONE, TOKENS, llava, mixed, pixels, prompt
 
 READERS = ("trim", "cdpruner")  # of the question, for which a tiny LLaVA has no text tower
@@ -258,21 +259,139 @@ def test_what_cannot_work_is_refused_before_anything_changes() -> None:
     assert model.__dict__ == clean
 
 
+def test_what_the_configuration_alone_forbids() -> None:
+    for made in (llava(layer=[1, 4]), llava(strategy="full")):
+        with pytest.raises(ValueError, match="VisionZip is defined for one vision_feature_layer and"):
+            ocvtp.apply(made, "visionzip", keep=4)
+    with pytest.raises(ValueError, match=r"HiPrune needs tokens that are rows and columns.* 15 are not"):
+        ocvtp.apply(llava(tower="siglip", layer=-1), "hiprune", keep=4)
+    tiled = by_name("llava_next").model()
+    with pytest.raises(ValueError, match="HiPrune chooses among all tokens of all tiles, padding too"):
+        ocvtp.apply(tiled, "hiprune", keep=12, positions="original")
+    with pytest.raises(ValueError, match="HiPrune puts all tiles' tokens together, with one newline"):
+        ocvtp.apply(tiled, "hiprune", keep=12, newlines="rows")
+    model = llava()
+    for name in ("visionzip", "prumerge", "trim"):
+        with pytest.raises(ValueError, match="in an order of its own, of which columns say nothing"):
+            ocvtp.apply(model, method(name), keep=6, columns=True)
+        ocvtp.apply(model, method(name), keep=6, columns=True, positions="original")
+    ocvtp.apply(model, "tome", keep=6, columns=True)
+    ocvtp.remove(model)
+    for wrong, why in (
+        (lambda: HiPrune(alpha=2), "alpha must be from 0 to 1"),
+        (lambda: HiPrune(alpha="x"), "alpha must be a number"),
+        (lambda: HiPrune(object_layer=True), "object_layer must be an int"),
+        (lambda: VisPruner(important=5), "important must be from 0 to 1"),
+        (lambda: VisPruner(step=0), "step must be"),
+        (lambda: VisPruner(by="place"), "by must be"),
+        (lambda: VisionZip(contextual=-1), "contextual must be"),
+        (lambda: VisionZip(contextual=1.5), "contextual must be an int"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=why):
+            wrong()
+    for settings, keep, why in (
+        (VisionZip(contextual=4), 4, "VisionZip keeps 4 tokens, 4 of them means"),
+        ("visionzip", 1, "VisionZip keeps 1 tokens, 0 of them means"),
+        (HiPrune(alpha=1.0), 13, "alpha must be below"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            ocvtp.apply(model, settings, keep=keep)  # type: ignore[arg-type]
+
+
 def test_what_only_a_call_can_tell() -> None:
-    model = llava(layer=[1, 4])
+    model = llava()
     ocvtp.apply(model, "hiprune", keep=4)
     with pytest.raises(ValueError, match="defined for one vision_feature_layer"):
-        model(**prompt(ONE, pixels(1)))
-    model = llava()
-    ocvtp.apply(model, VisionZip(contextual=4), keep=4)
-    with pytest.raises(ValueError, match="VisionZip keeps 4 tokens, 4 of them means"):
-        model(**prompt(ONE, pixels(1)))
+        model(**prompt(ONE, pixels(1)), vision_feature_layer=[1, 4])
+    ocvtp.apply(model, HiPrune(object_layer=3), keep=4)
+    with pytest.raises(
+        ValueError, match="attention of encoder layer 3 is asked for, and this call runs layers"
+    ):
+        model(**prompt(ONE, pixels(1)), vision_feature_layer=-4)
     ocvtp.apply(model, Trim("language_model"), keep=4)
     with pytest.raises(ValueError, match="reads the question, and there is no prompt here"):
         ocvtp.vlm.select(model, pixels(1))
     ocvtp.apply(model, "visionzip", keep=4)
     with pytest.raises(ValueError, match="VisionZip has no slots"):
         ocvtp.vlm.select(model, pixels(1), return_attention=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_call_may_have_a_feature_layer_of_its_own(name: str) -> None:
+    model, other = llava(), llava(layer=-3)
+    made = HiPrune(object_layer=1) if name == "hiprune" else method(name)
+    ocvtp.apply(model, made, keep=6)
+    ocvtp.apply(other, HiPrune(object_layer=1) if name == "hiprune" else method(name), keep=6)
+    with torch.no_grad():
+        found = model(**prompt(ONE, pixels(1)), vision_feature_layer=-3).logits
+        assert torch.equal(found, other(**prompt(ONE, pixels(1))).logits)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_question_is_words_and_nobodys_answer(name: str) -> None:
+    model = llava()
+    ocvtp.apply(model, method(name), keep=6)
+    inputs = prompt(ONE, pixels(1))
+    with torch.no_grad():
+        asked = model(**inputs).logits
+        answered = prompt([*ONE, 50, 51, 52], pixels(1))
+        labels = answered["input_ids"].clone()
+        labels[:, :-3] = -100
+        taught = model(**answered, labels=labels).logits
+        torch.testing.assert_close(taught[:, :-3], asked, rtol=1e-5, atol=1e-5)
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        with pytest.raises(ValueError, match="reads the question: pass input_ids, not inputs_embeds"):
+            model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
+        with pytest.raises(ValueError, match="no words beside its pictures"):
+            model(**prompt([120] * TOKENS, pixels(1)))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_documents_in_one_row_have_no_question_of_their_own(name: str) -> None:
+    some = by_name("llava")
+    model, rows = some.model(), some.rows()
+    ocvtp.apply(model, method(name), keep=6)
+    with pytest.raises(ValueError, match="a row holds several documents: pass them as rows of their own"):
+        model(**packed(some, model, [[rows["one"], rows["two"]]]), use_cache=False)
+
+
+def test_a_question_has_no_placeholders_of_another_modality() -> None:
+    some = by_name("qwen2_5_vl")
+    model, rows = some.model(), some.rows()
+    seen: list[torch.Tensor] = []
+
+    class Spy(LanguageText):
+        def compare(self, evidence: Any, questions: Any, *, pieces: bool) -> Any:
+            seen.extend(questions)
+            return super().compare(evidence, questions, pieces=pieces)
+
+    ocvtp.apply(model, CDPruner(Spy(model)), keep=5)
+    image, video = rows["one"], rows["video"]
+    both = {
+        **image,
+        **video,
+        "input_ids": torch.cat([image["input_ids"], video["input_ids"]], dim=1),
+        "mm_token_type_ids": torch.cat([image["mm_token_type_ids"], video["mm_token_type_ids"]], dim=1),
+    }
+    with torch.no_grad():
+        model(**both)
+    assert len(seen) == 1 + len(image["image_grid_thw"]) or seen
+    places = {model.config.image_token_id, model.config.video_token_id}
+    assert all(not places & set(question.tolist()) for question in seen)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_offloaded_embeddings_are_fetched(name: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = llava()
+    ocvtp.apply(model, method(name), keep=6)
+    inputs = prompt(ONE, pixels(1))
+    with torch.no_grad():
+        here = model(**inputs).logits
+        ocvtp.remove(model)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        ocvtp.apply(model, method(name), keep=6)
+        assert torch.equal(model(**inputs).logits, here)
 
 
 def test_kept_rows_serve_those_who_read_attention_alone() -> None:

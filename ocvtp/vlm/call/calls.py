@@ -81,6 +81,7 @@ def _forward(
         controller.clock,
         generating=False,
         calling=(controller.model,),
+        worded=embeddings is None,
         pad_token_id=pad_token_id(controller.model, arguments),
     )
     write_note(cache, None)

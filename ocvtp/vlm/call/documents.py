@@ -199,3 +199,11 @@ def _makes_cache(adapter: Adapter, arguments: Mapping[str, Any]) -> bool:
     return bool(
         getattr(adapter.model.config.get_text_config(), "use_cache", True) if given is None else given
     )
+
+
+def text_positions(adapter: Adapter, frame: Frame, given: Any) -> torch.Tensor | None:
+    """What the caller passed in one dimension, ``[B, new]``: where transformers looks for documents."""
+    if given is None or (adapter.mrope and len(given) != 4):
+        return None
+    text = given[0] if adapter.mrope else given
+    return text[:, -frame.ids.shape[1] :].expand(len(frame.ids), -1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ocvtp.vlm.call.documents import documents_of, mask_of
+from ocvtp.vlm.call.asking import asking_of
+from ocvtp.vlm.call.documents import documents_of, mask_of, text_positions
 from ocvtp.vlm.call.frame import Frame, frame_of
 from ocvtp.vlm.call.handover import hand_over
 from ocvtp.vlm.call.memory import CacheNote
@@ -28,7 +28,6 @@ from ocvtp.vlm.contracts.pixels import pixels_in
 from ocvtp.vlm.contracts.rows import KeptRows
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.encode.encode import encode
-from ocvtp.vlm.encode.questions import questions_of
 from ocvtp.vlm.encode.timing import Clock
 
 # Tensors along the sequence, and what to put on new padding.
@@ -75,6 +74,7 @@ def shorten(
     pad_token_id: int,
     guard: bool = False,
     calling: Sequence[Any] = (),
+    worded: bool = True,
 ) -> ShortCall:
     """Encode the images, drop the columns of pruned tokens, hand the kept rows over.
 
@@ -91,6 +91,7 @@ def shorten(
             an attention mask of ones, and without mask and cache transformers takes gaps for packed
             sequences.
         calling: modules whose calls are under way, which is none in ``generate``.
+        worded: whether ``ids`` are of words, and not only of what embeddings can be told to be.
 
     Raises:
         ValueError: arguments that don't fit together, or that have no meaning on a pruned prompt.
@@ -104,7 +105,7 @@ def shorten(
     frame = frame_of(ids, arguments.get("attention_mask"), prefix, generating=generating)
     if pixels_in(adapter, arguments):
         adapter.check_call(arguments, generating=generating)
-    asking = functools.partial(questions_of, frame.ids, frame.mask)
+    asking = asking_of(adapter, settings, frame, arguments, worded=worded)
     kept = encode(adapter, arguments, settings, clock, calling=calling, asking=asking)
     consumed = {*adapter.pixel_keys.values(), *adapter.vision_keys} if kept else set()
     short = {name: value for name, value in arguments.items() if name not in consumed}
@@ -125,7 +126,7 @@ def shorten(
         positions, following = mrope_positions(adapter, frame, index, given, arguments)
     else:
         positions = _positions(settings, frame, index, given, ids, generating=generating)
-    text = _text_positions(adapter, frame, given)
+    text = text_positions(adapter, frame, given)
     packed, apart = None if same else documents_of(adapter, frame, text, arguments), None
     if packed is not None:
         _check_packed(adapter, arguments, prefix, generating=generating)
@@ -284,14 +285,6 @@ def _positions(
         numbers = identity(ids.shape[0], 0, ids.shape[1], ids.device)
     _refuse_flash_with_cache(settings, prefix)
     return take(numbers, index, 0)
-
-
-def _text_positions(adapter: Adapter, frame: Frame, given: Any) -> torch.Tensor | None:
-    """What the caller passed in one dimension, ``[B, new]``: where transformers looks for documents."""
-    if given is None or (adapter.mrope and len(given) != 4):
-        return None
-    text = given[0] if adapter.mrope else given
-    return text[:, -frame.ids.shape[1] :].expand(len(frame.ids), -1)
 
 
 def _check_packed(

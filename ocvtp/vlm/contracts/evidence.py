@@ -36,11 +36,15 @@ class Merged(NamedTuple):
 
 
 class Evidence(Protocol):
-    """A group of segments. Everything is computed when it is asked for, for the rows it takes, once a call.
+    """A group of segments. Everything is computed when it is asked for, and for the rows it takes alone.
 
     P counts pictures: segments, or the tiles of each where a segment is several pictures. N counts the
     candidates of a picture.
     """
+
+    @property
+    def consumed(self) -> int:
+        """The block whose output the projector reads in this call."""
 
     @property
     def tiles(self) -> int:
@@ -75,7 +79,10 @@ class Evidence(Protocol):
         """``[P, N]``, at least float32: attention received in a block, mean over heads and all queries.
 
         Args:
-            block: the consumed one, or one of :attr:`~ocvtp.vlm.contracts.reducer.Reducer.blocks`.
+            block: :attr:`consumed`, or one of :attr:`~ocvtp.vlm.contracts.reducer.Reducer.blocks`.
+
+        Raises:
+            ValueError: one that this call doesn't run.
         """
 
     def keys(self) -> torch.Tensor:

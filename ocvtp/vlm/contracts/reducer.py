@@ -45,6 +45,9 @@ class Site:
         consumed: encoder layers that the projector reads.
         num_layers: of the tower.
         blocks: whose received attention can be told, ascending.
+        tokens: candidates of every image; ``None`` where images differ.
+        square: whether they are rows and columns of a picture.
+        extra_rows: rows of an image that are always handed over: a class token.
         model: the model itself.
     """
 
@@ -53,6 +56,9 @@ class Site:
     consumed: tuple[int, ...]
     num_layers: int
     blocks: tuple[int, ...]
+    tokens: int | None
+    square: bool
+    extra_rows: int
     model: Any
 
 
@@ -67,8 +73,10 @@ class Reducer(abc.ABC):
         families: ``model_type`` -> what is our adaptation there; empty where it is as published.
         classless: what is our adaptation to towers without a class token; ``None`` if it takes none.
         merges: whether it makes rows (:class:`~ocvtp.selection.Reduction`) rather than choose tokens.
-        reads_text: whether the question matters.
+        in_raster: whether the rows that it makes are in the order of their places.
+        reads_text: whether the question matters, so that one may have to be given.
         pooled: whether all tiles of an image are chosen from together, or else each tile has its share.
+        reads_places: whether tokens must be rows and columns of a picture.
         reads_rows: whether it compares what the consumed layer puts out, so that all of it is computed.
         read_layer: like a selector's; none.
         adaptation: what is ours on the model it is bound to; empty where it is as published.
@@ -82,8 +90,10 @@ class Reducer(abc.ABC):
     families: ClassVar[Mapping[str, str]]
     classless: ClassVar[str | None] = ""
     merges: ClassVar[bool] = False
+    in_raster: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    reads_places: ClassVar[bool] = False
     reads_rows: ClassVar[bool] = True
     read_layer: ClassVar[None] = None
     adaptation: str = field(default="", kw_only=True, repr=False)
@@ -98,6 +108,11 @@ class Reducer(abc.ABC):
     def in_tower(self) -> bool:
         """Whether it runs the tower itself (:meth:`~ocvtp.vlm.contracts.evidence.Evidence.merged`)."""
         return False
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it looks for the question in the prompt."""
+        return self.reads_text
 
     def material(self, evidence: Evidence) -> torch.Tensor:
         """``[P, N, C]``, or with a class token ``[P, 1 + N, C]``: what rows are made of."""
@@ -122,6 +137,9 @@ class Reducer(abc.ABC):
             ValueError: the method can't work there; says what it needs.
         """
         return self
+
+    def check(self, keep: int, site: Site) -> None:  # noqa: B027 (most can keep any number)
+        """Raise ``ValueError`` if it can't keep so many tokens of an image, fewer than there are."""
 
     @abc.abstractmethod
     def reduce(

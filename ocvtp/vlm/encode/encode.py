@@ -68,7 +68,7 @@ def _asked(
     settings: Settings, asking: Asking | None, token_id: int, vision: Vision
 ) -> list[torch.Tensor] | None:
     """The question about each image or video, where somebody reads it."""
-    reads = isinstance(settings.selector, Reducer) and settings.selector.reads_text
+    reads = isinstance(settings.selector, Reducer) and settings.selector.reads_prompt
     return asking(token_id, vision.totals) if reads and asking is not None else None
 
 

@@ -12,7 +12,7 @@ Asking = Callable[[int, Sequence[int]], list[torch.Tensor]]
 
 
 def questions_of(
-    ids: torch.Tensor, mask: torch.Tensor | None, token_id: int, totals: Sequence[int]
+    ids: torch.Tensor, said: torch.Tensor, token_id: int, totals: Sequence[int]
 ) -> list[torch.Tensor]:
     """What follows the last picture of the row that a picture is in, or what stands before, if nothing does.
 
@@ -20,7 +20,7 @@ def questions_of(
 
     Args:
         ids: ``[B, S]`` of the prompt.
-        mask: ``[B, S]``, 0 for padding, or ``None``.
+        said: ``[B, S]`` bool, true for words: not for padding, placeholders and answers.
         token_id: the placeholder.
         totals: placeholders of each image or video, in row-major order.
 
@@ -28,7 +28,7 @@ def questions_of(
         One int64 tensor of ids per image or video, on the CPU.
     """
     ids = ids.cpu()
-    live = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
+    live = said.cpu()
     pictured = ids == token_id
     texts = []
     for row, there, here in zip(ids, live, pictured, strict=True):

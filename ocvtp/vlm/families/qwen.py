@@ -276,6 +276,11 @@ class _Witness:
     class_token = False
 
     @property
+    def consumed(self) -> int:
+        """See the protocol."""
+        return len(self.done.tower.blocks) - 1
+
+    @property
     def tokens(self) -> int:
         """See the protocol."""
         return self.units.segments[self.which[0]].tokens

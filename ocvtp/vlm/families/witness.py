@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,22 +46,20 @@ class Witness:
     prefix: int
     consumed: int
     backend: str
+    _known: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def features(self) -> torch.Tensor:
         """See the protocol."""
         start = 0 if self.class_token else self.prefix
         return self._of(self.done().outputs[self.consumed])[:, start:]
 
-    @functools.cached_property
-    def _salience(self) -> torch.Tensor:
-        if not self.class_token:
-            return self.received(self.consumed)
-        with torch.no_grad():
-            return self._input(self.consumed).first_row(self.backend)[:, self.prefix :]
-
     def salience(self) -> torch.Tensor:
         """See the protocol."""
-        return self._salience
+        if not self.class_token:
+            return self.received(self.consumed)
+        query, key = self._first_query_and_keys()
+        with torch.no_grad():
+            return self._input(self.consumed).attention(query, key, self.backend)[:, self.prefix :]
 
     def received(self, block: int) -> torch.Tensor:
         """See the protocol."""
@@ -71,8 +68,10 @@ class Witness:
 
     def keys(self) -> torch.Tensor:
         """See the protocol."""
-        with torch.no_grad():
-            return self._input(self.consumed).keys()[:, 0 if self.class_token else self.prefix :]
+        _, key = self._first_query_and_keys()
+        heads = self._input(self.consumed).heads_of(key)
+        wide = torch.promote_types(key.dtype, torch.float32)
+        return heads.detach().to(wide).mean(1)[:, 0 if self.class_token else self.prefix :]
 
     def one_head(self) -> OneHead:
         """See the protocol."""
@@ -96,9 +95,21 @@ class Witness:
         """See the protocol."""
         return run_merging_tower(self.tower, self._of(self.pixels), removed)
 
+    def _first_query_and_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the consumed block, for :meth:`salience` and :meth:`keys` together."""
+        if not self._known:
+            with torch.no_grad():
+                self._known.append(self._input(self.consumed).query_key(queries=1))
+        return self._known[0]
+
     def _input(self, block: int) -> LayerInput:
-        whole = self.done().inputs[block]
-        return whole if len(self.pictures) == len(self.pixels) else whole.of(self.pictures)
+        found = self.done().inputs.get(block)
+        if found is None:
+            raise ValueError(
+                f"attention of encoder layer {block} is asked for, and this call runs layers up to "
+                f"{self.consumed}: use another vision_feature_layer"
+            )
+        return found if len(self.pictures) == len(self.pixels) else found.of(self.pictures)
 
     def _of(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if len(self.pictures) == len(tensor) else tensor[list(self.pictures)]

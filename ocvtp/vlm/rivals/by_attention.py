@@ -9,9 +9,11 @@ from typing import Literal
 import torch
 
 from ocvtp.methods import attention_top_k, hiprune, vispruner
+from ocvtp.methods._inputs import check_share
 from ocvtp.selection import Selection
 from ocvtp.vlm.contracts.evidence import Evidence
 from ocvtp.vlm.contracts.reducer import EVERYWHERE, LLAVA, Reducer, Site, adapted
+from ocvtp_kernels._checks import as_int, require_count
 
 #: What stands in for a class token that a tower lacks.
 RECEIVED = "attention received from all tokens in the place of the class token's"
@@ -27,23 +29,23 @@ class Salient(Reducer):
     """
 
     by: Literal["class_token", "received"] = field(default="class_token", kw_only=True)
-    consumed: int | None = field(default=None, kw_only=True, repr=False)
 
     classless = RECEIVED
 
-    def bound(self, site: Site) -> Reducer:
-        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
+    def __post_init__(self) -> None:
         if self.by not in ("class_token", "received"):
             raise ValueError(f'by must be "class_token" or "received"; got {self.by!r}')
+
+    def bound(self, site: Site) -> Reducer:
+        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         adaptation = self.adaptation
         if self.by == "received" and RECEIVED not in adaptation:
             adaptation = f"{adaptation}; {RECEIVED}" if adaptation else RECEIVED
-        return replace(self, consumed=max(site.consumed), adaptation=adaptation)
+        return replace(self, adaptation=adaptation)
 
     def salience(self, evidence: Evidence) -> torch.Tensor:
         """``[P, N]``, at least float32."""
-        assert self.consumed is not None
-        return evidence.salience() if self.by == "class_token" else evidence.received(self.consumed)
+        return evidence.salience() if self.by == "class_token" else evidence.received(evidence.consumed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +75,29 @@ class HiPrune(Reducer):
 
     alpha: float = 0.1
     object_layer: int | None = None
-    consumed: int | None = None
 
     name = "hiprune"
     title = "HiPrune"
     source = "arXiv 2508.00553"
     families = EVERYWHERE
     reads_rows = False
+    reads_places = True
+
+    def __post_init__(self) -> None:
+        check_share("alpha", self.alpha)
+        if self.object_layer is not None and as_int(self.object_layer) is None:
+            raise TypeError(f"object_layer must be an int; got {self.object_layer!r}")
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         return () if self.object_layer is None else (self.object_layer,)
+
+    def check(self, keep: int, site: Site) -> None:
+        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`: neighbours of all anchors must fit."""
+        if site.tokens is not None:
+            blank = torch.zeros(1, site.tokens)
+            hiprune(blank, blank, keep, shape=(1, site.tokens), alpha=self.alpha)
 
     def bound(self, site: Site) -> Reducer:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
@@ -99,17 +112,16 @@ class HiPrune(Reducer):
                 f"HiPrune reads attention over whole pictures, which this tower has in layers {told}; "
                 f"object_layer is {layer}"
             )
-        return replace(self, object_layer=layer, consumed=consumed)
+        return replace(self, object_layer=layer)
 
     def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Selection:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         assert self.object_layer is not None
-        assert self.consumed is not None
         if evidence.shape is None:
             raise ValueError(
                 "HiPrune needs tokens that are rows and columns of a picture, which these are not"
             )
-        middle, deep = evidence.received(self.object_layer), evidence.received(self.consumed)
+        middle, deep = evidence.received(self.object_layer), evidence.received(evidence.consumed)
         return hiprune(middle, deep, keep, shape=evidence.shape, alpha=self.alpha)
 
 
@@ -124,6 +136,11 @@ class VisPruner(Salient):
 
     important: float = 0.5
     step: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("important", self.important)
+        require_count("step", self.step, 2**31, "any image has")
 
     name = "vispruner"
     title = "VisPruner"

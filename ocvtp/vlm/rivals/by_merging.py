@@ -13,6 +13,7 @@ from ocvtp.selection import Reduction
 from ocvtp.vlm.contracts.evidence import Evidence
 from ocvtp.vlm.contracts.reducer import EVERYWHERE, Reducer, Site, adapted
 from ocvtp.vlm.rivals.by_attention import RECEIVED, Salient
+from ocvtp_kernels._checks import require_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,16 @@ class VisionZip(Salient):
     """
 
     contextual: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.contextual is not None:
+            require_count("contextual", self.contextual, 2**31, "any image has")
+
+    def check(self, keep: int, site: Site) -> None:
+        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`: at least one token and one mean."""
+        if site.tokens is not None:
+            self._contextual(keep, site.tokens)
 
     name = "visionzip"
     title = "VisionZip"
@@ -125,8 +136,6 @@ class ToMe(Reducer):
     on what the merger makes ("ToMe-post").
     """
 
-    consumed: int | None = None
-
     name = "tome"
     title = "ToMe"
     source = "arXiv 2210.09461"
@@ -135,20 +144,21 @@ class ToMe(Reducer):
     )
     classless = None
     merges = True
+    in_raster = True
 
     @property
     def in_tower(self) -> bool:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         return not self.behind
 
-    def bound(self, site: Site) -> Reducer:
-        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        return replace(self, consumed=max(site.consumed))
+    def check(self, keep: int, site: Site) -> None:
+        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`: a block merges at most half."""
+        if site.tokens is not None and not self.behind:
+            even_schedule(site.tokens, keep, max(site.consumed) + 1)
 
     def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Reduction:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         if self.behind:
             return tome_post(evidence.projected(), keep)
-        assert self.consumed is not None
-        rows, owner, _ = evidence.merged(even_schedule(evidence.tokens, keep, self.consumed + 1))
+        rows, owner, _ = evidence.merged(even_schedule(evidence.tokens, keep, evidence.consumed + 1))
         return Reduction(rows, first_places(owner, keep), owner, evidence.tokens)

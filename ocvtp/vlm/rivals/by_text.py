@@ -37,6 +37,11 @@ class _Reader(Reducer):
     classless = _ADAPTED
     reads_text = True
 
+    @property
+    def reads_prompt(self) -> bool:
+        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
+        return not isinstance(self.text, ClipText) or self.text.question is None
+
     def bound(self, site: Site) -> Reducer:
         """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
         text = self.text
@@ -52,10 +57,15 @@ class _Reader(Reducer):
             )
         if isinstance(text, ClipText):
             width = int(site.model.config.vision_config.hidden_size)
-            if not site.class_token or text.width != width:
+            if not site.class_token:
                 raise ValueError(
-                    f"this CLIP checkpoint belongs to a vision tower of width {text.width} with a class "
-                    f"token; this model's is {width} wide: give the one its tower was taken from"
+                    "this model's vision tower is no CLIP, so no CLIP checkpoint shares a space with it: use "
+                    'text="language_model"'
+                )
+            if text.width != width:
+                raise ValueError(
+                    f"this CLIP checkpoint belongs to a vision tower of width {text.width}, and this model's "
+                    f"is {width} wide: give the one its tower was taken from"
                 )
             return self
         if text != "language_model" and not isinstance(text, LanguageText):

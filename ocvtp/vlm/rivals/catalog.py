@@ -48,5 +48,15 @@ def bound(method: Reducer, site: Site) -> Reducer:
     behind = family == "qwen2_5_vl"
     if not site.class_token and not behind and method.classless is None:
         raise ValueError(f"{method.title} needs a tower with a class token, which this model's has not")
+    if not behind and (len(site.consumed) > 1 or site.extra_rows):
+        raise ValueError(
+            f"{method.title} is defined for one vision_feature_layer and "
+            'vision_feature_select_strategy="default", which this model has not'
+        )
+    if method.reads_places and not site.square:
+        raise ValueError(
+            f"{method.title} needs tokens that are rows and columns of a picture, which this model's "
+            f"{site.tokens} are not"
+        )
     note = method.note(family, class_token=site.class_token)
     return replace(method, adaptation=note, behind=behind).bound(site)

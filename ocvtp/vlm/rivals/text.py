@@ -7,6 +7,8 @@ from.
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ocvtp.vlm.contracts.evidence import Evidence
+from ocvtp.vlm.contracts.weights import inside
 
-#: What chat templates put behind the question.
-SUFFIXES = ("ASSISTANT:", "[/INST]", "<|im_start|>assistant")
+_copying = threading.Lock()
+
+#: What chat templates put behind the question, and in front of it.
+SUFFIXES = ("ASSISTANT:", "[/INST]", "<|eot_id|>", "<|im_end|>", "<|im_start|>assistant")
+PREFIXES = ("<|vision_end|>", "</image>")
 
 
 class Compared(NamedTuple):
@@ -41,6 +47,11 @@ class ClipText:
             unless every question is given.
         question: what is asked about every picture, in the place of what the prompt says.
         suffixes: what ends the question in the prompt; the first that is found, and what follows it, is cut.
+
+    The model is left as it is: where it computes in another precision or place, it is copied there once.
+
+    Attributes:
+        question: as given.
     """
 
     def __init__(
@@ -60,10 +71,11 @@ class ClipText:
                 "give decode=processor.tokenizer.decode, by which questions are read from prompts, or give "
                 "question="
             )
-        self.model = model.eval()
+        self._model = model
+        self._copies: dict[tuple[torch.device, torch.dtype], Any] = {}
         self._tokenizer = tokenizer
         self._decode = decode
-        self._question = question
+        self.question = question
         self._suffixes = tuple(suffixes)
 
     @classmethod
@@ -85,7 +97,7 @@ class ClipText:
     @property
     def width(self) -> int:
         """Of the vision tower it belongs to."""
-        return int(self.model.visual_projection.in_features)
+        return int(self._model.visual_projection.in_features)
 
     def compare(
         self, evidence: Evidence, questions: Sequence[torch.Tensor] | None, *, pieces: bool
@@ -102,28 +114,31 @@ class ClipText:
         """
         features = evidence.features()[:, int(evidence.class_token) :]
         wide = torch.promote_types(features.dtype, torch.float32)
-        device = features.device
-        self.model.to(device=device, dtype=wide)
+        model = self._at(features.device, wide)
         with torch.no_grad():
-            body = getattr(self.model.vision_model, "vision_model", self.model.vision_model)
-            image = self.model.visual_projection(body.post_layernorm(features.to(wide)))
-            if self._question is not None:
+            body = getattr(model.vision_model, "vision_model", model.vision_model)
+            image = model.visual_projection(body.post_layernorm(features.to(wide)))
+            if self.question is not None:
                 segments = len(features) // evidence.tiles
-                return Compared(image, [self.embed(self._question, pieces=pieces)] * segments)
-            return Compared(image, [self.embed(self._read(ids), pieces=pieces) for ids in _given(questions)])
+                return Compared(image, [_embedded(model, self._pieces(self.question, pieces))] * segments)
+            asked = [self._pieces(self._read(ids), pieces) for ids in _given(questions)]
+            return Compared(image, [_embedded(model, ids) for ids in asked])
 
     def embed(self, question: str, *, pieces: bool) -> torch.Tensor:
-        """``[M, E]`` of a question; see :meth:`compare`."""
-        ids = self.pieces(question) if pieces else [self._ids(question)]
-        return torch.cat([self.embed_ids(torch.tensor([one])) for one in ids])
-
-    def embed_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        """``[M, n]`` ids of CLIP ``-> [M, E]``."""
-        made: torch.Tensor
+        """``[M, E]`` of a question, where the model is; see :meth:`compare`."""
+        model = self._at(self._model.device, torch.promote_types(self._model.dtype, torch.float32))
         with torch.no_grad():
-            pooled = self.model.text_model(input_ids=ids.to(self.model.device)).pooler_output
-            made = self.model.text_projection(pooled)
-        return made
+            return _embedded(model, self._pieces(question, pieces))
+
+    def _at(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """The model, or a copy of it, on a device and in a precision, out of training."""
+        model = self._model
+        if (model.device, model.dtype, model.training) == (device, dtype, False):
+            return model
+        with _copying:
+            if (device, dtype) not in self._copies:
+                self._copies[device, dtype] = copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+            return self._copies[device, dtype]
 
     def pieces(self, question: str) -> list[list[int]]:
         """Ids of a question, cut into pieces that each have their own start and end.
@@ -136,19 +151,29 @@ class ClipText:
         starts = range(0, max(len(words), 1), most - 2)
         return [[first, *words[start : start + most - 2], last] for start in starts]
 
+    def _pieces(self, question: str, every: bool) -> list[list[int]]:
+        """All pieces, or the first, of at most as many ids as CLIP reads."""
+        found = self.pieces(question)
+        return found if every else found[:1]
+
     @property
     def _most(self) -> int:
-        return int(self.model.config.text_config.max_position_embeddings)
-
-    def _ids(self, question: str) -> list[int]:
-        return self.pieces(question)[0]
+        return int(self._model.config.text_config.max_position_embeddings)
 
     def _read(self, ids: torch.Tensor) -> str:
         if self._decode is None:
             raise ValueError("questions are given to ClipText, or read from prompts by decode=")
         text = self._decode(ids.tolist())
         ends = [place for suffix in self._suffixes if (place := text.find(suffix)) >= 0]
-        return text[: min(ends, default=len(text))].strip()
+        text = text[: min(ends, default=len(text))].strip()
+        for prefix in PREFIXES:
+            text = text.removeprefix(prefix).strip()
+        if not text:
+            raise ValueError(
+                "nothing follows the last picture of this prompt that could be a question: ask behind it, or "
+                "give ClipText question="
+            )
+        return text
 
 
 class LanguageText:
@@ -174,12 +199,16 @@ class LanguageText:
         image = evidence.projected()
         wide = torch.promote_types(image.dtype, torch.float32)
         table = self._model.get_input_embeddings()
-        device = table.weight.device
+        device = (
+            image.device if table.weight.is_meta else table.weight.device
+        )  # offloaded: it comes when called
+        texts = []
         with torch.no_grad():
-            texts = [
-                -_unit(table(ids.to(device)).to(wide).mean(0, keepdim=True)).to(image.device)
-                for ids in _given(questions)
-            ]
+            for ids in _given(questions):
+                if not len(ids):
+                    raise ValueError("this prompt has no words beside its pictures: there is no question")
+                words = inside((self._model.get_decoder(),), table, ids.to(device))
+                texts.append(-_unit(words.to(image.device, wide).mean(0, keepdim=True)))
         return Compared(_unit(image.to(wide)), texts)
 
 
@@ -189,6 +218,15 @@ def _given(questions: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
             "this method reads the question, and there is no prompt here: give ClipText question="
         )
     return questions
+
+
+def _embedded(model: Any, pieces: Sequence[list[int]]) -> torch.Tensor:
+    """``[M, E]`` of pieces of CLIP's ids, one by one: they differ in length."""
+    made = []
+    for ids in pieces:
+        pooled = model.text_model(input_ids=torch.tensor([ids], device=model.device)).pooler_output
+        made.append(model.text_projection(pooled))
+    return torch.cat(made)
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:

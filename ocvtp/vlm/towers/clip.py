@@ -56,16 +56,13 @@ class LayerInput:
         """The same of some images only."""
         return LayerInput(self._layer, self._input[list(which)])
 
-    def first_row(self, backend: str) -> torch.Tensor:
-        """``[B, tokens]``, at least float32: attention from the first token, mean over heads."""
-        query, key = self.query_key(queries=1)
+    def attention(self, query: torch.Tensor, key: torch.Tensor, backend: str) -> torch.Tensor:
+        """``[B, tokens]``, at least float32: what keys receive of queries, mean over heads and queries."""
         return _received(self._layer.self_attn, query, key, backend)
 
-    def keys(self) -> torch.Tensor:
-        """``[B, tokens, C / heads]``, at least float32: mean over heads."""
-        _, key = self.query_key(queries=1)
-        heads = key.unflatten(-1, (self._layer.self_attn.num_heads, -1))
-        return heads.to(torch.promote_types(key.dtype, torch.float32)).mean(2)
+    def heads_of(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, tokens, C] -> [B, heads, tokens, C / heads]``."""
+        return _heads(x, self._layer.self_attn.num_heads)
 
     def query_key(self, queries: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """``[B, queries, C]`` of the first tokens (``None``: all), and ``[B, tokens, C]``."""

@@ -28,12 +28,13 @@ class QwenTowerRun:
     Attributes:
         grids: frames, rows and columns of patches of each image or video.
         merge: patches along the side of a unit.
+        tower: that ran.
     """
 
     def __init__(self, tower: Any, grids: tuple[Grid, ...], merge: int, plan: Geometry) -> None:
         self.grids = grids
         self.merge = merge
-        self._tower = tower
+        self.tower = tower
         self._plan = plan
         self._features: dict[int, torch.Tensor] = {}
         self._stacked: dict[int, torch.Tensor] = {}  # outputs that DeepStack reads
@@ -62,7 +63,7 @@ class QwenTowerRun:
         """
         with torch.no_grad():
             query, key = self._query_key(layer)
-            scaling = self._tower.blocks[0].attn.scaling
+            scaling = self.tower.blocks[0].attn.scaling
             received: torch.Tensor | None = None
             for length, count, rows in self._plan.equal_frames:
                 index = None if rows is None else rows.to(query.device, non_blocking=True)
@@ -91,10 +92,10 @@ class QwenTowerRun:
 
     def _query_key(self, layer: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """``[patches, heads, d]`` each, rotated, in the tower's order."""
-        where = scored_block(self._tower, len(self._tower.blocks)) if layer is None else layer
+        where = scored_block(self.tower, len(self.tower.blocks)) if layer is None else layer
         if where is None or where not in self._inputs or self._angles is None:
             raise ValueError("this tower has no block with full attention; choose a selector without scores")
-        block = self._tower.blocks[where]
+        block = self.tower.blocks[where]
         attention = block.attn
         projected = inside(
             (block, attention), lambda hidden: attention.qkv(block.norm1(hidden)), self._inputs[where]
@@ -109,12 +110,12 @@ class QwenTowerRun:
         ``None`` is all units, bit-equal to ``pooler_output``.
         """
         assert self._last is not None
-        return self._merge(self._tower.merger, self._last, units)
+        return self._merge(self.tower.merger, self._last, units)
 
     def deepstack(self, units: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """``deepstack_features`` of upstream at ``units``, ``[k, D]`` each; empty without DeepStack."""
-        layers = _stacked_layers(self._tower)
-        mergers = getattr(self._tower, "deepstack_merger_list", ())
+        layers = _stacked_layers(self.tower)
+        mergers = getattr(self.tower, "deepstack_merger_list", ())
         return tuple(
             self._merge(mergers[layers.index(layer)], output, units)
             for layer, output in self._stacked.items()
@@ -131,9 +132,9 @@ class QwenTowerRun:
 
     def merge_units(self, units: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What the mergers make of :meth:`units`, or of means of them, ``[n, merge**2 * C] -> [n, D]``."""
-        layers = _stacked_layers(self._tower)
-        mergers = getattr(self._tower, "deepstack_merger_list", ())
-        each = [self._tower.merger, *(mergers[layers.index(layer)] for layer in self._stacked)]
+        layers = _stacked_layers(self.tower)
+        mergers = getattr(self.tower, "deepstack_merger_list", ())
+        each = [self.tower.merger, *(mergers[layers.index(layer)] for layer in self._stacked)]
         return [
             merger(one.unflatten(1, (self.merge**2, -1)).flatten(0, 1))
             for merger, one in zip(each, units, strict=True)
