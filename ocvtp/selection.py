@@ -65,8 +65,8 @@ class Selection:
         count: ``[B]`` int64, how many each image keeps; ``None`` with ``mask``.
         met: ``[B]`` bool, whether the image's coverage error is what was asked for; ``None`` with ``mask``.
         mass: ``[B, keep]`` float32, how many tokens each kept one stands for, itself among them; ``None``
-            where kept tokens stand for nobody else. With ``reduction``, how many tokens went into each row and
-            into no other: 0 for a row of all the rest, or of a class token.
+            where kept tokens stand for nobody else. With ``reduction``, how many tokens went into each row
+            and into no other: 0 for a row of all the rest, or of a class token.
         owner: ``[B, N]`` int64, position among the kept of the token that stands for each; ``None`` with
             ``mass``. With ``reduction``, of the row that each went into, -1 if into none or several; a row
             may stand at the place of a token that is in another.

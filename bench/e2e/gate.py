@@ -24,8 +24,10 @@ from ocvtp import OCPruner
 from ocvtp.vlm import select
 from ocvtp.vlm.call.controller import controller_of
 from ocvtp.vlm.contracts.reducer import Reducer
-from ocvtp.vlm.encode.encode import encode
-from ocvtp.vlm.encode.questions import questions_of
+from ocvtp.vlm.contracts.settings import Settings
+from ocvtp.vlm.encode.encode import choose, encode
+from ocvtp.vlm.encode.questions import Asking, questions_of
+from ocvtp_kernels.selection import gather_tokens
 
 #: Largest relative error of the first token's logits, ``|got - want| / |want|``.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -92,11 +94,8 @@ def by_hand(model: Any, inputs: Inputs, rows: torch.Tensor) -> Inputs:
         if settings.standing:
             means, mass = stand_by_hand(model, inputs, rows, places, BOUNDS[model.dtype])
             rows = rows if settings.merge == "off" else means
-        own = isinstance(settings.selector, Reducer) and settings.selector.merges
-        if (
-            own or settings.layout == "official"
-        ):  # rows that no place of the prompt has; golden tensors prove them
-            rows = rows.index_copy(0, places, kept.flat().to(rows))
+        if isinstance(settings.selector, Reducer):
+            rows = rows.index_copy(0, places, _of_method(model, settings, inputs, asking).to(rows))
         text = model.get_input_embeddings()(ids)
         long = text.masked_scatter(where[..., None], rows.to(text))
         stays = ~where
@@ -115,6 +114,34 @@ def by_hand(model: Any, inputs: Inputs, rows: torch.Tensor) -> Inputs:
             positions = adapter.positions(ids, inputs["attention_mask"], inputs)
             short["position_ids"] = positions[:, stays].unflatten(1, (batch, -1))
     return short
+
+
+def _of_method(model: Any, settings: Settings, inputs: Inputs, asking: Asking) -> torch.Tensor:
+    """Rows ``[n, D]`` of all pictures of a method that is not ours, from its choice and upstream's own tower.
+
+    What it chose, or the rows that it made of the tower's features, are what golden tensors prove; how they get
+    into the prompt is what is checked here.
+    """
+    adapter: Any = controller_of(model).adapter
+    (selection,) = choose(adapter, inputs, settings, asking=asking)
+    made = selection.reduction
+    if model.config.model_type == "qwen2_5_vl":
+        every = _features(model, inputs).unflatten(0, (len(selection.indices), -1))
+        found = gather_tokens(every, selection.indices) if made is None else made.by_place().rows
+        return found.flatten(0, 1)
+    pixels = inputs["pixel_values"]
+    tiles = pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
+    if made is None:
+        hidden = model.model.vision_tower(tiles, output_hidden_states=True).hidden_states
+        features = hidden[model.config.vision_feature_layer][:, 1:]
+        every = model.model.multi_modal_projector(features).unflatten(0, (len(selection.indices), -1))
+        found = gather_tokens(every.flatten(1, 2), selection.indices)
+    else:
+        found = model.model.multi_modal_projector(made.rows)
+    if hasattr(model.model, "image_newline"):
+        line = model.model.image_newline.to(found).expand(len(found), 1, -1)
+        found = torch.cat([found, line], dim=1)
+    return found.flatten(0, 1)
 
 
 def _weighted(bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -237,6 +237,11 @@ _FROM_CLIP: dict[str, Callable[[tuple[About, Tensors], About, Tensors], Iterator
 _FROM_QWEN = {"hiprune_qwen": "hiprune", "visionzip_qwen": "visionzip"}
 
 
+def is_from_pixels(name: str) -> bool:
+    """Whether a golden file of this name has pictures that a tower is run on."""
+    return name in _FROM_CLIP or name in _FROM_QWEN
+
+
 def pairs(golden: Golden) -> Iterator[Pair]:
     """What is made of a file's pictures, and what is expected; nothing for files without any."""
     about, tensors = golden.about, golden.tensors

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bench.rivals import in_llm
-from bench.rivals.from_pixels import pairs
+from bench.rivals.from_pixels import is_from_pixels, pairs
 from bench.rivals.golden import TOLERANCE, Case, Golden
 from bench.rivals.methods import IN_LLM, INPUTS, KINDS, Kind
 
@@ -26,6 +26,7 @@ def check_folder(folder: Path, tolerance: float = TOLERANCE, kinds: Mapping[str,
     """Go through every ``*.safetensors`` of ``folder``: one line for each file and sub-case.
 
     What differs, and what nothing answers for, follow as lines of their own and leave the folder unproven.
+    Methods of which it holds no file are named.
     """
     lines: list[str] = []
     proven = True
@@ -49,6 +50,10 @@ def check_folder(folder: Path, tolerance: float = TOLERANCE, kinds: Mapping[str,
         of_file, fine = check_file(path, kind, tolerance)
         lines += of_file
         proven = proven and fine
+    here = {path.stem.split("_")[0] for path in paths}
+    for family in (set(kinds), IN_LLM):
+        if here & family and not family <= here:
+            lines.append(f"not in this folder: {', '.join(sorted(family - here))}")
     return Outcome(lines, proven)
 
 
@@ -106,7 +111,7 @@ def from_pixels(golden: Golden) -> list[str]:
     except Exception as error:
         case.wrong.append(f"{type(error).__name__}: {error}")
     if not case.compared and not case.wrong:
-        return []
+        return [f"{golden.name} FAILED: no tower was run"] if is_from_pixels(golden.name) else []
     said = f"{case.compared} compared, largest difference {case.worst:.1e}"
     problems = [f"{golden.name} FAILED: {line}" for line in case.wrong]
     return [f"{golden.name} from pixels: {'ok, ' if not problems else ''}{said}", *problems]

@@ -47,6 +47,11 @@ def run(
                 "overlays can be drawn for models whose images all have one size; this is a "
                 f"{report.family!r}"
             )
+        if report.own_merge:
+            raise UserError(
+                f"{pruner!r} makes rows by a rule of its own, some of no token's, which can't be drawn; one "
+                "that only chooses can, with --merge projected"
+            )
         if rule and report.merge == "off" and not report.weigh:
             raise UserError(
                 f"{pruner!r} has no slots to draw; give a pruner, or --merge projected to draw for which "

@@ -100,8 +100,8 @@ def _layout(adapter: Adapter, options: Options, selector: Selector | Reducer) ->
         return options.layout
     if options.positions == "original":
         raise ValueError(
-            f"{selector.title} chooses among all tokens of all tiles, padding too, which has no position in the "
-            'long prompt: use positions="compact" or "auto"'
+            f"{selector.title} chooses among all tokens of all tiles, padding too, which has no position in "
+            'the long prompt: use positions="compact" or "auto"'
         )
     if options.newlines != "last":
         raise ValueError(f"{selector.title} puts all tiles' tokens together, with one newline behind them")

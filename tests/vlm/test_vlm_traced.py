@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import ocvtp
+from ocvtp.vlm.rivals.catalog import METHODS
 from tests.vlm.family import Family, families, joined
 from tests.vlm.skips import NATIVE_ROUTE
+from tests.vlm.tiny_llava import ONE, llava, pixels, prompt
 
 #: The others compute with grids or image sizes from tensors, which can't be traced unpatched either.
 TRACED = ("llava", "internvl", "idefics3", "smolvlm", "gemma3", "paligemma")
@@ -62,6 +64,22 @@ def test_one_graph(family: Family, choice: str) -> None:
     ocvtp.apply(model, family.pruner() if choice == "pruner" else choice, keep=family.keep)  # type: ignore[arg-type]
     compiled = torch.compile(Logits(model), fullgraph=True, backend="eager", dynamic=False)
     torch.testing.assert_close(compiled(**row), model(**row).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["visionzip", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "visionzip")]
+)
+@torch.no_grad()
+def test_methods_of_others_in_one_graph(name: str) -> None:
+    model, row = llava(), prompt(ONE, pixels(1))
+    reads = METHODS[name].reads_text
+    ocvtp.apply(model, METHODS[name]("language_model") if reads else name, keep=6)  # type: ignore[call-arg, arg-type]
+    compiled = torch.compile(Logits(model), fullgraph=True, backend="eager", dynamic=False)
+    if reads:
+        with pytest.raises(Exception, match="can't be compiled"):
+            compiled(**row)
+    else:
+        torch.testing.assert_close(compiled(**row), model(**row).logits, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

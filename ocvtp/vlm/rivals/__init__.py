@@ -5,15 +5,17 @@ A name takes a method as its authors set it; an instance takes other settings:
     ocvtp.apply(model, "visionzip", keep=64)
     ocvtp.apply(model, ocvtp.vlm.rivals.HiPrune(alpha=0.2), keep=64)
 
-Each equals tensors that its official implementation produced (``docs/methods.md``).
+Each equals tensors that its official implementation produced, where it is as published; what is our adaptation
+is called so by the report and in ``docs/methods.md``.
 """
 
 from __future__ import annotations
 
 from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.rivals.by_attention import FasterVLM, HiPrune, VisPruner
+from ocvtp.vlm.rivals.by_distance import DivPrune
 from ocvtp.vlm.rivals.by_merging import PruMerge, PruMergePlus, ToMe, VisionZip
-from ocvtp.vlm.rivals.by_text import CDPruner, DivPrune, Trim
+from ocvtp.vlm.rivals.by_text import CDPruner, Trim
 from ocvtp.vlm.rivals.text import ClipText
 
 __all__ = [

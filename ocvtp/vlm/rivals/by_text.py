@@ -1,4 +1,4 @@
-"""Methods that read the question: TRIM, CDPruner. And DivPrune, which is CDPruner's kin without one."""
+"""Methods that read the question: TRIM, CDPruner."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
-from ocvtp.methods import cdpruner, divprune, relevance_of, trim
+from ocvtp.methods import cdpruner, relevance_of, trim
 from ocvtp.selection import Reduction, Selection
 from ocvtp.vlm.contracts.evidence import Evidence
-from ocvtp.vlm.contracts.reducer import EVERYWHERE, Reducer, Site, adapted
+from ocvtp.vlm.contracts.reducer import Reducer, Site, adapted
 from ocvtp.vlm.rivals.text import ClipText, LanguageText
 
 #: What TRIM and CDPruner compare pictures with.
@@ -112,20 +112,3 @@ class CDPruner(_Reader):
         pictures = [i // evidence.tiles for i in range(len(image))]
         relevance = relevance_of(image, texts, pictures=pictures)
         return cdpruner(evidence.projected(), relevance, keep)
-
-
-@dataclass(frozen=True, eq=False)
-class DivPrune(Reducer):
-    """Tokens far from each other, by the cosine of what the language model reads (arXiv 2503.02175)."""
-
-    name = "divprune"
-    title = "DivPrune"
-    source = "arXiv 2503.02175"
-    families = EVERYWHERE
-    classless = ""
-    pooled = True
-
-    def reduce(self, evidence: Evidence, keep: int, questions: Sequence[torch.Tensor] | None) -> Selection:
-        """See :class:`~ocvtp.vlm.contracts.reducer.Reducer`."""
-        projected = evidence.projected()
-        return divprune(projected.unflatten(0, (-1, evidence.tiles)).flatten(1, 2), keep)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from ocvtp.vlm.contracts.reducer import Reducer, Site
 from ocvtp.vlm.rivals.by_attention import FasterVLM, HiPrune, VisPruner
+from ocvtp.vlm.rivals.by_distance import DivPrune
 from ocvtp.vlm.rivals.by_merging import PruMerge, PruMergePlus, ToMe, VisionZip
-from ocvtp.vlm.rivals.by_text import CDPruner, DivPrune, Trim
+from ocvtp.vlm.rivals.by_text import CDPruner, Trim
 
 METHODS: dict[str, type[Reducer]] = {
     kind.name: kind
