@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import ocvtp
-from bench.e2e.methods import OFFICIAL, OURS, UNPRUNED, VARIANTS, WEIGHED, Method
+from bench.e2e.methods import INSIDES, OFFICIAL, OURS, UNPRUNED, VARIANTS, WEIGHED, Method
 from bench.e2e.official import Kept, OfficialDataflow
 from bench.e2e.prompts import Inputs
 from bench.e2e.standing import stand_by_hand
 from bench.micro.gates import GateError, require_error, worst_error
+from bench.rivals import in_llm
 from ocvtp import OCPruner
 from ocvtp.vlm import select
 from ocvtp.vlm.call.controller import controller_of
@@ -35,6 +37,8 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 #: are nearly alike; what it keeps of photographs, with trained ones, is in ``docs/kernels.md``.
 SAME_BY_DEFAULT = 0.5
 _TOKENS = 3
+_GOLDEN = Path(__file__).parents[2] / "tests" / "data" / "rivals_llm"
+_GOLDEN_CASES = {"FastV": "fastv_a", "DART": "dart_b", "PyramidDrop": "pdrop_b", "SparseVLM": "sparsevlm1_b"}
 
 
 class Answer(NamedTuple):
@@ -55,18 +59,34 @@ def check(
     found = [_everything(model, inputs), *_by_default(model, pruner, keep, inputs)]
     features = _features(model, inputs)
     for name, method in methods.items():
-        if name in (UNPRUNED, OFFICIAL):
+        if name in (UNPRUNED, OFFICIAL, *INSIDES):
             continue
         with method.active() as runner:
             want = decode(model, by_hand(model, inputs, features), _TOKENS)
             tokens, logits = runner.answer(inputs, _TOKENS)
             _agree(name, tokens, want, BOUNDS[model.dtype])
             require_error(f"{name}: logits", worst_error(logits, want.logits[:, 0]), BOUNDS[model.dtype])
-    names = ", ".join(name for name in methods if name not in (UNPRUNED, OFFICIAL))
+    inside = [name for name in methods if name in INSIDES]
+    if inside:
+        found.append(_inside(inside))
+    names = ", ".join(name for name in methods if name not in (UNPRUNED, OFFICIAL, *INSIDES))
     found.append(f"{names}: first logits and {_TOKENS} greedy tokens are those of a prompt shortened by hand")
     if OFFICIAL in methods:
         found += _against_official(model, pruner, keep, inputs)
     return found
+
+
+def _inside(names: Sequence[str]) -> str:
+    """Methods inside a language model: every step of the official code, which nothing here does by hand."""
+    compared = 0
+    for name in names:
+        for finding in in_llm.check(_GOLDEN / f"{_GOLDEN_CASES[name]}.safetensors"):
+            compared += 1
+            if not finding.ok:
+                raise GateError(
+                    f"{name}: {finding.key} is off by {finding.error:.2e} from the official code's"
+                )
+    return f"{', '.join(names)}: {compared} tensors of the official code"
 
 
 @torch.no_grad()
@@ -119,8 +139,8 @@ def by_hand(model: Any, inputs: Inputs, rows: torch.Tensor) -> Inputs:
 def _of_method(model: Any, settings: Settings, inputs: Inputs, asking: Asking) -> torch.Tensor:
     """Rows ``[n, D]`` of all pictures of a method that is not ours, from its choice and upstream's own tower.
 
-    What it chose, or the rows that it made of the tower's features, are what golden tensors prove; how they get
-    into the prompt is what is checked here.
+    What it chose, or the rows that it made of the tower's features, are what golden tensors prove; how they
+    get into the prompt is what is checked here.
     """
     adapter: Any = controller_of(model).adapter
     (selection,) = choose(adapter, inputs, settings, asking=asking)

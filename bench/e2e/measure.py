@@ -164,11 +164,11 @@ def _row(cell: Cell, method: Method, samples: Samples) -> Row:
     stages = {name: summarise(values).to_dict() for name, values in samples.stages.items()}
     return {
         **setting(cell, method),
-        "prompt_tokens": samples.prompt_tokens,
+        "prompt_tokens": round(samples.prompt_tokens - method.dropped),
         "ttft_ms": summarise(samples.first).to_dict(),
         "prefill_ms": stages.get(LANGUAGE_MODEL),
         "decode_tokens_per_s": summarise(samples.decoding).median if samples.decoding else None,
         "vision_ms": {name: stages[name] for name in STAGES if name in stages},
         "peak_bytes": samples.peak,
-        "kv_bytes": samples.cache * samples.prompt_tokens,
+        "kv_bytes": round(samples.cache * (samples.prompt_tokens - method.dropped)),
     }

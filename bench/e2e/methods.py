@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from bench.e2e.official import FAMILIES, OfficialDataflow
 from bench.e2e.prompts import Inputs
 from bench.e2e.watch import Watch, watched
 from ocvtp import OCPruner
+from ocvtp.methods.in_llm import Inside, averages, by_name
+from ocvtp.methods.in_llm import Method as Inner
 from ocvtp.vlm import PatchError, stage_times
 from ocvtp.vlm.call.controller import controller_of
 from ocvtp.vlm.contracts.reducer import Reducer
@@ -39,7 +42,14 @@ RULES: dict[str, Rule] = {
 #: Methods of others, as published. What reads the question compares it in the language model's space: a
 #: model of random weights comes without a text tower.
 RIVALS: dict[str, type[Reducer]] = {kind.title: kind for kind in METHODS.values()}
-NAMES = (UNPRUNED, *VARIANTS, OFFICIAL, *RULES, *RIVALS)
+#: Methods inside the language model, whose budget is what goes into its layers on average.
+INSIDES: dict[str, Inside] = {
+    "FastV": "fastv",
+    "DART": "dart",
+    "PyramidDrop": "pyramiddrop",
+    "SparseVLM": "sparsevlm",
+}
+NAMES = (UNPRUNED, *VARIANTS, OFFICIAL, *RULES, *RIVALS, *INSIDES)
 
 Prepare = Callable[[Inputs, Clock | None], Inputs]
 
@@ -95,11 +105,13 @@ class Method:
         name: as it is recorded.
         keep: image tokens of each image that the language model sees.
         active: puts it on a model for the length of a ``with`` block.
+        dropped: image tokens that layers of the language model don't get, on average, of those it reads.
     """
 
     name: str
     keep: int
     active: Callable[[], contextlib.AbstractContextManager[Runner]]
+    dropped: float = 0.0
 
 
 def methods(model: Any, pruner: OCPruner, keep: int, everything: int) -> dict[str, Method]:
@@ -138,7 +150,27 @@ def methods(model: Any, pruner: OCPruner, keep: int, everything: int) -> dict[st
         for name, kind in RIVALS.items()
         if family in kind.families
     ]
+    found += _inside(model, keep, everything)
     return {method.name: method for method in found}
+
+
+def _inside(model: Any, keep: int, everything: int) -> Iterator[Method]:
+    """Those of :data:`INSIDES` that can have this budget on this model, or none."""
+    depth = model.config.get_text_config().num_hidden_layers
+    for title, name in INSIDES.items():
+        try:
+            settings = by_name(name, keep / everything, depth=depth)
+        except ValueError:
+            continue
+        active = functools.partial(_pruned_inside, model, settings)
+        entering = averages(settings, depth=depth, tokens=everything).entering
+        yield Method(title, keep, active, everything - entering)
+
+
+@contextlib.contextmanager
+def _pruned_inside(model: Any, settings: Inner) -> Iterator[Runner]:
+    with ocvtp.pruned(model, None, inside=settings):
+        yield Runner(model, _as_given)
 
 
 def default_variant(model: Any, pruner: OCPruner, keep: int) -> str:

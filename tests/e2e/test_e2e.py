@@ -17,6 +17,7 @@ from bench.e2e.captured import BUCKET, captured_prefill, record_nothing
 from bench.e2e.measure import measure
 from bench.e2e.memory import extra_bytes, held_bytes
 from bench.e2e.methods import (
+    INSIDES,
     MERGED,
     NAMES,
     OFFICIAL,
@@ -365,6 +366,23 @@ def test_rows(family: str, mode: Any) -> None:
         assert row["peak_bytes"] > held_bytes(CPU, model)
 
 
+def test_methods_inside_the_language_model() -> None:
+    torch.manual_seed(0)
+    config = tiny_llava.llava().config
+    config.text_config.num_hidden_layers = 16
+    model = type(tiny_llava.llava())(config).eval()
+    inputs = prompt(model, image=(56, 56), text_tokens=TEXT, batch=1)
+    found = methods(model, tiny_llava.pruner(), KEEP, 16)
+    assert set(INSIDES) <= set(found)
+    inside = {name: found[name] for name in INSIDES}
+    assert "tensors of the official code" in " ".join(
+        gate.check(model, tiny_llava.pruner(), KEEP, inputs, inside)
+    )
+    for row in measure(Cell("eager", 1, TEXT), inputs, inside, decode_tokens=2, rounds=1, calls=1):
+        assert abs(row["prompt_tokens"] - TEXT - KEEP) <= 1
+        assert row["kv_bytes"] < (TEXT + 16) * 16 * 2 * 2 * 12 * 4
+
+
 def test_peak_memory_sees_what_is_freed_again() -> None:
     def work() -> None:
         one = torch.ones(2**20)
@@ -433,7 +451,11 @@ def test_the_file_and_what_is_taken_up(tmp_path: Path, monkeypatch: pytest.Monke
     assert code == 0
     assert [cell.batch for cell in measured] == [1, 2, 2]
     assert record["rows"][: len(first["rows"])] == first["rows"]
-    assert [row["method"] for row in record["rows"]] == [*NAMES, UNPRUNED, OURS]
+    assert [row["method"] for row in record["rows"]] == [
+        *(n for n in NAMES if n not in INSIDES),
+        UNPRUNED,
+        OURS,
+    ]
     assert (record["preset"], record["commit"], record["dtype"]) == ("tiny", "abc", "float32")
     assert (record["image_tokens"], record["keep"]) == (16, KEEP)
     assert record["parameters"]["vision"] > 0
@@ -470,7 +492,7 @@ def test_rehearsal_of_what_a_gpu_will_run(
         (cell.mode, cell.batch, cell.text_tokens, method)
         for cell in small.cells
         for method in cell.methods or NAMES
-        if "llava" in name or method not in (OFFICIAL, "FasterVLM")
+        if method not in INSIDES and ("llava" in name or method not in (OFFICIAL, "FasterVLM"))
     }
     rows = record["rows"]
     assert {(row["mode"], row["batch"], row["text_tokens"], row["method"]) for row in rows} == want

@@ -5,8 +5,8 @@ A name takes a method as its authors set it; an instance takes other settings:
     ocvtp.apply(model, "visionzip", keep=64)
     ocvtp.apply(model, ocvtp.vlm.rivals.HiPrune(alpha=0.2), keep=64)
 
-Each equals tensors that its official implementation produced, where it is as published; what is our adaptation
-is called so by the report and in ``docs/methods.md``.
+Each equals tensors that its official implementation produced, where it is as published; what is our
+adaptation is called so by the report and in ``docs/methods.md``.
 """
 
 from __future__ import annotations
