@@ -12,6 +12,7 @@ from bench.markdown import replace_blocks
 from bench.report import accuracy, kernels, models, serving
 from bench.report.pictures import PICTURES, draw, is_current
 from bench.report.results import Results
+from bench.rivals import support
 
 ROOT = Path(__file__).parents[2]
 _PERFORMANCE: dict[str, kernels.Block] = {
@@ -43,6 +44,7 @@ def blocks(results: Results) -> dict[str, dict[str, str]]:
         "README.md": {"headline": models.headline(results), "answers": accuracy.answers(results)},
         "docs/performance.md": {name: block(results) for name, block in _PERFORMANCE.items()},
     }
+    found["docs/methods.md"] = support.blocks()
     record, evidence = results.one("accuracy"), results.one("evidence")
     if record is not None:
         found["docs/accuracy.md"] = accuracy_tables(record.data)

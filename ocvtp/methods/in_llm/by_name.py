@@ -11,6 +11,12 @@ from ocvtp.methods.in_llm.pyramid_drop import PyramidDrop
 from ocvtp.methods.in_llm.sparsevlm import SparseVLM
 
 Inside = Literal["dart", "fastv", "pyramiddrop", "sparsevlm", "sparsevlm2"]
+_POOL = "tokens of all tiles are one pool"
+#: What is ours on a model type, beside what a method says of models with positions in three dimensions.
+ADAPTATIONS: dict[str, dict[Inside, str]] = {
+    "llava_next": {"fastv": _POOL, "sparsevlm": _POOL, "sparsevlm2": _POOL},
+    "qwen2_5_vl": {"fastv": "it was published for positions in one dimension"},
+}
 #: Layers that published settings were made for.
 _DEPTH = 32
 _SHALLOWEST = 12
