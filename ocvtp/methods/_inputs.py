@@ -73,8 +73,13 @@ def rows_of(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in at least float32, laid out by rows, without its history: what sums are made of."""
-    return laid_out(x.detach(), torch.promote_types(x.dtype, torch.float32))
+    """``x`` in at least float32, laid out by rows, without its history: what choices are made by."""
+    return wide_rows(x.detach())
+
+
+def wide_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in at least float32, laid out by rows, with its history: what rows are sums of."""
+    return laid_out(x, torch.promote_types(x.dtype, torch.float32))
 
 
 def cosines(x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:

@@ -38,6 +38,7 @@ def cdpruner_order(projected: torch.Tensor, relevance: torch.Tensor, keep: int) 
 
     CDPruner, arXiv 2506.10967. Every step takes the token that adds the largest volume. A residual below 1e-5
     of the token's own is 0, where rounding would rule: beyond the tokens' rank the lowest indices are left.
+    Beside one product of all tokens with all, ``keep ** 2 * N`` operations.
 
     Args:
         projected: ``[B, N, D]`` finite floating point; computes in at least float32.
@@ -54,27 +55,60 @@ def cdpruner_order(projected: torch.Tensor, relevance: torch.Tensor, keep: int) 
     batch, tokens, _ = projected.shape
     check_tensor("projected", projected, (None, None, None), "[B, N, D]", projected)
     check_tensor("relevance", relevance, (batch, tokens), "[B, N] of projected", projected)
-    # Relevance only scales volumes: what is left of a token is its square times what is left of its cosines.
-    # Each step takes its token's share out of all of them, entry by entry, so there are no sums whose bits
-    # would depend on the batch.
-    left = cosines(projected)
+    weight = wide(relevance).to(torch.promote_types(projected.dtype, torch.float32)).square()
+    return _greedy(cosines(projected), weight, keep)
+
+
+def _greedy(similar: torch.Tensor, weight: torch.Tensor, keep: int) -> torch.Tensor:
+    """``[B, keep]`` int64 in the order of choice, by a Cholesky factor that gains a row with every choice.
+
+    Relevance only scales volumes: what is left of a token is its square times what is left of its cosines.
+    The factor is that of Chen, Zhang and Zhou, arXiv 1709.05135. All is computed entry by entry, so neither
+    the batch nor a token's place changes bits, and tokens of equal cosines stay equal.
+
+    Args:
+        similar: ``[B, N, N]`` cosines.
+        weight: ``[B, N]`` squares of relevance.
+        keep: tokens to keep.
+    """
+    batch, tokens = weight.shape
     # A token's cosine with itself is 1, or 0 if it has no direction, and not what rounding makes of that: it
     # would choose the first where all are as relevant.
-    left = left.diagonal_scatter((left.diagonal(dim1=1, dim2=2) > 0.5).to(left.dtype), dim1=1, dim2=2)
-    weight = wide(relevance).to(left.dtype).square()
-    kept = torch.zeros(batch, tokens, dtype=torch.bool, device=projected.device)
-    order = []
+    left = (similar.diagonal(dim1=1, dim2=2) > 0.5).to(similar.dtype)
+    factor = similar.new_empty(batch, keep - 1, tokens)  # row i: all along the i-th choice's own direction
+    order: list[torch.Tensor] = []
     for i in range(keep):
-        own = left.diagonal(dim1=1, dim2=2)
-        volume = (weight * torch.where(own < EPS, 0.0, own)).masked_fill(kept, -1.0)
+        volume = weight * torch.where(left < EPS, 0.0, left)
+        if order:
+            volume = volume.scatter(1, torch.cat(order, dim=1), -1.0)
         token = volume.argmax(dim=1, keepdim=True)
         order.append(token)
         if i + 1 < keep:
-            kept = kept.scatter(1, token, True)
-            direction = left.gather(1, token[:, :, None].expand(-1, 1, tokens))
-            direction = direction / own.gather(1, token).clamp(min=EPS).sqrt()[:, :, None]
-            left = left - direction.mT * direction
+            at = token[:, :, None]
+            row = similar.gather(1, at.expand(-1, 1, tokens))[:, 0]
+            known = factor[:, :i].gather(2, at.expand(-1, i, 1))
+            row = row - _sum(factor[:, :i] * known)
+            own = left.gather(1, token)
+            # A token without a residual takes nothing away; its rounding, scaled up each time, overflows.
+            direction = torch.where(own < EPS, 0.0, row / own.clamp(min=EPS).sqrt())
+            left = left - direction.square()
+            factor[:, i] = direction
     return torch.cat(order, dim=1)
+
+
+def _sum(terms: torch.Tensor) -> torch.Tensor:
+    """``[B, N]``: sums of the rows of ``terms`` ``[B, k, N]``, which are overwritten.
+
+    By halves: a library's sum, or a product, may round the last columns otherwise than the first.
+    """
+    count = terms.shape[1]
+    if count == 0:
+        return terms.new_zeros(terms.shape[0], terms.shape[2])
+    while count > 1:
+        half = count // 2
+        terms[:, :half] += terms[:, count - half : count]
+        count -= half
+    return terms[:, 0]
 
 
 @torch.no_grad()

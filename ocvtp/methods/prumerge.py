@@ -14,6 +14,7 @@ from ocvtp.methods._inputs import (
     owners,
     rows_of,
     wide,
+    wide_rows,
 )
 from ocvtp.methods._outliers import outliers
 from ocvtp.selection import Reduction
@@ -50,7 +51,6 @@ def one_head_row(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return row[:, 1:]
 
 
-@torch.no_grad()
 def prumerge(
     features: torch.Tensor,
     class_row: torch.Tensor,
@@ -79,7 +79,8 @@ def prumerge(
     Returns:
         :class:`~ocvtp.selection.Reduction` with rows ``[B, keep, C]`` in the features' dtype: by attention,
         best first, then the spread ones ascending, then the rest's, which takes the place of the last of
-        those. ``owner`` is -1 of tokens that are not kept, since they go into several rows.
+        those. ``owner`` is -1 of tokens that are not kept, since they go into several rows. Rows are
+        differentiable in ``features``; to them attention and keys are constants, as the choice is.
 
     Raises:
         TypeError, ValueError: a wrong type, shape, budget or share, or NaN or Inf.
@@ -95,7 +96,6 @@ def prumerge(
     return _merged(features, class_row, keys, kept, neighbours)
 
 
-@torch.no_grad()
 def prumerge_published(
     features: torch.Tensor,
     class_row: torch.Tensor,
@@ -123,8 +123,8 @@ def prumerge_published(
         neighbours: added to each row.
 
     Returns:
-        :class:`~ocvtp.selection.Reduction` as of :func:`prumerge`, with as many rows as it takes: where no
-        token stands out, one row of all tokens.
+        :class:`~ocvtp.selection.Reduction` as of :func:`prumerge`, likewise differentiable in ``features``,
+        with as many rows as it takes: where no token stands out, one row of all tokens.
 
     Raises:
         TypeError, ValueError: a wrong type, shape or ratio, NaN or Inf, several images for PruMerge+, or no
@@ -179,10 +179,9 @@ def _merged(
     share = weights[:, None].expand(-1, kept.shape[1], -1)
     added = torch.zeros_like(share).scatter(2, near, share.gather(2, near))
     rest = torch.zeros_like(weights).scatter(1, dropped, weights.gather(1, dropped))
+    x = wide_rows(features)  # once, so that gradients add up before they are rounded to the features' dtype
     with without_autocast(features.device):
-        (sums,) = image_by_image(
-            lambda share, x: (share @ x,), torch.cat([added, rest[:, None]], dim=1), wide(features)
-        )
-    rows = torch.cat([rows_of(wide(features), kept) + sums[:, :-1], sums[:, -1:]], dim=1)
+        (sums,) = image_by_image(lambda share, x: (share @ x,), torch.cat([added, rest[:, None]], dim=1), x)
+    rows = torch.cat([rows_of(x, kept) + sums[:, :-1], sums[:, -1:]], dim=1)
     slots = torch.cat([kept, dropped[:, -1:]], dim=1)
     return Reduction(rows.to(features.dtype), slots, owners(kept, tokens), tokens)

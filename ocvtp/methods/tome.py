@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ocvtp.methods._inputs import best, check_features, check_tensor, cosines, owners, rows_of, wide
+from ocvtp.methods._inputs import (
+    best,
+    check_features,
+    check_tensor,
+    cosines,
+    owners,
+    rows_of,
+    wide,
+    wide_rows,
+)
 from ocvtp.selection import Reduction
 from ocvtp_kernels._alike import image_by_image
 from ocvtp_kernels._checks import as_int, require_count, require_floating, require_int64, require_shape
@@ -167,7 +176,6 @@ def _ordered(pairs: Match, order: torch.Tensor) -> Match:
     )
 
 
-@torch.no_grad()
 def merge(x: torch.Tensor, size: torch.Tensor, match: Match) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens after one step, each the mean of what it is made of, weighted by size.
 
@@ -177,8 +185,8 @@ def merge(x: torch.Tensor, size: torch.Tensor, match: Match) -> tuple[torch.Tens
         match: of the same tokens.
 
     Returns:
-        ``[B, t - r, C]`` in the dtype of ``x``, computed in at least float32, and ``[B, t - r, 1]`` in at
-        least float32, where sizes are exact.
+        ``[B, t - r, C]`` in the dtype of ``x``, computed in at least float32 and differentiable in ``x``, and
+        ``[B, t - r, 1]`` in at least float32, where sizes are exact; they have no gradient.
 
     Raises:
         TypeError, ValueError: a wrong type or shape.
@@ -189,11 +197,11 @@ def merge(x: torch.Tensor, size: torch.Tensor, match: Match) -> tuple[torch.Tens
         require_shape(name, tensor, (batch, tokens, 1 if name == "size" else None), f"{meaning} of match")
     size = wide(size)
     if match.sources.shape[1] == 0:
-        return x.detach(), size
+        return x, size
     # Sums of one product instead of scattered additions, whose order a GPU doesn't keep.
     into = match.owner.gather(1, match.sources)
     went = torch.arange(match.order.shape[1], device=into.device)[:, None] == into[:, None]
-    sums = wide(x) * size.to(torch.promote_types(x.dtype, torch.float32))
+    sums = wide_rows(x) * size.to(torch.promote_types(x.dtype, torch.float32))
     with without_autocast(x.device):
         merged, sizes = (
             rows_of(rows, match.order)
@@ -255,7 +263,6 @@ def first_places(owner: torch.Tensor, tokens: int) -> torch.Tensor:
 # ------------------------------------------------------------------------------------- after the encoder
 
 
-@torch.no_grad()
 def tome_post(features: torch.Tensor, keep: int) -> Reduction:
     """ToMe's matching on tokens that no encoder follows: step by step until ``keep`` are left.
 
@@ -269,7 +276,7 @@ def tome_post(features: torch.Tensor, keep: int) -> Reduction:
 
     Returns:
         :class:`~ocvtp.selection.Reduction` with rows ``[B, keep, D]`` in the features' dtype, ascending by
-        place.
+        place. Rows are differentiable in ``features``; who merges with whom has no gradient.
 
     Raises:
         TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf.
@@ -277,7 +284,7 @@ def tome_post(features: torch.Tensor, keep: int) -> Reduction:
     keep = check_features(features, keep)
     check_tensor("features", features, (None, None, None), "[B, N, D]", features)
     batch, tokens, _ = features.shape
-    rows = wide(features)
+    rows = wide_rows(features)
     size = rows.new_ones(batch, tokens, 1)
     slots = torch.arange(tokens, device=features.device).repeat(batch, 1)
     owner = slots

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ocvtp.methods._inputs import best, check_features, check_tensor, others, owners, rows_of, wide
+from ocvtp.methods._inputs import best, check_features, check_tensor, others, owners, rows_of, wide, wide_rows
 from ocvtp.methods._outliers import outliers
 from ocvtp.selection import Reduction
 from ocvtp_kernels._alike import image_by_image
 from ocvtp_kernels._checks import require_floating, require_shape
 
 
-@torch.no_grad()
 def trim(
     features: torch.Tensor, image_embeds: torch.Tensor, text_embeds: torch.Tensor, keep: int
 ) -> Reduction:
@@ -29,7 +28,8 @@ def trim(
 
     Returns:
         :class:`~ocvtp.selection.Reduction` with rows ``[B, keep, C]`` in the features' dtype; the mean comes
-        last and takes the place of the last token that went into it.
+        last and takes the place of the last token that went into it. Rows are differentiable in ``features``;
+        who is kept has no gradient.
 
     Raises:
         TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf.
@@ -40,10 +40,8 @@ def trim(
     _check_embeds(image_embeds, text_embeds, (batch, tokens), features)
     kept = best(_unlike(image_embeds, text_embeds), keep - 1).sort(dim=1).values
     dropped = others(kept, tokens)
-    (mean,) = image_by_image(
-        lambda x: (x.mean(dim=1, keepdim=True),), wide(rows_of(features.detach(), dropped))
-    )
-    rows = torch.cat([rows_of(features.detach(), kept), mean.to(features.dtype)], dim=1)
+    (mean,) = image_by_image(lambda x: (x.mean(dim=1, keepdim=True),), wide_rows(rows_of(features, dropped)))
+    rows = torch.cat([rows_of(features, kept), mean.to(features.dtype)], dim=1)
     return Reduction(rows, torch.cat([kept, dropped[:, -1:]], dim=1), owners(kept, tokens, keep - 1), tokens)
 
 

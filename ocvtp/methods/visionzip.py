@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ocvtp.methods._inputs import best, check_tensor, cosines, others, rows_of, wide
+from ocvtp.methods._inputs import best, check_tensor, cosines, others, rows_of, wide_rows
 from ocvtp.selection import Reduction
 from ocvtp_kernels._alike import image_by_image
 from ocvtp_kernels._checks import as_int, require_count, require_floating, require_int64, require_shape
 from ocvtp_kernels._device import without_autocast
 
 
-@torch.no_grad()
 def visionzip(
     features: torch.Tensor, class_row: torch.Tensor, keys: torch.Tensor, dominant: int, contextual: int
 ) -> Reduction:
@@ -33,7 +32,8 @@ def visionzip(
         :class:`~ocvtp.selection.Reduction` of N tokens with rows ``[B, dominant + contextual, C]`` in the
         features' dtype: class token, dominant patches ascending, contextual rows. A contextual row takes its
         target's place, the class token that of the first patch that was merged away; -1 if none was, since
-        then there are more rows than patches.
+        then there are more rows than patches. Rows are differentiable in ``features``; who is kept and who
+        joins whom has no gradient.
 
     Raises:
         TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf.
@@ -45,17 +45,16 @@ def visionzip(
     most = tokens + 1 - dominant
     contextual = require_count("contextual", contextual, most, "the tokens left over, 1 + N - dominant")
     _check(features, class_row, keys, (batch, tokens), tokens + 1)
-    patches, keys = features.detach()[:, 1:], keys.detach()[:, 1:]
+    patches, keys = features[:, 1:], keys.detach()[:, 1:]
     kept = best(class_row, dominant - 1).sort(dim=1).values
     zipped = _zip(patches, keys, kept, contextual)
     slots = zipped.slots
-    taken = torch.cat([features.detach()[:, :1], zipped.rows], dim=1)
+    taken = torch.cat([features[:, :1], zipped.rows], dim=1)
     free = others(slots, tokens)
     first = free[:, :1] if free.shape[1] else slots.new_full((batch, 1), -1)
     return Reduction(taken, torch.cat([first, slots], dim=1), zipped.owner + 1, tokens)
 
 
-@torch.no_grad()
 def visionzip_merged(
     features: torch.Tensor, scores: torch.Tensor, keys: torch.Tensor, dominant: int, contextual: int
 ) -> Reduction:
@@ -70,7 +69,8 @@ def visionzip_merged(
 
     Returns:
         :class:`~ocvtp.selection.Reduction` with rows ``[B, dominant + contextual, D]`` in the features'
-        dtype, ascending by place; a contextual row takes its target's.
+        dtype, ascending by place; a contextual row takes its target's. Rows are differentiable in
+        ``features``.
 
     Raises:
         TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf.
@@ -85,7 +85,7 @@ def visionzip_merged(
     )
     _check(features, scores, keys, (batch, tokens), tokens)
     kept = best(scores, dominant).sort(dim=1).values
-    return _zip(features.detach(), keys.detach(), kept, contextual).by_place()
+    return _zip(features, keys.detach(), kept, contextual).by_place()
 
 
 def visionzip_tiles(
@@ -145,7 +145,10 @@ def _zip(features: torch.Tensor, keys: torch.Tensor, kept: torch.Tensor, context
     into = cosines(rows_of(keys, joining), rows_of(keys, targets)).argmax(dim=2)
     with without_autocast(features.device):
         (merged,) = image_by_image(
-            _target_and_mean, wide(rows_of(features, targets)), wide(rows_of(features, joining)), into
+            _target_and_mean,
+            wide_rows(rows_of(features, targets)),
+            wide_rows(rows_of(features, joining)),
+            into,
         )
     owner = torch.zeros(len(kept), tokens, dtype=torch.int64, device=features.device)
     owner = owner.scatter(1, slots, torch.arange(count + contextual, device=slots.device).expand_as(slots))

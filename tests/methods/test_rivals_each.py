@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ocvtp import methods
 from ocvtp.methods import tome
@@ -356,6 +358,65 @@ def test_cdpruner_adds_the_largest_volume() -> None:
         assert methods.cdpruner(x.projected, x.row, 7).indices[0].tolist() == sorted(kept)
 
 
+def cdpruner_by_elimination(x: torch.Tensor, relevance: torch.Tensor, keep: int) -> list[int]:
+    """Every choice is taken out of what is left of all pairs."""
+    left = cosine(x)
+    left.fill_diagonal_(1.0)
+    kept: list[int] = []
+    for _ in range(keep):
+        own = left.diagonal()
+        volume = relevance.square() * torch.where(own < 1e-5, 0.0, own)
+        volume[kept] = -1.0
+        kept.append(int(volume.argmax()))
+        direction = left[kept[-1]] / own[kept[-1]].clamp(min=1e-5).sqrt()
+        left = left - direction[:, None] * direction
+    return kept
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 20, 39, 50, 64])
+def test_cdpruner_by_elimination(keep: int) -> None:
+    for seed in SEEDS:
+        x = double(seed, 2)
+        found = methods.cdpruner_order(x.projected, x.row, keep).tolist()
+        for image in range(2):
+            assert found[image] == cdpruner_by_elimination(x.projected[image], x.row[image], keep)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [34, 67, 131])
+def test_cdpruner_takes_the_first_of_copies_wherever_they_stand(tokens: int, dtype: torch.dtype) -> None:
+    """The last columns of a library's loop may be rounded otherwise than the first."""
+    half = (tokens + 1) // 2
+    draw = torch.randint(0, 2, (3, half, 16), generator=torch.Generator().manual_seed(tokens))
+    x = (2.0 * draw - 1.0).to(dtype)  # cosines are exact
+    x = torch.cat([x, x[:, : tokens - half].flip(1)], dim=1)
+    order = methods.cdpruner_order(x, x.new_ones(3, tokens), 16)
+    assert order.max() < half
+
+
+class Entries(TorchDispatchMode):
+    """Counts entries of all tensors that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        self.made += result.numel() if isinstance(result, torch.Tensor) else 0
+        return result
+
+
+def test_cdpruner_goes_over_all_pairs_once() -> None:
+    x = inputs(1, tokens=600)
+    made = []
+    for keep in (1, 31):
+        with Entries() as entries:
+            methods.cdpruner_order(x.projected, x.row, keep)
+        made.append(entries.made)
+    assert made[1] - made[0] < 30 * 600**2 / 4
+
+
 def test_cdpruner_beyond_the_rank_keeps_each_token_once() -> None:
     x = inputs()
     narrow = x.projected[:, :, :5]
@@ -363,6 +424,16 @@ def test_cdpruner_beyond_the_rank_keeps_each_token_once() -> None:
     for row in order.tolist():
         assert sorted(row) == list(range(TOKENS))
         assert row[5:] == sorted(row[5:])
+
+
+def test_cdpruner_far_beyond_the_rank_stays_finite() -> None:
+    """Rounding of residuals that are 0 must not grow until it chooses."""
+    for seed in range(37, 240, 20):
+        x = torch.randn(2, 309, 40, generator=torch.Generator().manual_seed(seed))
+        x[:, 154:] = x[:, :155].flip(1)
+        for row in methods.cdpruner_order(x, x.new_ones(2, 309), 309).tolist():
+            assert sorted(row) == list(range(309))
+            assert row[40:] == sorted(row[40:])
 
 
 def test_cdpruner_takes_a_token_without_direction_late() -> None:

@@ -31,6 +31,9 @@ def run_merging_tower(
         pixel_values: ``[B, 3, H, W]``.
         removed: tokens to merge away in each block.
         proportional: whether a merged token counts in attention as many as it is made of.
+
+    Returns:
+        Rows are differentiable in the pixels and the tower's parameters; who merges has no gradient.
     """
     body = root(tower)
     hidden = embedded(body, pixel_values)
@@ -71,6 +74,6 @@ def _block(
     )
     hidden = hidden + attention.out_proj(attended.transpose(1, 2).flatten(2))
     wide = torch.promote_types(key.dtype, torch.float32)
-    pairs = match(key.to(wide).mean(1), count, class_token=True)
+    pairs = match(key.detach().to(wide).mean(1), count, class_token=True)
     hidden, size = merge(hidden, size, pairs)
     return hidden + layer.mlp(layer.layer_norm2(hidden)), size, carry(owner, pairs)
