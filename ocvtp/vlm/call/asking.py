@@ -45,10 +45,10 @@ def asking_of(
             "several documents: pass them as rows of their own"
         )
     said = torch.ones_like(frame.ids, dtype=torch.bool) if frame.mask is None else frame.mask.bool()
+    for modality in adapter.pixel_keys:
+        said = said & (frame.ids != adapter.token_id(modality))
     labels = arguments.get("labels")
     if isinstance(labels, torch.Tensor) and labels.shape[-1] >= frame.ids.shape[1]:
-        said = said & (labels[:, -frame.ids.shape[1] :].to(said.device) == -100)
-    for modality in adapter.pixel_keys:
-        token = adapter.token_id(modality)
-        said = said & (frame.ids != token)
+        asked = said & (labels[:, -frame.ids.shape[1] :].to(said.device) == -100)
+        said = torch.where(asked.any(1, keepdim=True), asked, said)  # who learns every word knows no question
     return functools.partial(questions_of, frame.ids, said)
