@@ -14,6 +14,7 @@ import ocvtp
 from bench import flops as bench_flops
 from bench import snapshot
 from bench.e2e.prompts import prompt
+from bench.rivals import flops as rival_flops
 from bench.tower.encoder import ENCODERS
 from ocvtp.cost import flops
 from ocvtp.cost.counters import counter_of
@@ -276,6 +277,19 @@ def test_committed_counts_are_what_is_counted(model: str, keep: int) -> None:
     committed = snapshot.read(bench_flops.PATH)["models"]
     assert committed[bench_flops.name_of(model, row)] == {"model": model, **row}
     assert len(committed) == sum(map(len, bench_flops.BUDGETS.values()))
+
+
+def test_committed_counts_of_rivals_are_what_is_counted() -> None:
+    committed = snapshot.read(rival_flops.PATH)["models"]
+    found = rival_flops.counted("llava-1.5-7b", ["tome", "fastv"])
+    assert len(found) == 6
+    assert {name: committed[name] for name in found} == found
+    models = {row["model"] for row in committed.values()}
+    assert models == set(rival_flops.BUDGETS)
+    for row in committed.values():
+        assert ("cannot" in row) == ("tflops" not in row)
+        if "tflops" in row and isinstance(row["keep"], int):
+            assert abs(row["average"] - row["keep"]) <= 2  # one budget means one thing, newline and all
 
 
 def test_the_command_notices_a_change(

@@ -53,6 +53,45 @@ def draw_flops(data: Data) -> Figure:
     return figure
 
 
+def methods_data(results: Results) -> Data:
+    """Model -> method -> ``[budget, TFLOP to the first token]``: the paper's Figure 1 with every method."""
+    result = results.one("flops_rivals")
+    if result is None:
+        return None
+    panels: dict[str, dict[str, list[list[float]]]] = {}
+    for row in result.data["models"].values():
+        if "tflops" in row:
+            points = panels.setdefault(row["model"], {}).setdefault(row["method"], [])
+            points.append([row["keep"], row["tflops"]["first_token"]])
+    return panels
+
+
+def draw_methods(data: Data) -> Figure:
+    """A row for every method, a dot for every budget; panels have axes of their own."""
+    figure = Figure(figsize=(4.4 * len(data), 4.6), dpi=110, layout="constrained")
+    names = list(dict.fromkeys(name for lines in data.values() for name in lines))[::-1]
+    colours = ("#0072b2", "#d55e00", "#009e73")
+    for axes, (model, lines) in zip(
+        figure.subplots(1, len(data), squeeze=False)[0], data.items(), strict=True
+    ):
+        budgets = sorted({keep for points in lines.values() for keep, _ in points}, reverse=True)
+        for keep, colour in zip(budgets, colours, strict=True):
+            found = [
+                (tflop, names.index(name))
+                for name, points in lines.items()
+                for k, tflop in points
+                if k == keep
+            ]
+            label = f"{keep:g} tokens" if keep > 1 else f"{100 * keep:.1f} %"
+            axes.plot(*zip(*found, strict=True), "o", color=colour, label=label, markersize=5)
+        axes.set(title=model, xlabel="TFLOP to the first token", xlim=(0, None))
+        axes.set_yticks(range(len(names)), names)
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8)
+    return figure
+
+
 def time_data(results: Results) -> Data:
     """Where measured -> method -> ms: the paper's Figure 3, and ours."""
     groups: dict[str, dict[str, float]] = {}
@@ -143,6 +182,7 @@ def draw_kernels(data: Data) -> Figure:
 PICTURES: dict[str, Drawing] = {
     "performance-flops.png": (flops_data, draw_flops),
     "performance-time.png": (time_data, draw_time),
+    "methods-flops.png": (methods_data, draw_methods),
     "performance-budget.png": (budget_data, draw_budget),
     "performance-kernels.png": (kernels_data, draw_kernels),
 }

@@ -17,6 +17,7 @@ from bench.harness import provenance
 from ocvtp.cost.flops import counting
 from ocvtp.cost.published import PUBLISHED
 from ocvtp.methods.in_llm import Inside
+from ocvtp.vlm.contracts.selector import DEFAULT_RULE
 from ocvtp.vlm.rivals.catalog import METHODS
 
 PATH = snapshot.FOLDER / "flops_rivals.json"
@@ -27,17 +28,18 @@ BUDGETS: dict[str, Sequence[float]] = {
     "llava-next-7b": (640, 320, 160),
     "qwen2.5-vl-7b": (0.333, 0.222, 0.111),
 }
-_NEXT_TOKENS = 2880
+#: What LLaVA-NeXT packs of four tiles and the whole picture, 48 newlines too: the pool of a method inside.
+_NEXT_POOL = 2928
 
 
 def methods_of(family: str) -> dict[str, Any]:
-    """Name -> what is counted, of all methods that work on a family."""
+    """Name -> what is counted, of all methods that work on a family; ours as it comes first."""
     before = {
         name: kind("language_model") if kind.reads_text else kind()  # type: ignore[call-arg]
         for name, kind in METHODS.items()
         if family in kind.families
     }
-    return before | {name: name for name in get_args(Inside)}
+    return {"ocvtp, default": DEFAULT_RULE, **before, **{name: name for name in get_args(Inside)}}
 
 
 def counted(model: str, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -67,7 +69,7 @@ def counted(model: str, names: Sequence[str] | None = None) -> dict[str, dict[st
 
 def _as_asked(model: str, name: str, keep: float) -> float:
     """A method inside takes shares of pictures that differ in size; the pool is what the model packs."""
-    return keep / _NEXT_TOKENS if name in get_args(Inside) and model == "llava-next-7b" else keep
+    return keep / _NEXT_POOL if name in get_args(Inside) and model == "llava-next-7b" else keep
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -125,8 +125,10 @@ def fraction_that_fits(
 
 
 def _unreachable(average: object, floor: float, tokens: int | None, what: str) -> ValueError:
+    share = isinstance(average, float) and average <= 1
+    asked = f"{average:.1%} of the" if share else f"{average}"
     reach = f"{floor:.1%} and 100%" if tokens is None else f"{floor * tokens:.1f} and {tokens} tokens"
     return ValueError(
-        f"{what} can't have layers average {average} vision tokens: those before the first cut get all of "
+        f"{what} can't have layers average {asked} vision tokens: those before the first cut get all of "
         f"them, so it is between {reach}. Ask for more, or cut earlier"
     )
