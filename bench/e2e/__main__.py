@@ -19,7 +19,7 @@ from rich.table import Table
 from bench.e2e import gate
 from bench.e2e.captured import record_graph, record_nothing
 from bench.e2e.measure import measure, setting
-from bench.e2e.methods import INSIDES, NAMES, default_variant, methods
+from bench.e2e.methods import NAMES, default_variant, methods
 from bench.e2e.presets import PRESETS, Preset, rehearsal
 from bench.e2e.prompts import prompt
 from bench.harness import device_slug, provenance
@@ -57,8 +57,7 @@ def run(
     head = _head(preset, model, pruner, everything, checked, device, commit)
     results = ResultFile(path, head, _KEY)
     for cell in preset.cells:
-        able = NAMES if cell.mode == "eager" else [name for name in NAMES if name not in INSIDES]
-        chosen = {name: method for name, method in found.items() if name in (cell.methods or able)}
+        chosen = {name: method for name, method in found.items() if name in (cell.methods or NAMES)}
         if all(results.has(setting(cell, method)) for method in chosen.values()):
             continue
         if time.monotonic() > deadline:

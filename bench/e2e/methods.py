@@ -49,7 +49,9 @@ INSIDES: dict[str, Inside] = {
     "PyramidDrop": "pyramiddrop",
     "SparseVLM": "sparsevlm",
 }
-NAMES = (UNPRUNED, *VARIANTS, OFFICIAL, *RULES, *RIVALS, *INSIDES)
+#: All but those: whose language model is measured in every way. Theirs reads as many tokens, no others.
+OWN = (UNPRUNED, *VARIANTS, OFFICIAL, *RULES)
+NAMES = (*OWN, *RIVALS, *INSIDES)
 
 Prepare = Callable[[Inputs, Clock | None], Inputs]
 
@@ -121,7 +123,7 @@ def methods(model: Any, pruner: OCPruner, keep: int, everything: int) -> dict[st
         model: unpatched; the methods share it, one at a time.
         pruner: for it.
         keep: tokens of each image.
-        everything: tokens of an image, unpruned.
+        everything: tokens of an image, unpruned; 0 leaves out methods inside the language model.
     """
 
     def patched(name: str, chooser: Any, how: dict[str, Any]) -> Method:
@@ -157,6 +159,8 @@ def methods(model: Any, pruner: OCPruner, keep: int, everything: int) -> dict[st
 def _inside(model: Any, keep: int, everything: int) -> Iterator[Method]:
     """Those of :data:`INSIDES` that can have this budget on this model, or none."""
     depth = model.config.get_text_config().num_hidden_layers
+    if not everything:  # nobody knows
+        return
     for title, name in INSIDES.items():
         try:
             settings = by_name(name, keep / everything, depth=depth)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from bench.e2e.methods import OURS, UNPRUNED, WEIGHED
+from bench.e2e.methods import OURS, OWN, UNPRUNED, WEIGHED
 from ocvtp import OCPruner, PrunerConfig
 from ocvtp.commands.demo import LLAVA_SHAPED
 from ocvtp.cost.published import PUBLISHED
@@ -95,12 +95,14 @@ def build(config: Any, device: torch.device, **pruner: int) -> tuple[Any, OCPrun
 
 
 def cells(batches: Sequence[int], texts: Sequence[int]) -> tuple[Cell, ...]:
-    """All methods at the smallest size; few at every other, and with a static cache."""
+    """All methods at the smallest size, without rivals where the prefill is captured; few at every other, and
+    with a static cache."""
     few = (UNPRUNED, OURS, WEIGHED)
     modes: tuple[Mode, ...] = ("eager", "captured prefill")
     first, *others = [(batch, text) for batch in batches for text in texts]
     return (
-        *(Cell(mode, *first) for mode in modes),
+        Cell("eager", *first),
+        Cell("captured prefill", *first, OWN),
         Cell("static cache", *first, few),
         *(Cell(mode, *size, few) for size in others for mode in modes),
     )
