@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import LogitsProcessorList
 
 import ocvtp
 from ocvtp.vlm.in_llm import hooks_of
+from tests.vlm.skips import VERSION
 from tests.vlm.tiny_inside import GREEDY, METHODS, batch, forced, four, llava, new, ours_on, row
 
 ONE = row("llava", 3, 9, seed=1)
@@ -72,6 +74,9 @@ def _failing(layer: Any) -> Any:
         handle.remove()
 
 
+@pytest.mark.skipif(
+    Version("5.10") > VERSION, reason="unpatched, its tower mixes up threads' features as well"
+)
 @methods
 def test_threads_don_t_see_each_others_calls(name: str) -> None:
     model = llava()
