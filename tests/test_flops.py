@@ -289,7 +289,7 @@ def test_committed_counts_of_rivals_are_what_is_counted() -> None:
     for row in committed.values():
         assert ("cannot" in row) == ("tflops" not in row)
         if "tflops" in row and isinstance(row["keep"], int):
-            assert abs(row["average"] - row["keep"]) <= 2  # one budget means one thing, newline and all
+            assert abs(row["average"] - row["keep"]) <= 3  # one budget means one thing, newline and all
 
 
 def test_the_command_notices_a_change(
