@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +42,47 @@ def name_of(model: str, row: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Count all, compare or write; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.flops", description=__doc__)
+
+    def rows() -> dict[str, dict[str, Any]]:
+        return {
+            name_of(model, row): {"model": model, **row}
+            for model, budgets in BUDGETS.items()
+            for row in (counted(model, keep) for keep in budgets)
+        }
+
+    return command("bench.flops", str(__doc__), PATH, rows, argv)
+
+
+def command(
+    module: str,
+    description: str,
+    path: Path,
+    rows: Callable[[], dict[str, dict[str, Any]]],
+    argv: Sequence[str] | None,
+) -> int:
+    """Count, and compare with what was accepted, or accept it; the exit code.
+
+    Args:
+        module: that is run.
+        description: of it.
+        path: of the snapshot, if the command line says no other.
+        rows: makes the counts, by name.
+        argv: of the command.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--write", action="store_true", help="accept what was counted: renew the snapshot")
-    parser.add_argument("--path", type=Path, default=PATH)
+    parser.add_argument("--path", type=Path, default=path)
     arguments = parser.parse_args(argv)
-    rows = {
-        name_of(model, row): {"model": model, **row}
-        for model, budgets in BUDGETS.items()
-        for row in (counted(model, keep) for keep in budgets)
-    }
+    made = rows()
     if arguments.write:
         head = {name: provenance()[name] for name in ("date", "commit", "torch", "transformers")}
-        snapshot.write(arguments.path, {**head, "models": rows}, 2)
-        print(f"{len(rows)} counts written to {arguments.path.name}")
+        snapshot.write(arguments.path, {**head, "models": made}, 2)
+        print(f"{len(made)} counts written to {arguments.path.name}")
         return 0
-    found = snapshot.changes(snapshot.read(arguments.path).get("models", {}), rows, whole=True)
-    print(*found or [f"{len(rows)} counts are those accepted"], sep="\n")
+    found = snapshot.changes(snapshot.read(arguments.path).get("models", {}), made, whole=True)
+    print(*found or [f"{len(made)} counts are those accepted"], sep="\n")
     if found:
-        print("if that is meant: python -m bench.flops --write")
+        print(f"if that is meant: python -m {module} --write")
     return int(bool(found))
 
 

@@ -6,14 +6,12 @@ goes into the layers on average, so that one budget means one thing; where it ca
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from bench import snapshot
-from bench.harness import provenance
+from bench.flops import command
 from ocvtp.cost.flops import counting
 from ocvtp.cost.published import PUBLISHED
 from ocvtp.methods.in_llm import Inside
@@ -78,21 +76,11 @@ def _name(row: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Count all, compare or write; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.rivals.flops", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="accept what was counted: renew the snapshot")
-    parser.add_argument("--path", type=Path, default=PATH)
-    arguments = parser.parse_args(argv)
-    rows = {name: row for model in BUDGETS for name, row in counted(model).items()}
-    if arguments.write:
-        head = {name: provenance()[name] for name in ("date", "commit", "torch", "transformers")}
-        snapshot.write(arguments.path, {**head, "models": rows}, 2)
-        print(f"{len(rows)} counts written to {arguments.path.name}")
-        return 0
-    found = snapshot.changes(snapshot.read(arguments.path).get("models", {}), rows, whole=True)
-    print(*found or [f"{len(rows)} counts are those accepted"], sep="\n")
-    if found:
-        print("if that is meant: python -m bench.rivals.flops --write")
-    return int(bool(found))
+
+    def rows() -> dict[str, dict[str, Any]]:
+        return {name: row for model in BUDGETS for name, row in counted(model).items()}
+
+    return command("bench.rivals.flops", str(__doc__), PATH, rows, argv)
 
 
 if __name__ == "__main__":
