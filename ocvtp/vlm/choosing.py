@@ -84,8 +84,8 @@ def reducer_for(options: Options, adapter: Adapter) -> Reducer | None:
         if isinstance(asked, torch.nn.Module) or asked not in get_args(Rival):
             return None
         asked = rival(asked)
-    for name in ("fill", "features", "refine"):
-        if getattr(options, name) != Options.default(name):
+    for name in options.said():
+        if name in ("fill", "features", "refine"):
             raise ValueError(f"{name} is for pruners and rules of our own, not for {asked.title}")
     if options.tower == "kept_rows" and asked.reads_rows:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -58,14 +58,9 @@ def named(adapter: Adapter, options: Options) -> Options:
     name: Any = options.pruner
     if isinstance(name, torch.nn.Module) or name not in get_args(Inside):
         return options
-    for field in fields(options):
-        said = (
-            field.name not in ("pruner", "keep", "backend") and getattr(options, field.name) != field.default
-        )
-        if said:
-            raise ValueError(
-                f"{field.name} is for what is dropped before the language model, not for {name!r}"
-            )
+    for said in options.said():
+        if said not in ("keep", "backend"):
+            raise ValueError(f"{said} is for what is dropped before the language model, not for {name!r}")
     tokens = adapter.facts({}).tokens
     if tokens is None and not isinstance(options.keep, float):
         raise ValueError(

@@ -42,10 +42,10 @@ class Options:
     fill: Fill | Literal["auto"] = "auto"
     inside: Method | None = None
 
-    @classmethod
-    def default(cls, name: str) -> object:
-        """The default of a field that has one."""
-        return next(field.default for field in fields(cls) if field.name == name)
+    def said(self) -> list[str]:
+        """Names of the arguments that are not as they come, the pruner aside."""
+        rest = [one for one in fields(self) if one.name != "pruner"]
+        return [one.name for one in rest if getattr(self, one.name) != one.default]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "refine", check_rounds(self.refine))
@@ -74,8 +74,7 @@ class Options:
         if self.pruner is None:
             if self.inside is None:
                 raise TypeError("pruner=None prunes nothing before the language model: say what does inside=")
-            asked = [one.name for one in fields(self) if one.name not in ("pruner", "inside", "backend")]
-            asked = [name for name in asked if getattr(self, name) != type(self).__dict__[name]]
+            asked = [name for name in self.said() if name not in ("inside", "backend")]
             if asked:
                 raise ValueError(
                     f"{', '.join(asked)}: for a pruner before the language model, and pruner is None"

@@ -10,7 +10,8 @@ import torch
 
 from ocvtp.methods.in_llm.averages import fit_single
 from ocvtp.methods.in_llm.contract import Choice, Numbering, Rows
-from ocvtp.methods.in_llm.ranking import check_keep, check_layer, highest, kept_of, of_rows
+from ocvtp.methods.in_llm.one_cut import OneCut
+from ocvtp.methods.in_llm.ranking import check_keep, check_layer, highest, of_rows
 from ocvtp_kernels._checks import as_int
 
 
@@ -43,7 +44,7 @@ def least_alike(
 
 
 @dataclass(frozen=True)
-class Dart:
+class Dart(OneCut):
     """Before layer ``layer``, keep pivots and the vision tokens least like them.
 
     Pivots are the tokens of the longest keys (L1, in the layer before): some of the image, some of the text
@@ -86,15 +87,6 @@ class Dart:
     def fit(cls, average: int | float, *, depth: int, tokens: int | None = None, layer: int = 2) -> Dart:
         """See :meth:`FastV.fit <ocvtp.methods.in_llm.FastV.fit>`."""
         return cls(layer, fit_single(average, depth, tokens, layer))
-
-    @property
-    def cuts(self) -> tuple[int, ...]:
-        """See :class:`~ocvtp.methods.in_llm.contract.Method`."""
-        return (self.layer,)
-
-    def left(self, cut: int, present: int, total: int) -> tuple[int, int]:
-        """See :class:`~ocvtp.methods.in_llm.contract.Method`."""
-        return kept_of(self.keep, present), 0
 
     def choose(self, cut: int, rows: Rows) -> Choice:
         """See :class:`~ocvtp.methods.in_llm.contract.Method`."""

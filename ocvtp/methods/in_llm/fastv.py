@@ -9,7 +9,8 @@ import torch
 
 from ocvtp.methods.in_llm.averages import fit_single
 from ocvtp.methods.in_llm.contract import Choice, Numbering, Rows
-from ocvtp.methods.in_llm.ranking import check_keep, check_layer, highest, kept_of
+from ocvtp.methods.in_llm.one_cut import OneCut
+from ocvtp.methods.in_llm.ranking import check_keep, check_layer, highest
 
 
 def fastv_scores(attention: torch.Tensor) -> torch.Tensor:
@@ -18,7 +19,7 @@ def fastv_scores(attention: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class FastV:
+class FastV(OneCut):
     """Before layer ``layer``, keep the vision tokens that the last token attended to most in the one before.
 
     The choice is made once, when the prompt is read, as in the authors' versions with a cache. Their mask and
@@ -56,15 +57,6 @@ class FastV:
             TypeError, ValueError: an average that this layer can't have; the message has the range.
         """
         return cls(layer, fit_single(average, depth, tokens, layer))
-
-    @property
-    def cuts(self) -> tuple[int, ...]:
-        """See :class:`~ocvtp.methods.in_llm.contract.Method`."""
-        return (self.layer,)
-
-    def left(self, cut: int, present: int, total: int) -> tuple[int, int]:
-        """See :class:`~ocvtp.methods.in_llm.contract.Method`."""
-        return kept_of(self.keep, present), 0
 
     def choose(self, cut: int, rows: Rows) -> Choice:
         """See :class:`~ocvtp.methods.in_llm.contract.Method`."""

@@ -141,15 +141,11 @@ def _reduce_rows(
 ) -> KeptRows:
     """:func:`prune_rows` by a rival method, which follows the tower or runs it."""
     groups = groups_of(vision.segments, settings.budget)
-    whole = [group.keep == group.tokens for group in groups]
     with stage(clock, "vision tower", vision.device):
-        if any(whole) or not reducer.in_tower:
+        if not reducer.in_tower or any(group.keep == group.tokens for group in groups):
             vision.run(None, None)
     with stage(clock, "vision tower" if reducer.in_tower else "pruner", vision.device):
-        chosen = [
-            _everything(group, vision.device) if all_of_it else reduced(vision, reducer, group, questions)
-            for group, all_of_it in zip(groups, whole, strict=True)
-        ]
+        chosen = [_left(vision, reducer, group, questions) for group in groups]
     with stage(clock, "projector", vision.device):
         made = []
         for group, selection in zip(groups, chosen, strict=True):
@@ -162,9 +158,13 @@ def _reduce_rows(
     return assemble(vision.segments, vision.totals, made)
 
 
-def _everything(group: Group, device: torch.device) -> Selection:
-    """All tokens of a group."""
-    indices = torch.arange(group.tokens, device=device).expand(len(group.which), -1)
+def _left(
+    vision: Vision, reducer: Reducer, group: Group, questions: Sequence[torch.Tensor] | None
+) -> Selection:
+    """What a rival method leaves of a group, all of it if that is within the budget."""
+    if group.keep != group.tokens:
+        return reduced(vision, reducer, group, questions)
+    indices = torch.arange(group.tokens, device=vision.device).expand(len(group.which), -1)
     return Selection(indices, indices.new_zeros(len(indices)), tokens=group.tokens)
 
 
@@ -187,11 +187,7 @@ def _choices(
     if not selector.in_tower:
         vision.run(None, None)
     for group in groups_of(vision.segments, settings.budget):
-        all_of_it = group.keep == group.tokens
-        yield (
-            group,
-            _everything(group, vision.device) if all_of_it else reduced(vision, selector, group, questions),
-        )
+        yield group, _left(vision, selector, group, questions)
 
 
 def _rows(
