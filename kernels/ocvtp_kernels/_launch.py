@@ -8,10 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ocvtp_kernels._arch import has_dependent_launches
+
 #: Of a grid's second and third dimension, where launchers put images.
 MAX_IMAGES = 65535
 # Triton's default changes with 3.10, and results with it: said here, so that bits don't depend on versions.
 OPTIONS = {"enable_fp_fusion": True}
+
+
+# For kernels with a constexpr PDL, where it is true.
+_PDL_OPTIONS = {"launch_pdl": True}
 
 
 class Launch(NamedTuple):
@@ -27,12 +33,22 @@ _recorded: list[Launch] | None = None
 
 
 def launch(kernel: Any, grid: Sequence[int], device: torch.device, *arguments: Any, **tile: Any) -> None:
-    """Run ``kernel`` on ``device``, which need not be the current one; ``tile`` holds its constexprs."""
+    """Run ``kernel`` on ``device``, which need not be the current one; ``tile`` holds its constexprs.
+
+    A kernel with a constexpr ``PDL`` (:func:`ocvtp_kernels._jit.after_launches_before`) gets it from here.
+    """
+    if "PDL" in kernel.arg_names:
+        tile["PDL"] = has_dependent_launches(device)
     if _recorded is not None:
         _recorded.append(Launch(kernel, tuple(grid), arguments, tile))
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[tuple(grid)](*arguments, **tile, **OPTIONS)
+        kernel[tuple(grid)](*arguments, **tile, **options(tile))
+
+
+def options(tile: Mapping[str, Any]) -> dict[str, bool]:
+    """Of the compiler and the launch, for a kernel with such constexprs."""
+    return OPTIONS | (_PDL_OPTIONS if tile.get("PDL") else {})
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from ocvtp_kernels._launch import recording
 from ocvtp_kernels._tiles import Tile, table
 from ocvtp_kernels._tiles import tile as table_row
 from ocvtp_kernels.slot_attention import SlotAttentionWeights, slot_attention, training
+from ocvtp_kernels.slot_attention import cut as cutting
 from ocvtp_kernels.slot_attention import triton as forward_kernels
 from ocvtp_kernels.slot_attention.training import op
 from ocvtp_kernels.slot_attention.training import triton as kernels
@@ -72,7 +73,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return row
 
     monkeypatch.setattr(kernels, "tile", tile)
-    monkeypatch.setattr(forward_kernels, "tile", tile)
+    monkeypatch.setattr(cutting, "tile", tile)
 
 
 class Problem(NamedTuple):
