@@ -27,7 +27,8 @@ from bench import aot_snapshot
 from bench.harness import package_version, provenance
 from bench.launches import launches
 from ocvtp_kernels._arch import interpreting
-from ocvtp_kernels._launch import OPTIONS, Launch
+from ocvtp_kernels._launch import Launch
+from ocvtp_kernels._launch import options as launch_options
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ def compile_launch(launch: Launch, target: str) -> Usage:
 
     gpu = TARGETS[target]
     signature, constants, attributes = _specialise(launch)
-    options = {name: launch.tile[name] for name in ("num_warps", "num_stages")} | OPTIONS
+    wanted = {name: launch.tile[name] for name in ("num_warps", "num_stages")} | launch_options(launch.tile)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=options)
+    compiled = triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=wanted)
     registers, spills, matrix = (_read_hip if gpu.backend == "hip" else _read_cuda)(compiled)
     shared = int(compiled.metadata.shared)
     faults = []

@@ -375,6 +375,8 @@ def _tile_sets() -> list[tuple[str, torch.dtype, int]]:
                     }
                     for (kernel, of, shape), row in sorted(table().items())
                     if of == arch and kernel.startswith("slot_attention.") and shape.endswith((size, "any"))
+                    # Tested for itself: test_slot_loop.py.
+                    and kernel != "slot_attention.slot_loop"
                 }
                 attends = {key for key in roles if key[0].endswith(".attend")}
                 used = shapes.slot_class(slots)

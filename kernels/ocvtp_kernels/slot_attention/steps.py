@@ -369,3 +369,8 @@ def linear_tile(
         parts = tl.cdiv(OUT, _PART)
         at = (2 * parts + part).to(tl.int64)[None, :] * R + r[:, None]
         tl.store(left_ptr + at, dots, mask=(part < parts)[None, :] & (r < R)[:, None])
+
+
+def padded_parts(width: int) -> int:
+    """Parts that a row of ``width`` columns is cut into, as a block of them has."""
+    return max(2, triton.next_power_of_2(triton.cdiv(width, PART)))

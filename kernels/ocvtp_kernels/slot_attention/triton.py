@@ -30,7 +30,7 @@ from ocvtp_kernels.slot_attention.cut import Cut, arithmetic, padded_slots
 from ocvtp_kernels.slot_attention.folded import FoldedWeights, SlotStart
 from ocvtp_kernels.slot_attention.reference import NORM_EPS
 from ocvtp_kernels.slot_attention.shapes import Assigned, slot_class, token_tiles
-from ocvtp_kernels.slot_attention.steps import PART, attend_tile, gru_tile, linear_tile, update_tile
+from ocvtp_kernels.slot_attention.steps import PART, attend_tile, gru_tile, linear_tile, padded_parts, update_tile
 
 # Rows of the encoder's hidden layer in memory at a time: 268 MB at 2048 columns of 16 bit.
 _MOST_ROWS = 65536
@@ -270,11 +270,6 @@ def _linear(
         NORM=given is not None, GELU=GELU, RESIDUAL=residual is not None, COLUMN=dots is not None,
         HALF=cut.copies, FAST=cut.dtype == torch.float16, PRECISION=cut.precision, **size,
     )  # fmt: skip
-
-
-def padded_parts(width: int) -> int:
-    """Parts of so many columns, as a block has them."""
-    return max(2, triton.next_power_of_2(triton.cdiv(width, PART)))
 
 
 def attention_weights(
