@@ -43,8 +43,6 @@ MAX_SLOTS = 64
 # From here on the tasks' tickets and counters cost more than the launches they save, by the prediction of
 # docs/kernels.md; a GPU has to tell.
 _MOST_IMAGES = 4
-# Words before the counters: the ticket.
-_HEAD = tl.constexpr(1)
 
 
 @triton.jit
@@ -76,8 +74,8 @@ def slot_loop(
     """Grid (tasks). ITERATIONS updates of the slots and the attention after them, from tokens ``z``
     ``[B, N, D]`` and START = 1 or B images' initial slots, queries, bias and hidden gates.
 
-    ``counters``, int32, zero: ticket, then of each image how many tiles of attention and of means there are, and
-    of each row tile, of GRU, first and second layer and queries. Results: as ``triton.attend``, LAST.
+    ``counters``, int32, zero: of each image, how many tiles of attention and of means there are; of each row
+    tile, of GRU, first and second layer and queries; the next ticket. Results: as ``triton.attend``, LAST.
     """
     after_launches_before(PDL)
     rows = tl.cdiv(R, BR)
@@ -88,14 +86,13 @@ def slot_loop(
     attends, updates = B * T, B * slot_tiles * columns
     grus, firsts, seconds = rows * gru_columns, rows * first_columns, rows * second_columns
     each = attends + updates + grus + firsts + seconds + rows * query_columns
-    attended_ptr = counters_ptr + _HEAD
-    updated_ptr = attended_ptr + B
+    updated_ptr = counters_ptr + B
     entered_ptr = updated_ptr + B
     first_ptr = entered_ptr + rows
     second_ptr = first_ptr + rows
     asked_ptr = second_ptr + rows
 
-    ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed", scope="gpu")
+    ticket = tl.atomic_add(asked_ptr + rows, 1, sem="relaxed", scope="gpu")
     iteration = ticket // each
     task = ticket - iteration * each
     if task < attends:
@@ -108,7 +105,7 @@ def slot_loop(
                 part, T, wide, start, z_ptr, start_q_ptr, start_bias_ptr, p_ptr, sums_ptr, keys_ptr, largest_ptr,
                 finite_ptr, N, K, KS, D, BM, BK, BC, EVEN, True, False, SCALE, PRECISION,
             )  # fmt: skip
-            _done(attended_ptr + image)
+            _done(counters_ptr + image)
         else:
             for row in tl.range(image * K // BR, (image * K + K - 1) // BR + 1):
                 _wait(asked_ptr + row, iteration * query_columns)
@@ -123,13 +120,13 @@ def slot_loop(
                     part, T, wide, wide, z_ptr, q_ptr, bias_ptr, p_ptr, sums_ptr, keys_ptr, largest_ptr,
                     finite_ptr, N, K, KS, D, BM, BK, BC, EVEN, True, False, SCALE, PRECISION,
                 )  # fmt: skip
-                _done(attended_ptr + image)
+                _done(counters_ptr + image)
     else:
         task -= attends
         if task < updates:
             image = task // (slot_tiles * columns)
             inner = task - image * slot_tiles * columns
-            _wait(attended_ptr + image, (iteration + 1) * T)
+            _wait(counters_ptr + image, (iteration + 1) * T)
             tl.debug_barrier()
             update_tile(
                 inner % columns, inner // columns, image.to(tl.int64), p_ptr, sums_ptr, z_ptr, u_ptr, mass_ptr,
