@@ -19,7 +19,7 @@ def ordered_bits(x):
 def after_launches_before(PDL: tl.constexpr):
     """Begin: with PDL the launches before have ended from here on, and the next one may be put in place.
 
-    Programmatic dependent launch: a kernel's programs are set up while the one before still runs. All a kernel
+    Programmatic dependent launch: a kernel's programs are set up while the one before still runs. All that it
     reads or writes comes after this, so nothing else about the order of launches changes.
     """
     if PDL:

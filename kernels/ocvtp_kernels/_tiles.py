@@ -3,9 +3,9 @@
 ``tiles.json`` is written by ``python -m bench.tune`` on a GPU, and every row of it is compiled by
 ``python -m bench.aot``. Nothing is tuned in a user's call.
 
-A shape class may have two rows more, ``"..., few rows"`` and ``"..., many rows"``, for a kernel whose work grows
-with the batch. A result may not depend on the batch, so they count only where a GPU has shown that these tiles
-compute the same bits: ``same_bits.json``, written by ``python -m bench.same_bits`` and good for the versions of
+A shape class may have two rows more, ``"..., few rows"`` and ``"..., many rows"``, for a kernel whose work
+grows with the batch. A result may not depend on the batch, so they count only where a GPU has shown that these
+tiles compute the same bits: ``same_bits.json``, written by ``python -m bench.same_bits``, for the versions of
 Triton named there. Elsewhere one tile serves all.
 """
 
@@ -67,7 +67,7 @@ def proofs() -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def trusting_bits() -> Iterator[None]:
-    """Take tiles by number of rows without a proof: to compile them, to predict, and to look for the proof."""
+    """Take tiles by number of rows without a proof: to compile them, to predict, and to look for one."""
     global _trusted
     before, _trusted = _trusted, True
     try:

@@ -374,7 +374,9 @@ def _tile_sets() -> list[tuple[str, torch.dtype, int]]:
                         name: value for name, value in row.items() if not name.startswith("num_")
                     }
                     for (kernel, of, shape), row in sorted(table().items())
-                    if of == arch and kernel.startswith("slot_attention.") and shape.endswith((size, "any"))
+                    if of == arch
+                    and kernel.startswith("slot_attention.")
+                    and shape.endswith((size, "any"))
                     # Tested for itself: test_slot_loop.py.
                     and kernel != "slot_attention.slot_loop"
                 }

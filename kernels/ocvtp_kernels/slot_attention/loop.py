@@ -18,6 +18,9 @@ The counters start at zero: the launch before leaves them so. Floor at (B, N, K)
 iterations: 0.9 GFLOP are 1 us; 13 steps that wait for each other, each a block's chain of products long.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -63,8 +66,8 @@ def _done(counter_ptr):
 def slot_loop(
     z_ptr, start_q_ptr, start_bias_ptr, start_s_ptr, gates_ptr,
     wi_ptr, wh_ptr, bi_ptr, bm_ptr, bh_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, wq_ptr, dot_ptr,
-    p_ptr, sums_ptr, u_ptr, mass_ptr, e_ptr, half_e_ptr, e_parts_ptr, hidden_ptr, s_ptr, half_s_ptr, s_parts_ptr,
-    q_ptr, bias_ptr, keys_ptr, largest_ptr, finite_ptr, counters_ptr,
+    p_ptr, sums_ptr, u_ptr, mass_ptr, e_ptr, half_e_ptr, e_parts_ptr, hidden_ptr, s_ptr, half_s_ptr,
+    s_parts_ptr, q_ptr, bias_ptr, keys_ptr, largest_ptr, finite_ptr, counters_ptr,
     B, START, N, K, KS, D, M, T, R, ITERATIONS, eps, norm_eps,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     BJ: tl.constexpr, BO1: tl.constexpr, BO2: tl.constexpr, BOQ: tl.constexpr, BC: tl.constexpr,
@@ -102,8 +105,8 @@ def slot_loop(
         if iteration == 0:
             start = tl.minimum(image, START - 1).to(tl.int64)
             attend_tile(
-                part, T, wide, start, z_ptr, start_q_ptr, start_bias_ptr, p_ptr, sums_ptr, keys_ptr, largest_ptr,
-                finite_ptr, N, K, KS, D, BM, BK, BC, EVEN, True, False, SCALE, PRECISION,
+                part, T, wide, start, z_ptr, start_q_ptr, start_bias_ptr, p_ptr, sums_ptr, keys_ptr,
+                largest_ptr, finite_ptr, N, K, KS, D, BM, BK, BC, EVEN, True, False, SCALE, PRECISION,
             )  # fmt: skip
             _done(counters_ptr + image)
         else:
@@ -129,8 +132,8 @@ def slot_loop(
             _wait(counters_ptr + image, (iteration + 1) * T)
             tl.debug_barrier()
             update_tile(
-                inner % columns, inner // columns, image.to(tl.int64), p_ptr, sums_ptr, z_ptr, u_ptr, mass_ptr,
-                N, K, KS, D, T, eps, BK, BN, BD, True, SCALE, PRECISION,
+                inner % columns, inner // columns, image.to(tl.int64), p_ptr, sums_ptr, z_ptr, u_ptr,
+                mass_ptr, N, K, KS, D, T, eps, BK, BN, BD, True, SCALE, PRECISION,
             )  # fmt: skip
             _done(updated_ptr + image)
         else:
@@ -142,8 +145,8 @@ def slot_loop(
                 tl.debug_barrier()
                 if iteration == 0:
                     gru_tile(
-                        row, task // rows, u_ptr, mass_ptr, start_s_ptr, half_s_ptr, gates_ptr, wi_ptr, wh_ptr,
-                        bi_ptr, bm_ptr, bh_ptr, e_ptr, half_e_ptr, e_parts_ptr, R, START * K, D,
+                        row, task // rows, u_ptr, mass_ptr, start_s_ptr, half_s_ptr, gates_ptr, wi_ptr,
+                        wh_ptr, bi_ptr, bm_ptr, bh_ptr, e_ptr, half_e_ptr, e_parts_ptr, R, START * K, D,
                         BR, BJ, BC, EVEN, True, True, PRECISION,
                     )  # fmt: skip
                 else:
@@ -159,8 +162,8 @@ def slot_loop(
                     _wait(entered_ptr + row, (iteration + 1) * gru_columns)
                     tl.debug_barrier()
                     linear_tile(
-                        row, task // rows, half_e_ptr, w1_ptr, b1_ptr, e_ptr, hidden_ptr, half_s_ptr, e_parts_ptr,
-                        s_parts_ptr, dot_ptr, bias_ptr, R, M, D, norm_eps,
+                        row, task // rows, half_e_ptr, w1_ptr, b1_ptr, e_ptr, hidden_ptr, half_s_ptr,
+                        e_parts_ptr, s_parts_ptr, dot_ptr, bias_ptr, R, M, D, norm_eps,
                         BR, BO1, BC, PP, EVEN, True, True, False, False, True, FAST, PRECISION,
                     )  # fmt: skip
                     _done(first_ptr + row)
@@ -170,8 +173,8 @@ def slot_loop(
                         _wait(first_ptr + row, (iteration + 1) * first_columns)
                         tl.debug_barrier()
                         linear_tile(
-                            row, task // rows, hidden_ptr, w2_ptr, b2_ptr, e_ptr, s_ptr, half_s_ptr, e_parts_ptr,
-                            s_parts_ptr, dot_ptr, bias_ptr, R, D, M, norm_eps,
+                            row, task // rows, hidden_ptr, w2_ptr, b2_ptr, e_ptr, s_ptr, half_s_ptr,
+                            e_parts_ptr, s_parts_ptr, dot_ptr, bias_ptr, R, D, M, norm_eps,
                             BR, BO2, BC, PP, EVEN_M, False, False, True, False, True, FAST, PRECISION,
                         )  # fmt: skip
                         _done(second_ptr + row)
@@ -180,11 +183,22 @@ def slot_loop(
                         _wait(second_ptr + row, (iteration + 1) * second_columns)
                         tl.debug_barrier()
                         linear_tile(
-                            row, task // rows, half_s_ptr, wq_ptr, b2_ptr, e_ptr, q_ptr, half_s_ptr, s_parts_ptr,
-                            e_parts_ptr, dot_ptr, bias_ptr, R, D, D, norm_eps,
+                            row, task // rows, half_s_ptr, wq_ptr, b2_ptr, e_ptr, q_ptr, half_s_ptr,
+                            s_parts_ptr, e_parts_ptr, dot_ptr, bias_ptr, R, D, D, norm_eps,
                             BR, BOQ, BC, PP, EVEN, True, False, False, True, True, FAST, PRECISION,
                         )  # fmt: skip
                         _done(asked_ptr + row)
+
+
+@contextlib.contextmanager
+def up_to(images: int) -> Iterator[None]:
+    """Use the loop for up to so many images, 0 for none: to compare it with the launches."""
+    global _MOST_IMAGES
+    before, _MOST_IMAGES = _MOST_IMAGES, images
+    try:
+        yield
+    finally:
+        _MOST_IMAGES = before
 
 
 def serves(batch: int, slots: int, num_iters: int, cut: Cut) -> bool:
@@ -254,7 +268,8 @@ def assign(
         slot_loop, (tasks(batch, tokens, slots, width, mlp, updates, size),), cut.device,
         z, start.queries, start.query_bias, start.slots, start.gates_hidden,
         w.gru_input_weight, w.gru_hidden_weight, w.gru_input_bias, w.gru_mass_bias, w.gru_hidden_bias,
-        w.mlp_fc1_weight, w.mlp_fc1_bias, w.mlp_fc2_weight, w.mlp_fc2_bias, w.query_weight, w.query_bias_weight,
+        w.mlp_fc1_weight, w.mlp_fc1_bias, w.mlp_fc2_weight, w.mlp_fc2_bias,
+        w.query_weight, w.query_bias_weight,
         *scratch, found.keys, found.largest, found.finite, counters,
         batch, starts, tokens, slots, padded, width, mlp, parts, rows, updates, eps, NORM_EPS,
         PP=padded_parts(width), EVEN=width % size["BC"] == 0, EVEN_M=mlp % size["BC"] == 0,

@@ -1,6 +1,7 @@
 # No postponed annotations: the interpreter looks for the very object tl.constexpr.
-"""One tile of each step of an iteration, on the device: what a launch for each step and the loop in one launch
-share, so that both compute the same.
+"""One tile of each step of an iteration, on the device.
+
+Shared by the launches for each step and the loop in one launch, so that both compute the same.
 
 A product reads whole blocks of columns by pointers that advance, and one masked block at the end where the
 widths leave one. Rows that there aren't read the last one again: that costs no mask, and they are not stored.
@@ -8,8 +9,8 @@ widths leave one. Rows that there aren't read the last one again: that costs no 
 What the next step needs of a row travels with the tile that made it (:func:`_leave`): for every 16 columns
 their mean and sum of squared deviations, in the dtype of the products a copy, and of the slots' last layer a
 dot product for the queries' bias. Whoever normalises the row merges these once, before its product
-(:func:`_spread`), instead of gathering a variance anew in each of its column tiles. Sixteen whatever the tile:
-the order of these sums then doesn't depend on it.
+(:func:`_spread`), instead of gathering a variance anew in each of its column tiles. Sixteen whatever the
+tile: the order of these sums then doesn't depend on it.
 """
 
 import triton
@@ -209,9 +210,11 @@ def update_tile(
 
 
 @triton.jit
-def _leave(y, half_ptr, parts_ptr, r, o, column, R, D, BM: tl.constexpr, BO: tl.constexpr, HALF: tl.constexpr):
-    """Of a tile ``y``, float32, of rows ``[R, D]``: its copy for the next product, and the mean and the sum of
-    squared deviations of each row's every ``PART`` columns, ``parts`` ``[2, D / PART, R]``."""
+def _leave(
+    y, half_ptr, parts_ptr, r, o, column, R, D, BM: tl.constexpr, BO: tl.constexpr, HALF: tl.constexpr
+):
+    """Of a tile ``y``, float32, of rows ``[R, D]``: its copy for the next product, and of each row's every
+    ``PART`` columns the mean and the sum of squared deviations, ``parts`` ``[2, D / PART, R]``."""
     if HALF:
         offsets = r.to(tl.int64)[:, None] * D + o[None, :]
         inside = (r < R)[:, None] & (o < D)[None, :]
@@ -328,8 +331,8 @@ def gru_tile(
 
 @triton.jit
 def linear_tile(
-    row, column, x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, half_ptr, given_ptr, left_ptr, dot_ptr, dots_ptr,
-    R, OUT, IN, eps,
+    row, column, x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, half_ptr, given_ptr, left_ptr, dot_ptr,
+    dots_ptr, R, OUT, IN, eps,
     BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, PP: tl.constexpr, EVEN: tl.constexpr,
     NORM: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, COLUMN: tl.constexpr,
     HALF: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -360,12 +363,12 @@ def linear_tile(
     tl.store(y_ptr + offsets, total.to(y_ptr.dtype.element_ty), mask=inside)
     if RESIDUAL:
         _leave(total, half_ptr, left_ptr, r, o, column, R, OUT, BM, BO, HALF)
-        count: tl.constexpr = BO // _PART
+        own: tl.constexpr = BO // _PART
         # Zero beyond the columns, so what was computed there doesn't count.
         weight = tl.load(dot_ptr + o, mask=o < OUT, other=0.0)
         real = (o < OUT)[None, :]
-        dots = tl.sum(tl.reshape(tl.where(real, total * weight[None, :], 0.0), [BM, count, _PART]), axis=2)
-        part = column * count + tl.arange(0, count)
+        dots = tl.sum(tl.reshape(tl.where(real, total * weight[None, :], 0.0), [BM, own, _PART]), axis=2)
+        part = column * own + tl.arange(0, own)
         parts = tl.cdiv(OUT, _PART)
         at = (2 * parts + part).to(tl.int64)[None, :] * R + r[:, None]
         tl.store(left_ptr + at, dots, mask=(part < parts)[None, :] & (r < R)[:, None])

@@ -30,7 +30,14 @@ from ocvtp_kernels.slot_attention.cut import Cut, arithmetic, padded_slots
 from ocvtp_kernels.slot_attention.folded import FoldedWeights, SlotStart
 from ocvtp_kernels.slot_attention.reference import NORM_EPS
 from ocvtp_kernels.slot_attention.shapes import Assigned, slot_class, token_tiles
-from ocvtp_kernels.slot_attention.steps import PART, attend_tile, gru_tile, linear_tile, padded_parts, update_tile
+from ocvtp_kernels.slot_attention.steps import (
+    PART,
+    attend_tile,
+    gru_tile,
+    linear_tile,
+    padded_parts,
+    update_tile,
+)
 
 # Rows of the encoder's hidden layer in memory at a time: 268 MB at 2048 columns of 16 bit.
 _MOST_ROWS = 65536
@@ -72,8 +79,8 @@ def linear(
 ):  # fmt: skip
     """Grid (tiles): ``x`` ``[R, IN]`` -> ``x W^T + bias``, then GELU, then the residual added, ``[R, OUT]``.
 
-    NORM: ``x`` is normalised first; ``W`` is centred, so only the variance is needed, which comes of ``given``,
-    what was left of the rows. RESIDUAL: leaves the same of its own rows in ``left`` ``[3, OUT / 16, R]``, with
+    NORM: ``x`` is normalised first; ``W`` is centred, so only the variance is needed, and ``given``, what was
+    left of the rows, tells it. RESIDUAL: leaves the same of its own rows, ``left`` ``[3, OUT / 16, R]``, with
     each 16 columns' dot product with ``dot``, and HALF, a copy in the dtype of the products. COLUMN: no bias,
     but what such dot products in ``given`` come to, times 1 / standard deviation, in ``dots`` ``[R]``.
     """
