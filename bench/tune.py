@@ -337,7 +337,7 @@ class SlotKernel:
         self._row = kernel, shape
         self._device = features.device
         self._whole = functools.partial(top_tokens, features, start, weights, backend="triton", tf32=tf32)
-        # A tile for few or many rows counts only where its bits are trusted, and it is the one that is wanted.
+        # A tile for few or many rows counts only where its bits are trusted, and it is the one wanted.
         self._bits = _tiles.trusting_bits if _kind(shape) else contextlib.nullcontext
         role = next((role for role in _ROLES if shape.startswith(role)), None)
         self._weight = None if role is None else getattr(weights, _ROLES[role]).data_ptr()
