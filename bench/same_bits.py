@@ -202,8 +202,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not whole:
         print("THE LOOP IN ONE LAUNCH COMPUTES OTHER BITS THAN THE LAUNCHES: results depend on the batch")
     if options.write:
-        where = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
-        where["commit"] = provenance()["commit"]
+        where = {
+            "device": torch.cuda.get_device_name(device),
+            "torch": torch.__version__,
+            "commit": provenance()["commit"],
+        }
         proven = [proof(each, arch, where) for each in found if len(each.tiles) > 1]
         write(renewed(_tiles.proofs(), proven), PATH)
     return int(not whole)

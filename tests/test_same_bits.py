@@ -1,4 +1,4 @@
-"""Tiles by number of rows count only where their bits were seen to be the same; looking for that finds others."""
+"""Tiles by number of rows count only where their bits were seen to be the same, and looking finds others."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
 
 A shape class may have two rows more, ``"..., few rows"`` and ``"..., many rows"``, for a kernel whose work
 grows with the batch. A result may not depend on the batch, so they count only where a GPU has shown that
-these tiles compute the same bits: ``same_bits.json``, written by ``python -m bench.same_bits``, for the versions
-of Triton named there. Elsewhere one tile serves all.
+these tiles compute the same bits: ``same_bits.json``, written by ``python -m bench.same_bits``, for the
+versions of Triton named there. Elsewhere one tile serves all.
 """
 
 from __future__ import annotations
