@@ -34,8 +34,8 @@ _log = logging.getLogger("ocvtp")
 
 #: Shapes whose graphs are kept.
 MOST_GRAPHS = 8
-#: Tokens of all images of a call, up to which it is captured. The time to run 17 kernels grows with them, that
-#: to launch them does not; and a graph keeps its memory. Where the two meet was estimated, not measured.
+#: Tokens of all images of a call, up to which it is captured. The time to run 17 kernels grows with them,
+#: that to launch them does not; and a graph keeps its memory. Where the two meet was estimated, not measured.
 MOST_ROWS = 8192
 
 Shape = tuple[object, ...]
