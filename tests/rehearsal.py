@@ -11,20 +11,26 @@ from ocvtp_kernels.slot_attention import TopTokens
 
 
 class Rehearsal:
-    """What :class:`ocvtp.pruner.capture.CudaLane` does, on the CPU; ``log`` tells in which order."""
+    """What :class:`ocvtp.pruner.lane.CudaLane` does, on the CPU; ``log`` tells in which order."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.log: list[str] = []
-        self.fails = False
+        self.attempts = 0
+        self.error: RuntimeError | None = None
+        self.held: list[torch.Tensor] = []
 
     def run(self, work: Callable[[], Any], reads: Sequence[torch.Tensor]) -> Any:
         self.log.append("run")
         return work()
 
+    def hold(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.held = [*tensors]
+
     def record(self, work: Callable[[], TopTokens]) -> tuple[TopTokens, Callable[[], None]]:
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        self.attempts += 1
+        if self.error is not None:
+            raise self.error
         self.log.append("record")
         places = work()
         for place in places:  # recording computes nothing: results are there after a replay only

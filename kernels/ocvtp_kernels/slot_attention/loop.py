@@ -230,9 +230,10 @@ def assign(
     num_iters: int,
     eps: float,
     counters: torch.Tensor,
+    found: Assigned,
     cut: Cut,
-) -> Assigned:
-    """Tokens ``z`` ``[B, N, D]`` -> what the last iteration leaves; ``counters`` are zero."""
+) -> None:
+    """Fill ``found`` with what is left by the last iteration over tokens ``z`` ``[B, N, D]``; counters are zero."""
     batch, tokens, width = z.shape
     starts, slots, _ = start.queries.shape
     mlp, rows, padded = w.mlp_fc1_weight.shape[0], batch * slots, padded_slots(slots)
@@ -257,12 +258,6 @@ def assign(
         room(rows, width, dtype=cut.dtype),  # queries
         room(rows),  # their bias
     )
-    found = Assigned(
-        keys=room(batch, parts, slots, dtype=torch.int64),
-        largest=room(batch, tokens),
-        finite=room(batch, tokens, dtype=torch.uint8),
-        attention=room(0),
-    )
     updates = num_iters - 1
     launch(
         slot_loop, (tasks(batch, tokens, slots, width, mlp, updates, size),), cut.device,
@@ -270,12 +265,11 @@ def assign(
         w.gru_input_weight, w.gru_hidden_weight, w.gru_input_bias, w.gru_mass_bias, w.gru_hidden_bias,
         w.mlp_fc1_weight, w.mlp_fc1_bias, w.mlp_fc2_weight, w.mlp_fc2_bias,
         w.query_weight, w.query_bias_weight,
-        *scratch, found.keys, found.largest, found.finite, counters,
+        *scratch, found.keys, found.largest, found.finite.view(torch.uint8), counters,
         batch, starts, tokens, slots, padded, width, mlp, parts, rows, updates, eps, NORM_EPS,
         PP=padded_parts(width), EVEN=width % size["BC"] == 0, EVEN_M=mlp % size["BC"] == 0,
         SCALE=cut.scale, FAST=cut.dtype == torch.float16, PRECISION=cut.precision, **size,
     )  # fmt: skip
-    return found._replace(finite=found.finite.view(torch.bool))
 
 
 def _tile(rows: int, cut: Cut) -> dict[str, int]:

@@ -29,7 +29,7 @@ from ocvtp_kernels.slot_attention import loop
 from ocvtp_kernels.slot_attention.cut import Cut, arithmetic, padded_slots
 from ocvtp_kernels.slot_attention.folded import FoldedWeights, SlotStart
 from ocvtp_kernels.slot_attention.reference import NORM_EPS
-from ocvtp_kernels.slot_attention.shapes import Assigned, slot_class, token_tiles
+from ocvtp_kernels.slot_attention.shapes import Assigned, TopTokens, slot_class, token_tiles
 from ocvtp_kernels.slot_attention.steps import (
     PART,
     attend_tile,
@@ -179,28 +179,65 @@ def assign(
     eps: float,
     tf32: bool,
     return_attention: bool,
+    *,
+    normalised: bool = False,
+    into: TopTokens | None = None,
 ) -> Assigned:
-    """``features`` ``[B, N, C]`` -> every slot's best token of each tile, and what else is known by then."""
+    """``features`` ``[B, N, C]`` -> every slot's best token of each tile, and what else is known by then.
+
+    With ``normalised`` features are what :func:`normalise_into` left. ``into``: memory for the results.
+    """
     cut = arithmetic(features.device, w.query_weight.dtype, tf32)
     start = SlotStart(*(tensor.contiguous() for tensor in start))
     w = FoldedWeights(*(tensor.contiguous() for tensor in w))
     batch, slots = features.shape[0], start.slots.shape[1]
+    found = _room_for_results(batch, slots, features.shape[1], cut, into)
     if not return_attention and loop.serves(batch, slots, num_iters, cut):
         counters = loop.counters(batch, slots, cut)
-        z = _encode(features, w, cut, counters)
-        return loop.assign(z, start, w, num_iters, eps, counters, cut)
-    z = _encode(features, w, cut)
+        z = _encode(features, w, cut, normalised, counters)
+        loop.assign(z, start, w, num_iters, eps, counters, found, cut)
+        return found
+    z = _encode(features, w, cut, normalised)
     queries, bias = start.queries, start.query_bias
     entering = None
     for _ in range(num_iters - 1):
         weights, sums = attention_weights(z, queries, bias, cut)
         entering = _update(weights, sums, z, start, entering, w, eps, cut)
         queries, bias = _queries(entering, w, cut)
-    return _assign(z, queries, bias, return_attention, cut)
+    if return_attention:  # to look at; not worth kernels of its own
+        weights, _ = attention_weights(z, queries, bias, cut, plain=True)
+        found = found._replace(attention=weights[:, :, :slots].transpose(1, 2).contiguous())
+    _launch_attend(z, queries, bias, cut, found=found)
+    return found
+
+
+def normalise_into(features: torch.Tensor, out: torch.Tensor) -> None:
+    """What :func:`assign` does first: ``features`` ``[B, N, C]``, normalised, into ``out``, contiguous.
+
+    Its dtype is that of the products.
+    """
+    _normalise(features, out, arithmetic(out.device, out.dtype, False))
+
+
+def _room_for_results(batch: int, slots: int, tokens: int, cut: Cut, into: TopTokens | None) -> Assigned:
+    attention = torch.empty(0, dtype=torch.float32, device=cut.device)
+    if into is not None:
+        return Assigned(*into, attention)
+    tiles = token_tiles(slots, tokens, cut.device, cut.dtype)
+    return Assigned(
+        keys=torch.empty(batch, tiles, slots, dtype=torch.int64, device=cut.device),
+        largest=torch.empty(batch, tokens, dtype=torch.float32, device=cut.device),
+        finite=torch.empty(batch, tokens, dtype=torch.uint8, device=cut.device).view(torch.bool),
+        attention=attention,
+    )
 
 
 def _encode(
-    features: torch.Tensor, w: FoldedWeights, cut: Cut, counters: torch.Tensor | None = None
+    features: torch.Tensor,
+    w: FoldedWeights,
+    cut: Cut,
+    normalised: bool,
+    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalised encoder MLP, ``[B, N, C] -> [B, N, D]``, in groups of images that bound the hidden layer.
 
@@ -213,8 +250,10 @@ def _encode(
     for first in range(0, batch, step):
         group = features[first : first + step]
         rows = group.shape[0] * tokens
-        x = torch.empty(group.shape[0], tokens, width, dtype=cut.dtype, device=cut.device)
-        _normalise(group, x, cut)
+        x = group
+        if not normalised:
+            x = torch.empty(group.shape[0], tokens, width, dtype=cut.dtype, device=cut.device)
+            _normalise(group, x, cut)
         hidden = torch.empty(rows, hidden_width, dtype=cut.dtype, device=cut.device)
         _linear("encode-1", x, w.encoder_fc1_weight, w.encoder_fc1_bias, hidden, cut, GELU=True)
         encoded = torch.empty(group.shape[0], tokens, slot_width, dtype=cut.dtype, device=cut.device)
@@ -297,27 +336,6 @@ def attention_weights(
     return p, sums
 
 
-def _assign(
-    z: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor, return_attention: bool, cut: Cut
-) -> Assigned:
-    """The last iteration."""
-    batch, tokens, _ = z.shape
-    slots = queries.shape[1]
-    tiles = token_tiles(slots, tokens, cut.device, cut.dtype)
-    attention = torch.empty(0, dtype=torch.float32, device=cut.device)
-    if return_attention:  # to look at; not worth kernels of its own
-        weights, _ = attention_weights(z, queries, bias, cut, plain=True)
-        attention = weights[:, :, :slots].transpose(1, 2).contiguous()
-    found = Assigned(
-        keys=torch.empty(batch, tiles, slots, dtype=torch.int64, device=cut.device),
-        largest=torch.empty(batch, tokens, dtype=torch.float32, device=cut.device),
-        finite=torch.empty(batch, tokens, dtype=torch.uint8, device=cut.device),
-        attention=attention,
-    )
-    _launch_attend(z, queries, bias, cut, found=found)
-    return found._replace(finite=found.finite.view(torch.bool))
-
-
 def _launch_attend(
     z: torch.Tensor,
     queries: torch.Tensor,
@@ -332,7 +350,9 @@ def _launch_attend(
     starts, slots, _ = queries.shape
     size = cut.of("attend", slot_class(slots))
     # What a variant does not write is not there; any tensor stands for it.
-    results = (z, z, z) if found is None else (found.keys, found.largest, found.finite)
+    results = (z, z, z)
+    if found is not None:
+        results = (found.keys, found.largest, found.finite.view(torch.uint8))
     assert bias.shape[0] == starts  # one for all images, or one for each
     launch(
         attend, (triton.cdiv(tokens, size["BM"]), batch), cut.device,
