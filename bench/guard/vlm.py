@@ -38,12 +38,22 @@ def rows() -> dict[str, dict[str, Any]]:
 
 def vision_side(images: int) -> Callable[[], object]:
     """Tower, choice of 64 of 576 tokens, projector: CLIP-L/14-336, the published pruner."""
+    return vision_call(vision_model(), images)
+
+
+def vision_model(dtype: torch.dtype = torch.float32) -> Any:
+    """A LLaVA-1.5 without data whose vision side is as published, patched, and a small language model."""
     with torch.device("meta"):
-        model = _llava(CLIPVisionConfig(**CLIP_L_336))
+        model = _llava(CLIPVisionConfig(**CLIP_L_336)).to(dtype)
         pruner = ocvtp.OCPruner().eval()
-        pixels = torch.empty(images, 3, 336, 336)
     ocvtp.apply(model, pruner, keep=64)
+    return model
+
+
+def vision_call(model: Any, images: int) -> Callable[[], object]:
+    """The vision side of a patched ``model`` on meta, on so many images."""
     controller = controller_of(model)
+    pixels = torch.empty(images, 3, 336, 336, dtype=model.dtype, device="meta")
 
     @torch.no_grad()
     def call() -> object:

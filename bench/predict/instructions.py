@@ -1,7 +1,7 @@
 """Instructions on integers, one function each: read operands, compute, write the result.
 
-Each says whether it could: where a source is not known, or a form of the instruction isn't, nothing is written
-and the caller has to forget what was there.
+Each says whether it could: where a source is not known, or a form of the instruction isn't, nothing is
+written, and the caller has to forget what was there.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _add3(on: Registers, one: Instruction) -> bool:
     carries = [on.predicate(name) for name in inputs] if "X" in one.options else []
     if values is None or any(carry is None for carry in carries):
         return False
-    result, carried = integers.add3(*values, carries)
+    a, b, c = values
+    result, carried = integers.add3(a, b, c, carries)
     for least, name in enumerate(outputs, 1):
         on.set_predicate(name, carried >= least)
     on.set(target, result)
@@ -89,7 +90,7 @@ def _imad(on: Registers, one: Instruction) -> bool:
         added = on.pair(c)
         if values is None or added is None or inputs or outputs:
             return False
-        total = integers.multiply(*values, unsigned) + added
+        total = integers.multiply(values[0], values[1], unsigned) + added
         high = integers.word(total >> 32)
         if "HI" in one.options:
             on.set(target, high)
@@ -141,8 +142,8 @@ def _lop3(on: Registers, one: Instruction) -> bool:
 
 def _plop3(on: Registers, one: Instruction) -> bool:
     first, second, *rest = one.operands
-    inputs = [on.predicate(name) for name in rest[:3]]
-    results = [integers.lut3_predicate(*inputs, int(table, 16)) for table in rest[3:5]]
+    a, b, c = (on.predicate(name) for name in rest[:3])
+    results = [integers.lut3_predicate(a, b, c, int(table, 16)) for table in rest[3:5]]
     for name, result in zip((first, second), results, strict=True):
         on.set_predicate(name, result)
     return True
@@ -153,7 +154,8 @@ def _isetp(on: Registers, one: Instruction) -> bool:
     values = _values(on, (a, b))
     if values is None:
         return False
-    result = integers.compared(*values, one.options, on.predicate(lower[0]) if lower else None)
+    below = on.predicate(lower[0]) if lower else None
+    result = integers.compared(values[0], values[1], one.options, below)
     other = on.predicate(with_)
     on.set_predicate(first, integers.combined(result, other, one.options))
     on.set_predicate(second, integers.combined(integers.negated(result), other, one.options))
@@ -224,7 +226,7 @@ def _funnel(on: Registers, one: Instruction) -> bool:
     values = _values(on, (low, high, shift))
     if values is None:
         return False
-    on.set(target, integers.funnel(*values, one.options))
+    on.set(target, integers.funnel(values[0], values[1], values[2], one.options))
     return True
 
 

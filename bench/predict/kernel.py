@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -43,7 +42,7 @@ class Counts:
     """What one launch executes and moves, all programs together unless it says otherwise.
 
     Attributes:
-        kernel: its name.
+        kernel: its name; ``variant``: those of its constants that are true.
         programs: how many, each of ``warps`` warps.
         registers: of a thread.
         shared: bytes, of a program.
@@ -54,12 +53,13 @@ class Counts:
         stored: bytes that threads write, each of which is in ``l2`` too.
         dram: bytes that have to come from or go to memory at least if nothing of them is in L2.
         followed: how many programs these numbers are from.
-        waves: programs over what the GPU holds at once.
         dependent: whether it may start before the launch in front of it has ended.
         notes: what could not be derived, in words.
+        outputs: bytes written, by the number of the buffer (:func:`buffer_number`).
     """
 
     kernel: str
+    variant: str
     programs: int
     warps: int
     registers: int
@@ -183,9 +183,10 @@ def _counts(
         notes.append(f"{len(counted.undecided)} branches depend on data: their loops count once")
     if counted.unknown:
         part = counted.unknown / (counted.read + counted.written + counted.unknown)
-        notes.append(f"{100 * part:.0f} % of L2 bytes at addresses that depend on data, as if none were masked")
+        notes.append(f"{100 * part:.0f} % of L2 bytes depend on data, counted as if no thread were masked")
     return Counts(
         kernel=launch.kernel.fn.__name__,
+        variant=" ".join(name.lower() for name, value in launch.tile.items() if value is True),
         programs=chosen,
         warps=warps,
         registers=binary.registers,
@@ -221,7 +222,7 @@ class _Buffers:
     def address(self, tensor: torch.Tensor) -> int:
         """Of its first element."""
         number = self._numbers[tensor.untyped_storage()._cdata]
-        return ((number + 1) << REGION) + tensor.storage_offset() * tensor.element_size()
+        return ((number + 1) << REGION) + int(tensor.storage_offset()) * tensor.element_size()
 
     def number(self, tensor: torch.Tensor) -> int:
         """Of its storage."""
@@ -266,7 +267,7 @@ def _total(launch: Launch) -> int:
 
 
 def _spread(chosen: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of them, one from each of as many equal parts, and not always at the same place of it."""
+    """At most ``most`` of them: one of each of as many equal parts, not always at the same place in it."""
     if len(chosen) <= most:
         return list(chosen)
     step = len(chosen) / most
@@ -274,6 +275,30 @@ def _spread(chosen: Sequence[int], most: int) -> list[int]:
     return [chosen[int(step * (part + (0.618033988749895 * part) % 1.0))] for part in range(most)]
 
 
-def together(parts: Sequence[Counts]) -> Counter[str]:
-    """Notes of several, with how many have them."""
-    return Counter(note for part in parts for note in part.notes)
+class Counter:
+    """Compiles and counts launches, each that is like another only once."""
+
+    def __init__(self) -> None:
+        self._binaries: dict[str, Binary] = {}
+        self._counts: dict[str, Counts] = {}
+
+    def of(self, launch: Launch, chosen: range | None = None) -> Counts:
+        """What a launch does, or its programs ``chosen``, where they take tasks in the order of tickets."""
+        buffers = _Buffers(launch)
+        arguments = [
+            (buffers.address(value), tuple(value.shape), value.dtype)
+            if isinstance(value, torch.Tensor)
+            else value
+            for value in launch.arguments
+        ]
+        name, tile = launch.kernel.fn.__name__, sorted(launch.tile.items())
+        compiled_as = str((name, specialise(launch), tile))
+        key = str((compiled_as, launch.grid, arguments, chosen))
+        if key not in self._counts:
+            if compiled_as not in self._binaries:
+                self._binaries[compiled_as] = compiled(launch)
+            programs = range(_total(launch)) if chosen is None else chosen
+            self._counts[key] = count_programs(
+                launch, self._binaries[compiled_as], programs, tickets=bool(launch.phases)
+            )
+        return self._counts[key]

@@ -113,7 +113,6 @@ class Machine:
         self._active: Any = None  # lanes at this place of the code; None: all of them
         self._where: Any = None  # and of those, the ones that an instruction's predicate lets work
         self._warps = lanes // WARP
-        self._place = 0
         self.counted = Counted([0] * len(code))
 
     # ------------------------------------------------------------------------------------------ control flow
@@ -127,8 +126,9 @@ class Machine:
         waiting: dict[int, Any] = {0: None}  # place -> lanes that go on there; the lowest place goes first
         steps = 0
         while waiting:
-            place = min(waiting)
-            self._activate(waiting.pop(place))
+            first = min(waiting)
+            self._activate(waiting.pop(first))
+            place: int | None = first
             while place is not None:
                 if place in waiting:  # others have been waiting here
                     self._activate(_union(self._active, waiting.pop(place)))

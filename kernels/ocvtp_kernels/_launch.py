@@ -14,13 +14,25 @@ MAX_IMAGES = 65535
 OPTIONS = {"enable_fp_fusion": True}
 
 
+class Phase(NamedTuple):
+    """Tasks of a launch that wait for all of the phase before: how many programs do one each."""
+
+    name: str
+    tasks: int
+
+
 class Launch(NamedTuple):
-    """One kernel launch: run-time arguments in order, and constexprs, warps and stages by name."""
+    """One kernel launch: run-time arguments in order, and constexprs, warps and stages by name.
+
+    ``phases``: of a launch whose programs draw tasks by an atomic ticket and wait for each other, what the
+    tasks are, in the order of their tickets.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     tile: Mapping[str, Any]
+    phases: tuple[Phase, ...] = ()
 
 
 _recorded: list[Launch] | None = None
@@ -28,8 +40,20 @@ _recorded: list[Launch] | None = None
 
 def launch(kernel: Any, grid: Sequence[int], device: torch.device, *arguments: Any, **tile: Any) -> None:
     """Run ``kernel`` on ``device``, which need not be the current one; ``tile`` holds its constexprs."""
+    launch_in_phases((), kernel, grid, device, *arguments, **tile)
+
+
+def launch_in_phases(
+    phases: Sequence[Phase],
+    kernel: Any,
+    grid: Sequence[int],
+    device: torch.device,
+    *arguments: Any,
+    **tile: Any,
+) -> None:
+    """As :func:`launch`. ``phases`` are noted for whoever records launches, and change nothing."""
     if _recorded is not None:
-        _recorded.append(Launch(kernel, tuple(grid), arguments, tile))
+        _recorded.append(Launch(kernel, tuple(grid), arguments, tile, tuple(phases)))
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[tuple(grid)](*arguments, **tile, **OPTIONS)
