@@ -41,6 +41,12 @@ class Registers(Protocol):
     def load_shared(self, one: Instruction) -> bool:
         """Load what a single thread has left in shared memory."""
 
+    def vote(self, condition: Predicate) -> Value:
+        """Of each lane's warp, a bit for every lane at work for which ``condition`` holds."""
+
+    def shuffle(self, one: Instruction) -> bool:
+        """Read a register of other lanes of the warp."""
+
     def take_ticket(self, one: Instruction) -> bool:
         """An atomic addition that hands out tasks."""
 
@@ -299,6 +305,24 @@ def _unpacked(on: Registers, one: Instruction) -> bool:
     return True
 
 
+def _vote(on: Registers, one: Instruction) -> bool:
+    """``VOTE.ANY``: who is there; the predicate beside it, whether anybody is."""
+    if len(one.operands) != 3 or one.options != ("ANY",):
+        return False
+    target, output, given = one.operands
+    condition = on.predicate(given)
+    if condition is None:
+        return False
+    found = on.vote(condition)
+    on.set_predicate(output, found != 0)
+    on.set(target, found)
+    return True
+
+
+def _shuffled(on: Registers, one: Instruction) -> bool:
+    return on.shuffle(one)
+
+
 def _load_shared(on: Registers, one: Instruction) -> bool:
     return on.load_shared(one)
 
@@ -328,6 +352,10 @@ KNOWN: dict[str, _Known] = {
     "CS2R": _special,
     "IABS": _unary(lambda value: abs(integers.signed(value))),
     "POPC": _unary(integers.bits_set),
+    "FLO": _unary(integers.leading),
+    "VOTE": _vote,
+    "VOTEU": _vote,
+    "SHFL": _shuffled,
     "SHF": _funnel,
     "PRMT": _permuted,
     "SGXT": _extended,

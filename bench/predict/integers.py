@@ -224,3 +224,12 @@ def bits_set(value: Value) -> Value:
     if isinstance(value, int):
         return value.bit_count()
     return sum((value >> bit & 1) for bit in range(32))
+
+
+def leading(value: Value) -> Value:
+    """``FLO.U32``: the place of the highest bit, all ones where there is none."""
+    numbers = np.asarray(value, dtype=np.int64)
+    found = np.full(numbers.shape, WORD, dtype=np.int64)
+    for bit in range(32):
+        found = np.where(numbers >> bit & 1, bit, found)
+    return int(found) if isinstance(value, int) else found

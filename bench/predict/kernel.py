@@ -145,11 +145,13 @@ def count_programs(
     tensors = _Buffers(launch)
     programs = np.repeat(np.array(spread, dtype=np.int64), threads)
     grid = [*launch.grid, 1, 1][:3]
+    lane = np.tile(np.arange(WARP, dtype=np.int64), len(spread) * warps)
     special = {
         "SR_TID.X": np.tile(np.arange(threads, dtype=np.int64), len(spread)),
         "SR_TID.Y": 0,
         "SR_TID.Z": 0,
-        "SR_LANEID": np.tile(np.arange(WARP, dtype=np.int64), len(spread) * warps),
+        "SR_LANEID": lane,
+        "SR_LTMASK": (np.int64(1) << lane) - 1,
         "SR_CTAID.X": programs % grid[0],
         "SR_CTAID.Y": programs // grid[0] % grid[1],
         "SR_CTAID.Z": programs // (grid[0] * grid[1]),

@@ -31,7 +31,7 @@ _MOST_STEPS = 3_000_000
 _NO_RESULT = frozenset(
     {"STG", "ST", "STS", "STSM", "RED", "REDG", "LDGSTS", "UBLKCP", "UTMALDG", "UTMASTG"}
     | {"LDGDEPBAR", "DEPBAR", "BAR", "MEMBAR", "FENCE", "WARPGROUP", "WARPSYNC", "BSSY", "BSYNC", "BREAK"}
-    | {"NOP", "NANOSLEEP", "ERRBAR", "CCTL", "YIELD", "SYNCS", "ACQBULK"}
+    | {"NOP", "NANOSLEEP", "ERRBAR", "CGAERRBAR", "CCTL", "YIELD", "SYNCS", "ACQBULK"}
 )
 _PREDICATES_ALONE = frozenset(
     {"ISETP", "FSETP", "DSETP", "HSETP2", "FCHK", "PLOP3", "PSETP", "UISETP", "UPLOP3"}
@@ -401,6 +401,28 @@ class Machine:
         if address not in self._shared:
             return False
         self.set(one.operands[0], np.repeat(self._shared[address], self._lanes // self._programs))
+        return True
+
+    def vote(self, condition: Predicate) -> Value:
+        """Of each lane's warp, a bit for every lane at work for which ``condition`` holds."""
+        lanes = np.ones(self._lanes, dtype=bool) if self._where is None else self._where
+        warps = (lanes & condition).reshape(-1, WARP)
+        bits = (warps * (np.int64(1) << np.arange(WARP, dtype=np.int64))).sum(axis=1)
+        return np.repeat(bits, WARP)
+
+    def shuffle(self, one: Instruction) -> bool:
+        """``SHFL``, within whole warps: what each lane reads of another."""
+        _, target, source, by, limits = one.operands
+        value, lane, limit = self._registers.get(source), self.value(by), self.value(limits)
+        if value is None or lane is None or one.options not in (("IDX",), ("BFLY",)) or limit != WARP - 1:
+            return False
+        value, known = value if isinstance(value, Partly) else (value, np.ones(self._lanes, dtype=bool))
+        own = np.arange(self._lanes)
+        from_lane = own % WARP ^ lane if one.options == ("BFLY",) else lane % WARP
+        read = own // WARP * WARP + from_lane
+        if not (known[read] if self._where is None else known[read][self._where]).all():
+            return False
+        self.set(target, np.broadcast_to(value, (self._lanes,))[read])
         return True
 
     def take_ticket(self, one: Instruction) -> bool:

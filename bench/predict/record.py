@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from bench import snapshot
 from bench.harness import package_version, provenance
-from bench.predict import hopper, model
+from bench.predict import hopper
 from bench.predict.calls import SIZES, Size, sections
 from bench.predict.kernel import Counter, Counts
 from bench.predict.model import Times
-from bench.predict.steps import Operator, Step
 from bench.predict.targets import NAMES, PATH
-from ocvtp_kernels._launch import Launch
+from bench.predict.timed import times
 
 # Part, its fields, sizes, sections, rows.
 _DEPTH = 5
@@ -47,23 +45,6 @@ def predicted(commit: str | None = None, sizes: Iterable[Size] = SIZES) -> dict[
         "l2_rates": list(hopper.L2_RATES),
         "cases": cases,
     }
-
-
-def times(step: Step, images: int, counter: Counter) -> Times:
-    """Of one step of a call."""
-    if isinstance(step, Operator):
-        return model.operator(step, images)
-    assert isinstance(step, Launch)
-    if not step.phases:
-        return model.kernel(counter.of(step), images)
-    phases: dict[str, Counts] = {}
-    first = 0
-    for number, phase in enumerate(step.phases, 1):
-        phases[f"{number} {phase.name}"] = counter.of(step, range(first, first + phase.tasks))
-        first += phase.tasks
-    whole = counter.of(step, range(first))
-    notes = tuple(note for note in whole.notes if "branches" not in note)  # waiting is no work
-    return model.phased(replace(whole, notes=notes), phases, images)
 
 
 def rows(parts: Iterable[Times]) -> dict[str, Row]:

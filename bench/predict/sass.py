@@ -137,7 +137,7 @@ CLASSES: tuple[tuple[str, frozenset[str]], ...] = (
         "sync",
         frozenset(
             {"BAR", "DEPBAR", "LDGDEPBAR", "MEMBAR", "FENCE", "BSYNC", "BSSY", "NANOSLEEP", "ERRBAR", "CCTL"}
-            | {"SYNCS", "WARPSYNC", "ACQBULK", "BREAK"}
+            | {"SYNCS", "WARPSYNC", "ACQBULK", "BREAK", "CGAERRBAR"}
         ),
     ),
     ("branch", frozenset({"BRA", "EXIT", "CALL", "RET", "BRX", "NOP", "YIELD"})),
