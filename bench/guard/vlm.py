@@ -41,19 +41,31 @@ def vision_side(images: int) -> Callable[[], object]:
     return vision_call(vision_model(), images)
 
 
-def vision_model(dtype: torch.dtype = torch.float32) -> Any:
-    """A LLaVA-1.5 without data whose vision side is as published, patched, and a small language model."""
-    with torch.device("meta"):
-        model = _llava(CLIPVisionConfig(**CLIP_L_336)).to(dtype)
-        pruner = ocvtp.OCPruner().eval()
-    ocvtp.apply(model, pruner, keep=64)
+def vision_model(
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "meta",
+    *,
+    vision: CLIPVisionConfig | None = None,
+    pruner: ocvtp.PrunerConfig | None = None,
+    keep: int = 64,
+    **options: Any,
+) -> Any:
+    """A LLaVA-1.5 whose vision side is as published, unless said, patched, and a small language model.
+
+    ``options`` are those of :func:`ocvtp.apply`. On ``meta`` it is without data, elsewhere random.
+    """
+    with torch.device(device):
+        model = _llava(vision or CLIPVisionConfig(**CLIP_L_336)).to(dtype)
+        chooser = ocvtp.OCPruner(pruner).eval()
+    ocvtp.apply(model, chooser, keep=keep, **options)
     return model
 
 
 def vision_call(model: Any, images: int) -> Callable[[], object]:
-    """The vision side of a patched ``model`` on meta, on so many images."""
+    """The vision side of a patched ``model``, on so many images, wherever it lies."""
     controller = controller_of(model)
-    pixels = torch.empty(images, 3, 336, 336, dtype=model.dtype, device="meta")
+    side = model.config.vision_config.image_size
+    pixels = torch.zeros(images, 3, side, side, dtype=model.dtype, device=model.device)
 
     @torch.no_grad()
     def call() -> object:

@@ -638,6 +638,7 @@ def test_groups_of_images_do_not_matter(most: int, monkeypatch: pytest.MonkeyPat
     assert len(torch_with_guards.buffers) == 1 + 3 * groups + 4
 
 
+@pytest.mark.tiles
 @pytest.mark.usefixtures("equal_rows")
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
 def test_order_of_tiles_does_not_matter(group: int, monkeypatch: pytest.MonkeyPatch) -> None:

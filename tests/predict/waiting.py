@@ -5,10 +5,10 @@ import triton.language as tl
 
 
 @triton.jit
-def two_phases(  # noqa: ANN201 - a device function: types are Triton's
-    x_ptr,  # noqa: ANN001
-    y_ptr,  # noqa: ANN001
-    counters_ptr,  # noqa: ANN001
+def two_phases(
+    x_ptr,
+    y_ptr,
+    counters_ptr,
     FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
     TIMES: tl.constexpr,
