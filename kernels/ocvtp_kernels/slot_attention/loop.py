@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from ocvtp_kernels._jit import after_launches_before
-from ocvtp_kernels._launch import launch
+from ocvtp_kernels._launch import Phase, launch_in_phases
 from ocvtp_kernels._tiles import Tile, tile_of_rows
 from ocvtp_kernels.slot_attention.cut import Cut, padded_slots
 from ocvtp_kernels.slot_attention.folded import FoldedWeights, SlotStart
@@ -213,14 +213,21 @@ def counters(batch: int, slots: int, cut: Cut) -> torch.Tensor:
     return torch.empty(1 + 2 * batch + 4 * row_tiles, dtype=torch.int32, device=cut.device)
 
 
-def tasks(batch: int, tokens: int, slots: int, width: int, mlp: int, updates: int, size: Tile) -> int:
-    """How many tiles there are in all."""
+def phases(
+    batch: int, tokens: int, slots: int, width: int, mlp: int, updates: int, size: Tile
+) -> list[Phase]:
+    """The tiles of every step, in the order of their tickets."""
     rows = triton.cdiv(batch * slots, size["BR"])
-    attends = batch * triton.cdiv(tokens, size["BM"])
-    means = batch * triton.cdiv(slots, size["BK"]) * triton.cdiv(width, size["BD"])
-    columns = triton.cdiv(width, size["BJ"]) + triton.cdiv(mlp, size["BO1"])
-    columns += triton.cdiv(width, size["BO2"]) + triton.cdiv(width, size["BOQ"])
-    return updates * (attends + means + rows * columns) + attends
+    attend = Phase("attend", batch * triton.cdiv(tokens, size["BM"]))
+    update = (
+        attend,
+        Phase("update", batch * triton.cdiv(slots, size["BK"]) * triton.cdiv(width, size["BD"])),
+        Phase("gru", rows * triton.cdiv(width, size["BJ"])),
+        Phase("mlp-1", rows * triton.cdiv(mlp, size["BO1"])),
+        Phase("mlp-2", rows * triton.cdiv(width, size["BO2"])),
+        Phase("queries", rows * triton.cdiv(width, size["BOQ"])),
+    )
+    return [*update * updates, attend]
 
 
 def assign(
@@ -233,7 +240,7 @@ def assign(
     found: Assigned,
     cut: Cut,
 ) -> None:
-    """Fill ``found`` with what the last iteration over tokens ``z`` ``[B, N, D]`` leaves; ``counters`` are zero."""
+    """Fill ``found`` with what the last iteration over tokens ``z`` ``[B, N, D]`` leaves. ``counters``: zeros."""
     batch, tokens, width = z.shape
     starts, slots, _ = start.queries.shape
     mlp, rows, padded = w.mlp_fc1_weight.shape[0], batch * slots, padded_slots(slots)
@@ -259,8 +266,9 @@ def assign(
         room(rows),  # their bias
     )
     updates = num_iters - 1
-    launch(
-        slot_loop, (tasks(batch, tokens, slots, width, mlp, updates, size),), cut.device,
+    steps = phases(batch, tokens, slots, width, mlp, updates, size)
+    launch_in_phases(
+        steps, slot_loop, (sum(step.tasks for step in steps),), cut.device,
         z, start.queries, start.query_bias, start.slots, start.gates_hidden,
         w.gru_input_weight, w.gru_hidden_weight, w.gru_input_bias, w.gru_mass_bias, w.gru_hidden_bias,
         w.mlp_fc1_weight, w.mlp_fc1_bias, w.mlp_fc2_weight, w.mlp_fc2_bias,
