@@ -37,7 +37,7 @@ from ocvtp_kernels.slot_attention.steps import (
     attend_tile,
     gru_tile,
     linear_tile,
-    padded_parts,
+    parts_of,
     update_tile,
 )
 
@@ -71,7 +71,7 @@ def slot_loop(
     B, START, N, K, KS, D, M, T, R, ITERATIONS, eps, norm_eps,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     BJ: tl.constexpr, BO1: tl.constexpr, BO2: tl.constexpr, BOQ: tl.constexpr, BC: tl.constexpr,
-    PP: tl.constexpr, EVEN: tl.constexpr, EVEN_M: tl.constexpr,
+    PARTS: tl.constexpr, PP: tl.constexpr, EVEN: tl.constexpr, EVEN_M: tl.constexpr,
     SCALE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tasks). ITERATIONS updates of the slots and the attention after them, from tokens ``z``
@@ -147,13 +147,13 @@ def slot_loop(
                     gru_tile(
                         row, task // rows, u_ptr, mass_ptr, start_s_ptr, half_s_ptr, gates_ptr, wi_ptr,
                         wh_ptr, bi_ptr, bm_ptr, bh_ptr, e_ptr, half_e_ptr, e_parts_ptr, R, START * K, D,
-                        BR, BJ, BC, EVEN, True, True, PRECISION,
+                        BR, BJ, BC, PARTS, EVEN, True, True, PRECISION,
                     )  # fmt: skip
                 else:
                     gru_tile(
                         row, task // rows, u_ptr, mass_ptr, s_ptr, half_s_ptr, gates_ptr, wi_ptr, wh_ptr,
                         bi_ptr, bm_ptr, bh_ptr, e_ptr, half_e_ptr, e_parts_ptr, R, R, D,
-                        BR, BJ, BC, EVEN, False, True, PRECISION,
+                        BR, BJ, BC, PARTS, EVEN, False, True, PRECISION,
                     )  # fmt: skip
                 _done(entered_ptr + row)
             else:
@@ -164,7 +164,7 @@ def slot_loop(
                     linear_tile(
                         row, task // rows, half_e_ptr, w1_ptr, b1_ptr, e_ptr, hidden_ptr, half_s_ptr,
                         e_parts_ptr, s_parts_ptr, dot_ptr, bias_ptr, R, M, D, norm_eps,
-                        BR, BO1, BC, PP, EVEN, True, True, False, False, True, FAST, PRECISION,
+                        BR, BO1, BC, PARTS, PP, EVEN, True, True, False, False, True, FAST, PRECISION,
                     )  # fmt: skip
                     _done(first_ptr + row)
                 else:
@@ -175,7 +175,7 @@ def slot_loop(
                         linear_tile(
                             row, task // rows, hidden_ptr, w2_ptr, b2_ptr, e_ptr, s_ptr, half_s_ptr,
                             e_parts_ptr, s_parts_ptr, dot_ptr, bias_ptr, R, D, M, norm_eps,
-                            BR, BO2, BC, PP, EVEN_M, False, False, True, False, True, FAST, PRECISION,
+                            BR, BO2, BC, PARTS, PP, EVEN_M, False, False, True, False, True, FAST, PRECISION,
                         )  # fmt: skip
                         _done(second_ptr + row)
                     else:
@@ -185,7 +185,7 @@ def slot_loop(
                         linear_tile(
                             row, task // rows, half_s_ptr, wq_ptr, b2_ptr, e_ptr, q_ptr, half_s_ptr,
                             s_parts_ptr, e_parts_ptr, dot_ptr, bias_ptr, R, D, D, norm_eps,
-                            BR, BOQ, BC, PP, EVEN, True, False, False, True, True, FAST, PRECISION,
+                            BR, BOQ, BC, PARTS, PP, EVEN, True, False, False, True, True, FAST, PRECISION,
                         )  # fmt: skip
                         _done(asked_ptr + row)
 
@@ -257,11 +257,11 @@ def assign(
         room(rows),  # mass
         room(rows, width),  # slots after the GRU
         room(rows, width, dtype=cut.dtype),
-        room(2, columns, rows),
+        room(2, rows, columns),
         room(rows, mlp, dtype=cut.dtype),  # hidden layer
         room(rows, width),  # slots after the MLP
         room(rows, width, dtype=cut.dtype),
-        room(3, columns, rows),
+        room(3, rows, columns),
         room(rows, width, dtype=cut.dtype),  # queries
         room(rows),  # their bias
     )
@@ -275,7 +275,7 @@ def assign(
         w.query_weight, w.query_bias_weight,
         *scratch, found.keys, found.largest, found.finite.view(torch.uint8), counters,
         batch, starts, tokens, slots, padded, width, mlp, parts, rows, updates, eps, NORM_EPS,
-        PP=padded_parts(width), EVEN=width % size["BC"] == 0, EVEN_M=mlp % size["BC"] == 0,
+        **parts_of(width), EVEN=width % size["BC"] == 0, EVEN_M=mlp % size["BC"] == 0,
         SCALE=cut.scale, FAST=cut.dtype == torch.float16, PRECISION=cut.precision, **size,
     )  # fmt: skip
 

@@ -211,10 +211,11 @@ def update_tile(
 
 @triton.jit
 def _leave(
-    y, half_ptr, parts_ptr, r, o, column, R, D, BM: tl.constexpr, BO: tl.constexpr, HALF: tl.constexpr
-):
+    y, half_ptr, parts_ptr, r, o, column, R, D,
+    BM: tl.constexpr, BO: tl.constexpr, PARTS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     """Of a tile ``y``, float32, of rows ``[R, D]``: its copy for the next product, and of each row's every
-    ``PART`` columns the mean and the sum of squared deviations, ``parts`` ``[2, D / PART, R]``."""
+    ``PART`` columns the mean and the sum of squared deviations, ``parts`` ``[2, R, PARTS]``."""
     if HALF:
         offsets = r.to(tl.int64)[:, None] * D + o[None, :]
         inside = (r < R)[:, None] & (o < D)[None, :]
@@ -226,34 +227,44 @@ def _leave(
     width = tl.maximum(tl.minimum(D - part * _PART, _PART), 1).to(tl.float32)
     mean = tl.sum(y, axis=2) / width[None, :]
     away = tl.where(real, y - mean[:, :, None], 0.0)
-    total = tl.cdiv(D, _PART)
-    inside = (part < total)[None, :] & (r < R)[:, None]
-    tl.store(parts_ptr + part.to(tl.int64)[None, :] * R + r[:, None], mean, mask=inside)
-    at = (total + part).to(tl.int64)[None, :] * R + r[:, None]
-    tl.store(parts_ptr + at, tl.sum(away * away, axis=2), mask=inside)
+    at = _place(r, part, PARTS)
+    inside = (part < PARTS)[None, :] & (r < R)[:, None]
+    tl.store(parts_ptr + at, mean, mask=inside)
+    tl.store(_plane(parts_ptr, 1, R, PARTS) + at, tl.sum(away * away, axis=2), mask=inside)
 
 
 @triton.jit
-def _spread(parts_ptr, r, R, D, eps, PP: tl.constexpr):
+def _plane(parts_ptr, which, R, PARTS: tl.constexpr):
+    """Of ``[.., R, PARTS]`` numbers."""
+    return parts_ptr + (tl.zeros([], tl.int64) + R) * (which * PARTS)
+
+
+@triton.jit
+def _place(r, part, PARTS: tl.constexpr):
+    """Of rows ``r`` and parts ``part`` in ``[R, PARTS]``."""
+    return r.to(tl.int64)[:, None] * PARTS + part[None, :]
+
+
+@triton.jit
+def _spread(parts_ptr, r, R, D, eps, PARTS: tl.constexpr, PP: tl.constexpr):
     """1 / standard deviation of rows, from what :func:`_leave` left of them (Chan)."""
-    count = tl.cdiv(D, _PART)
     p = tl.arange(0, PP)
-    inside = (p < count)[:, None] & (r < R)[None, :]
-    means = tl.load(parts_ptr + p.to(tl.int64)[:, None] * R + r[None, :], mask=inside, other=0.0)
-    at = (count + p).to(tl.int64)[:, None] * R + r[None, :]
-    squares = tl.load(parts_ptr + at, mask=inside, other=0.0)
-    width = tl.maximum(tl.minimum(D - p * _PART, _PART), 0).to(tl.float32)[:, None]
-    mean = tl.sum(means * width, axis=0) / D
-    away = means - mean[None, :]
-    return tl.rsqrt((tl.sum(squares, axis=0) + tl.sum(away * away * width, axis=0)) / D + eps)
+    at = _place(tl.minimum(r, R - 1), p, PARTS)
+    there = (p < PARTS)[None, :]
+    means = tl.load(parts_ptr + at, mask=there, other=0.0)
+    squares = tl.load(_plane(parts_ptr, 1, R, PARTS) + at, mask=there, other=0.0)
+    width = tl.maximum(tl.minimum(D - p * _PART, _PART), 0).to(tl.float32)[None, :]
+    mean = tl.sum(means * width, axis=1) / D
+    away = means - mean[:, None]
+    return tl.rsqrt(tl.sum(squares + away * away * width, axis=1) / D + eps)
 
 
 @triton.jit
 def gru_tile(
     row, column, u_ptr, mass_ptr, s_ptr, half_s_ptr, gates_ptr, wi_ptr, wh_ptr, bi_ptr, bm_ptr, bh_ptr,
     y_ptr, half_ptr, parts_ptr, R, START, D,
-    BM: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr, GIVEN: tl.constexpr,
-    HALF: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
+    GIVEN: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Column tile ``column`` of row tile ``row`` of one GRU cell. See ``triton.gru``."""
     r = row * BM + tl.arange(0, BM)
@@ -326,32 +337,31 @@ def gru_tile(
     old = block(s_ptr, before, j, START, D, D)
     y = new + tl.sigmoid(keep) * (old - new)
     tl.store(y_ptr + r.to(tl.int64)[:, None] * D + j[None, :], y, mask=(r < R)[:, None] & real[None, :])
-    _leave(y, half_ptr, parts_ptr, r, j, column, R, D, BM, BJ, HALF)
+    _leave(y, half_ptr, parts_ptr, r, j, column, R, D, BM, BJ, PARTS, HALF)
 
 
 @triton.jit
 def linear_tile(
     row, column, x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, half_ptr, given_ptr, left_ptr, dot_ptr,
     dots_ptr, R, OUT, IN, eps,
-    BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, PP: tl.constexpr, EVEN: tl.constexpr,
-    NORM: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, COLUMN: tl.constexpr,
+    BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr,
+    EVEN: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, COLUMN: tl.constexpr,
     HALF: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Column tile ``column`` of row tile ``row`` of a linear layer. See ``triton.linear``."""
     r = row * BM + tl.arange(0, BM)
     o = column * BO + tl.arange(0, BO)
     if NORM:
-        rstd = _spread(given_ptr, r, R, IN, eps, PP)
+        rstd = _spread(given_ptr, r, R, IN, eps, PARTS, PP)
     total = product(x_ptr, w_ptr, r, o, R, OUT, IN, BM, BO, BC, EVEN, PRECISION)
     if NORM:
         total = total * rstd[:, None]
     if COLUMN:
         if column == 0:
-            count = tl.cdiv(IN, _PART)
             p = tl.arange(0, PP)
-            at = (2 * count + p).to(tl.int64)[:, None] * R + r[None, :]
-            dots = tl.load(given_ptr + at, mask=(p < count)[:, None] & (r < R)[None, :], other=0.0)
-            tl.store(dots_ptr + r, tl.sum(dots, axis=0) * rstd, mask=r < R)
+            at = _place(tl.minimum(r, R - 1), p, PARTS)
+            dots = tl.load(_plane(given_ptr, 2, R, PARTS) + at, mask=(p < PARTS)[None, :], other=0.0)
+            tl.store(dots_ptr + r, tl.sum(dots, axis=1) * rstd, mask=r < R)
     else:
         total += tl.load(bias_ptr + o, mask=o < OUT, other=0.0)[None, :]
     if GELU:
@@ -362,18 +372,18 @@ def linear_tile(
         total += tl.load(residual_ptr + offsets, mask=inside, other=0.0)
     tl.store(y_ptr + offsets, total.to(y_ptr.dtype.element_ty), mask=inside)
     if RESIDUAL:
-        _leave(total, half_ptr, left_ptr, r, o, column, R, OUT, BM, BO, HALF)
+        _leave(total, half_ptr, left_ptr, r, o, column, R, OUT, BM, BO, PARTS, HALF)
         own: tl.constexpr = BO // _PART
         # Zero beyond the columns, so what was computed there doesn't count.
         weight = tl.load(dot_ptr + o, mask=o < OUT, other=0.0)
         real = (o < OUT)[None, :]
         dots = tl.sum(tl.reshape(tl.where(real, total * weight[None, :], 0.0), [BM, own, _PART]), axis=2)
         part = column * own + tl.arange(0, own)
-        parts = tl.cdiv(OUT, _PART)
-        at = (2 * parts + part).to(tl.int64)[None, :] * R + r[:, None]
-        tl.store(left_ptr + at, dots, mask=(part < parts)[None, :] & (r < R)[:, None])
+        at = _plane(left_ptr, 2, R, PARTS) + _place(r, part, PARTS)
+        tl.store(at, dots, mask=(part < PARTS)[None, :] & (r < R)[:, None])
 
 
-def padded_parts(width: int) -> int:
-    """Parts that a row of ``width`` columns is cut into, as a block of them has."""
-    return max(2, triton.next_power_of_2(triton.cdiv(width, PART)))
+def parts_of(width: int) -> dict[str, int]:
+    """Constants of the kernels: parts that a row of ``width`` columns is cut into, and a block of them."""
+    parts = triton.cdiv(width, PART)
+    return {"PARTS": parts, "PP": max(2, triton.next_power_of_2(parts))}

@@ -35,12 +35,13 @@ from ocvtp_kernels.slot_attention.steps import (
     attend_tile,
     gru_tile,
     linear_tile,
-    padded_parts,
+    parts_of,
     update_tile,
 )
 
 # Rows of the encoder's hidden layer in memory at a time: 268 MB at 2048 columns of 16 bit.
 _MOST_ROWS = 65536
+_NO_PARTS = {"PARTS": 1, "PP": 1}
 
 
 # -------------------------------------------------------------------------------------------------- kernels
@@ -73,14 +74,15 @@ def normalise(
 def linear(
     x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, half_ptr, given_ptr, left_ptr, dot_ptr, dots_ptr,
     R, OUT, IN, eps,
-    BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr, PP: tl.constexpr,
-    EVEN: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
-    COLUMN: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr, PP: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr,
+    RESIDUAL: tl.constexpr, COLUMN: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles): ``x`` ``[R, IN]`` -> ``x W^T + bias``, then GELU, then the residual added, ``[R, OUT]``.
 
     NORM: ``x`` is normalised first; ``W`` is centred, so only the variance is needed, and ``given``, what was
-    left of the rows, tells it. RESIDUAL: leaves the same of its own rows, ``left`` ``[3, OUT / 16, R]``, with
+    left of the rows, tells it. RESIDUAL: leaves the same of its own rows, ``left`` ``[3, R, OUT / 16]``, with
     each 16 columns' dot product with ``dot``, and HALF, a copy in the dtype of the products. COLUMN: no bias,
     but what such dot products in ``given`` come to, times 1 / standard deviation, in ``dots`` ``[R]``.
     """
@@ -95,7 +97,7 @@ def linear(
         group * GROUP + inner % size, inner // size,
         x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, half_ptr, given_ptr, left_ptr, dot_ptr, dots_ptr,
         R, OUT, IN, eps,
-        BM, BO, BC, PP, EVEN, NORM, GELU, RESIDUAL, COLUMN, HALF, FAST, PRECISION,
+        BM, BO, BC, PARTS, PP, EVEN, NORM, GELU, RESIDUAL, COLUMN, HALF, FAST, PRECISION,
     )  # fmt: skip
 
 
@@ -141,13 +143,13 @@ def update(
 def gru(
     u_ptr, mass_ptr, s_ptr, half_s_ptr, gates_ptr, wi_ptr, wh_ptr, bi_ptr, bm_ptr, bh_ptr,
     y_ptr, half_ptr, parts_ptr, R, START, D,
-    BM: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr, GIVEN: tl.constexpr,
-    HALF: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
+    GIVEN: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, column tiles): one GRU cell, ``u`` and slots ``s`` ``[R, D]`` -> new slots, float32.
 
     ``half_s`` is a copy of ``s`` in the dtype of the products. Leaves such a copy of the new ones (HALF), and
-    ``parts`` ``[2, D / 16, R]`` of their rows.
+    ``parts`` ``[2, R, D / 16]`` of their rows.
 
     GIVEN: the hidden side of the gates is a constant, ``[START, 3D]``, and so are the slots, ``[START, D]``;
     row r takes row r mod START of them. ``bm`` is the part of the input bias that goes with the mass.
@@ -156,7 +158,7 @@ def gru(
     gru_tile(
         tl.program_id(0), tl.program_id(1), u_ptr, mass_ptr, s_ptr, half_s_ptr, gates_ptr, wi_ptr, wh_ptr,
         bi_ptr, bm_ptr, bh_ptr, y_ptr, half_ptr, parts_ptr, R, START, D,
-        BM, BJ, BC, EVEN, GIVEN, HALF, PRECISION,
+        BM, BJ, BC, PARTS, EVEN, GIVEN, HALF, PRECISION,
     )  # fmt: skip
 
 
@@ -168,7 +170,7 @@ class Slots(NamedTuple):
 
     exact: torch.Tensor  # float32
     operand: torch.Tensor  # in the dtype of the products: ``exact`` itself, or a copy
-    parts: torch.Tensor  # [2 or 3, D / 16, B K] float32: what was left of their rows, see steps.py
+    parts: torch.Tensor  # [2 or 3, B K, D / 16] float32: what was left of their rows, see steps.py
 
 
 def assign(
@@ -299,6 +301,9 @@ def _linear(
     rows = y.numel() // out
     size = cut.of("linear", role, rows)
     grid = (triton.cdiv(rows, size["BM"]) * triton.cdiv(out, size["BO"]),)
+    parts = _NO_PARTS
+    if given is not None or left is not None:  # of what comes in, or of what goes out
+        parts = parts_of(width if left is None else out)
     # What a variant does not use is not there; any tensor stands for it.
     optional = (
         x if bias is None else bias,
@@ -312,8 +317,8 @@ def _linear(
     )
     launch(
         linear, grid, cut.device, x, weight, *optional, rows, out, width, NORM_EPS,
-        PP=1 if given is None else padded_parts(width), EVEN=width % size["BC"] == 0,
-        NORM=given is not None, GELU=GELU, RESIDUAL=residual is not None, COLUMN=dots is not None,
+        **parts, EVEN=width % size["BC"] == 0, NORM=given is not None, GELU=GELU,
+        RESIDUAL=residual is not None, COLUMN=dots is not None,
         HALF=cut.copies, FAST=cut.dtype == torch.float16, PRECISION=cut.precision, **size,
     )  # fmt: skip
 
@@ -409,7 +414,8 @@ def _update(
         mean, mass, *hidden_side, w.gru_input_weight, w.gru_hidden_weight,
         w.gru_input_bias, w.gru_mass_bias, w.gru_hidden_bias, *entered,
         rows, start.slots.shape[0] * count if slots is None else rows, width,
-        EVEN=width % size["BC"] == 0, GIVEN=slots is None, HALF=cut.copies, PRECISION=cut.precision, **size,
+        PARTS=parts_of(width)["PARTS"], EVEN=width % size["BC"] == 0, GIVEN=slots is None,
+        HALF=cut.copies, PRECISION=cut.precision, **size,
     )  # fmt: skip
     hidden = torch.empty(rows, w.mlp_fc1_weight.shape[0], dtype=cut.dtype, device=cut.device)
     _linear(
@@ -430,7 +436,7 @@ def _room(batch: int, count: int, width: int, parts: int, cut: Cut) -> Slots:
     if cut.copies:
         operand = torch.empty(batch, count, width, dtype=cut.dtype, device=cut.device)
     columns = triton.cdiv(width, PART)
-    left = torch.empty(parts, columns, batch * count, dtype=torch.float32, device=cut.device)
+    left = torch.empty(parts, batch * count, columns, dtype=torch.float32, device=cut.device)
     return Slots(exact, operand, left)
 
 
