@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from ocvtp.pruner import lane
+from ocvtp.pruner.folding import settled
 from ocvtp.pruner.lane import CaptureBusyError, CudaLane, record_graph, recorded_by_others
+from ocvtp_kernels.slot_attention import SlotStart
 from tests.fake_cuda import FakeCuda
 from tests.kernels.triton_device import needs_gpu
 
@@ -266,3 +268,15 @@ def test_real_recordings_that_fail(blocking: str) -> None:
     assert out.rstrip().endswith("same stream")
     if blocking == "0":
         assert "not recorded" not in out
+
+
+def test_weights_are_not_folded_into_somebody_elses_graph(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would own them: looked at on their own device."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: cuda.current_device() == 1)
+    with pytest.raises(RuntimeError, match="before capturing it"):
+        settled(lambda: SlotStart(*[torch.zeros(1)] * 4), torch.device("cuda", 1))
+    made = settled(lambda: SlotStart(*[torch.zeros(1)] * 4), torch.device("cuda", 0))
+    assert cuda.log == ["the host waits for stream 0 of 0"]
+    assert len(made) == 4
