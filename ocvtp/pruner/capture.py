@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ocvtp.pruner.admission import Admission
+from ocvtp.pruner.admission import WINDOW, Admission
 from ocvtp.pruner.assignment import Assignment, Plan
 from ocvtp.pruner.lane import CaptureBusyError, Lane, can_never_record, lane_for, recorded_by_others
 from ocvtp.pruner.pruner import OCPruner
@@ -83,6 +83,10 @@ class _Graph:
     x: torch.Tensor  # [B, N, C], normalised
     places: Places
     replay: Callable[[], None]
+
+    def serves(self, plan: Plan) -> bool:
+        """Whether it was made of the same parameters."""
+        return self.plan.weights.query_weight is plan.weights.query_weight
 
     def run(self, plan: Plan, features: torch.Tensor) -> Assignment:
         """The assignment of ``features``; results are a copy, which the next replay leaves alone."""
@@ -180,12 +184,11 @@ class SlotRunner:
         same = _Same(plan.weights.query_weight), _Same(plan.start.queries)
         shape = (features.device, tuple(features.shape), *plan.key(), *same)
         self._admission.note(shape)
+        if self._admission.calls % WINDOW == 0:
+            self._drop([old for old in self._admission.unseen() if not self._graphs[old].serves(plan)])
         graph = self._graphs.get(shape)
         if graph is not None:
             return graph
-        self._drop(
-            [old for old in self._admission.unseen() if self._graphs[old].plan.weights is not plan.weights]
-        )
         if not self._admission.due(shape):
             return None
         try:
@@ -198,9 +201,9 @@ class SlotRunner:
             return None
         self._refused = False
         gone = self._admission.admit(shape)
+        self._graphs[shape] = graph
         if gone is not None:
             self._drop([gone])
-        self._graphs[shape] = graph
         return graph
 
     def _failed(self, error: RuntimeError) -> None:
@@ -217,13 +220,13 @@ class SlotRunner:
             _log.info("a CUDA graph of the pruner could not be captured now: %s", error)
 
     def _drop(self, shapes: Sequence[Shape]) -> None:
-        if shapes:  # what is dropped may still be running
+        for shape in shapes:
+            self._admission.dismiss(shape)
+        going = [self._graphs.pop(shape) for shape in shapes]
+        if going:  # and may still be running
             for lane in self._lanes.values():
                 if lane is not None:
                     lane.wait()
-        for shape in shapes:
-            self._admission.dismiss(shape)
-            del self._graphs[shape]
 
 
 def _captured(plan: Plan, features: torch.Tensor, lane: Lane) -> _Graph:

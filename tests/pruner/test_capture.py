@@ -234,11 +234,25 @@ def test_graphs_of_old_parameters_go(lanes: list[Rehearsal], quick: OCPruner) ->
         begin(runner, quick, x)
     with torch.no_grad():
         quick.slot_mean.add_(1.0)
-    big = features(capture.MOST_ROWS // 256, 256)
-    for tokens in range(WINDOW):  # shapes that come once
-        begin(runner, quick, big[:1, : 10 + tokens])
+    big = features(1, 256)
+    for tokens in range(2 * WINDOW):  # shapes that come once
+        begin(runner, quick, big[:, : 10 + tokens])
     assert runner.graphs == 0
     assert "wait" in lanes[0].log
+
+
+def test_graphs_of_old_parameters_go_while_others_are_used(lanes: list[Rehearsal], quick: OCPruner) -> None:
+    runner, x = SlotRunner(), features()
+    for changes in range(2):
+        with torch.no_grad():
+            quick.slot_mean.add_(1.0)
+        for _ in range(SIGHTINGS):
+            begin(runner, quick, x)
+        assert runner.graphs == 1 + changes
+    for _ in range(2 * WINDOW):
+        begin(runner, quick, x)
+    assert runner.graphs == 1
+    assert lanes[0].log[-4:] == ["run", "replay", "mark", "join"]
 
 
 def test_what_the_lane_reads_outlives_its_parameters(lanes: list[Rehearsal], quick: OCPruner) -> None:

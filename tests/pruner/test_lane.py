@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     fake.install(monkeypatch)
     monkeypatch.setattr(lane, "_wrecks", [])
+    monkeypatch.setattr(lane, "_streams", weakref.WeakSet())
     return fake
 
 
@@ -182,7 +185,7 @@ def test_what_is_held_is_noted_once(cuda: FakeCuda) -> None:
     for _ in range(200):  # an address may be another tensor's by now
         made.hold([torch.zeros(1)])
     assert cuda.log.count("kept for side 1") == 203
-    assert len(made._held) < 100
+    assert len(made._held) < 150
 
 
 def test_the_lane_is_of_high_priority_and_on_its_device(cuda: FakeCuda) -> None:
@@ -192,6 +195,16 @@ def test_the_lane_is_of_high_priority_and_on_its_device(cuda: FakeCuda) -> None:
     made.run(lambda: seen.append(cuda.current_device()), [])
     assert seen == [1]
     assert cuda.left() == []
+
+
+def test_no_two_lanes_have_a_stream_in_common(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has 32 of them, and lends them in turn."""
+    pool = [cuda.new_stream(priority=-1) for _ in range(32)]
+    lent = itertools.cycle(pool)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: next(lent))
+    first = CudaLane(DEVICE)
+    for _ in range(100):  # models come and go
+        assert CudaLane(DEVICE)._stream is not first._stream
 
 
 def test_whose_recording_is_asked_for(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
