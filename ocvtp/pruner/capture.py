@@ -2,9 +2,9 @@
 
 A pruner reads an early encoder layer, so its slot loop can run beside the layers that follow.
 :class:`SlotRunner` starts it (:meth:`SlotRunner.begin`), and whoever needs the result joins
-(:meth:`Pending.get`). Shapes that come back are captured (:mod:`ocvtp.pruner.admission`): 17 launches become
-three, since the first kernel takes the features from where they are to where the graph reads them, and a copy
-takes the results out.
+(:meth:`Pending.get`). Shapes that come often are captured (:mod:`ocvtp.pruner.admission`), and what is then
+launched is three things: the first kernel, which takes the features from where they are to where the graph
+reads them; the graph; and a copy, which takes the results out.
 
 The graph ends where the slots' top tokens are known. Selection and the rows' gather follow in one launch, on
 the caller's stream: they wait for the consumed layer, whose output is somewhere else in memory every time,
@@ -34,7 +34,7 @@ _log = logging.getLogger("ocvtp")
 
 #: Shapes whose graphs are kept.
 MOST_GRAPHS = 8
-#: Tokens of all images of a call, up to which it is captured. The time to run 17 kernels grows with them,
+#: Tokens of all images of a call, up to which it is captured. The time to run the kernels grows with them,
 #: that to launch them does not; and a graph keeps its memory. Where the two meet was estimated, not measured.
 MOST_ROWS = 8192
 
