@@ -416,3 +416,33 @@ def test_real_graphs() -> None:
         assert torch.equal(got.indices, want.indices)
     assert runner.graphs == 1
     runner.close()
+
+
+def real_calls(device: torch.device, calls: int = 6) -> int:
+    """Of a pruner of its own, each as without a runner; how many graphs there are then."""
+    pruner, runner = make_pruner().to(device), SlotRunner()
+    for seed in range(calls):
+        x = features(1, 65, seed=seed).to(device)
+        got = runner.begin(pruner, x, 16, backend="triton", precision="fp16").get().select()
+        want = pruner.assign(x, 16, backend="triton", precision="fp16").select()
+        assert torch.equal(got.indices, want.indices)
+    graphs = runner.graphs
+    runner.close()
+    return graphs
+
+
+@needs_gpu
+def test_real_graphs_in_threads() -> None:
+    """One recording at a time: whoever is in the way of another tries again later."""
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(real_calls, [DEVICE] * 4, [40] * 4)) == [1] * 4
+    torch.rand(2, device=DEVICE)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@needs_gpu
+def test_real_graphs_on_another_gpu_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    assert real_calls(torch.device("cuda", 1)) == 1
+    assert torch.cuda.current_device() == 0
