@@ -21,11 +21,11 @@ from ocvtp.pruner import capture
 from ocvtp.pruner.admission import SIGHTINGS, WINDOW
 from ocvtp.pruner.assignment import Assignment, Plan
 from ocvtp.pruner.capture import SlotRunner
-from ocvtp.pruner.lane import CaptureBusyError
+from ocvtp.pruner.lane import CaptureBusyError, CudaLane
 from ocvtp_kernels._launch import recording
 from ocvtp_kernels.slot_attention import Places, TopTokens
 from tests.conftest import SMALL, make_pruner
-from tests.fake_cuda import CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED
+from tests.fake_cuda import CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, FakeCuda
 from tests.kernels.test_slot_attention_triton import few_programs
 from tests.kernels.triton_device import DEVICE, ON_GPU, needs_gpu
 from tests.rehearsal import Rehearsal
@@ -192,6 +192,28 @@ def test_what_a_captured_call_launches(lanes: list[Rehearsal], small: OCPruner) 
     with recording() as launches:
         got.select_rows(None, x)
     assert len(launches) == 1
+
+
+@pytest.mark.parametrize("fails", [[], ["begin"], ["end"]])
+def test_a_cuda_lane_from_call_to_call(
+    quick: OCPruner, monkeypatch: pytest.MonkeyPatch, fails: list[str]
+) -> None:
+    """On a fake of torch.cuda: whatever a capture does, the caller's stream is the caller's."""
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    monkeypatch.setattr(capture, "lane_for", CudaLane)
+    runner, x = SlotRunner(), features()
+    for call in range(4 * WINDOW):
+        if call == SIGHTINGS - 1:
+            cuda.fails = list(fails)
+        begin(runner, quick, x)
+        assert cuda.left() == []
+    assert runner.graphs == 1
+    assert cuda.log.count("recorded") == 1 + len(fails)  # cleaning up records something
+    replays = cuda.log.count("replay on side 1")
+    assert replays == 4 * WINDOW - SIGHTINGS + 1 - (32 if fails else 0)
+    runner.close()
+    assert cuda.log[-1] == "the host waits for side 1"
 
 
 def test_large_calls_are_not_captured(lanes: list[Rehearsal], quick: OCPruner) -> None:
