@@ -92,8 +92,9 @@ def apply(
         precision: of the pruner, see :class:`~ocvtp.pruner.OCPruner`.
         capture: where kernels compute, replay the pruner's slot loop as a CUDA graph for shapes that come
             often: from the third call at one among the last 64, of at most 8192 tokens. A few shapes are
-            kept; :func:`remove` frees them. On a GPU the loop runs beside the tower's remaining layers in
-            either case.
+            kept; :func:`remove` frees them. While one is captured, some milliseconds, CUDA refuses
+            ``torch.cuda.synchronize()`` in other threads. On a GPU the loop runs beside the tower's remaining
+            layers in either case.
         refine: rounds that move kept tokens to where they cover more, see :class:`~ocvtp.pruner.OCPruner`;
             after rules that compare features as well, which makes ``"farthest_point"`` k-medoids.
             ``docs/accuracy.md`` on what they do to answers.
