@@ -94,11 +94,20 @@ def compile_launch(launch: Launch, target: str) -> Usage:
         faults.append(f"{spills} spills")
     if shared > gpu.shared_limit:
         faults.append(f"{shared} bytes of shared memory, more than {gpu.shared_limit}")
+    if launch.tile.get("PDL") and not waits_first(compiled.asm["ptx"]):
+        faults.append("memory that launches before may be writing is touched before the wait for them")
     if "tt.dot" in compiled.asm["ttir"] and not matrix:
         faults.append("a dot without tensor cores")
     return Usage(
         target, launch.kernel.fn.__name__, _variant(launch), registers, spills, shared, matrix, tuple(faults)
     )
+
+
+def waits_first(ptx: str) -> bool:
+    """Whether a kernel that starts early waits for the launches before it touches memory of theirs."""
+    wait = ptx.find("griddepcontrol.wait")
+    touched = re.search(r"\b(?:(?:ld|st|atom|red)\.[\w.:]*global|cp\.async)", ptx)
+    return wait >= 0 and (touched is None or wait < touched.start())
 
 
 def compiled_for(launch: Launch, gpu: Target) -> Any:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.aot import waits_first
+
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("triton")
 
@@ -72,6 +74,23 @@ def test_a_dot_off_the_tensor_cores_is_found() -> None:
     _, _, _, matrix, faults = compiled("sm_90", "row_lse", "float32", PRECISION="ieee")
     assert matrix == ""
     assert "a dot without tensor cores" in faults
+
+
+def test_kernels_that_start_early_wait_before_they_touch_memory() -> None:
+    wait = "  // begin inline asm\n  griddepcontrol.wait;\n"
+    parameter = "  ld.param.b64 %rd1, [kernel_param_0];\n"
+    assert waits_first(parameter + wait + "  @%p1 ld.global.v4.b32 { %r1 }, [%rd1];\n")
+    assert waits_first(parameter + wait)
+    for early in (
+        "  ld.global.b32 %r1, [%rd1];\n",
+        "  @%p1 st.global.v4.b32 [%rd1], { %r1 };\n",
+        "  atom.global.gpu.relaxed.add.u32 %r1, [%rd1], %r2;\n",
+        "  ld.relaxed.gpu.global.u32 %r1, [%rd1];\n",
+        "  cp.async.cg.shared.global [%r1], [%rd1], 0x10;\n",
+    ):
+        assert not waits_first(parameter + early + wait)
+    assert not waits_first(parameter)
+    assert compiled("sm_90", "update", "float16")[4] == []
 
 
 def test_command_line() -> None:

@@ -71,7 +71,9 @@ def slot_loop(
     B, START, N, K, KS, D, M, T, R, ITERATIONS, eps, norm_eps,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     BJ: tl.constexpr, BO1: tl.constexpr, BO2: tl.constexpr, BOQ: tl.constexpr, BC: tl.constexpr,
-    PARTS: tl.constexpr, PP: tl.constexpr, EVEN: tl.constexpr, EVEN_M: tl.constexpr,
+    BCG: tl.constexpr,
+    PARTS: tl.constexpr, PP: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_G: tl.constexpr, EVEN_M: tl.constexpr,
     SCALE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tasks). ITERATIONS updates of the slots and the attention after them, from tokens ``z``
@@ -147,13 +149,13 @@ def slot_loop(
                     gru_tile(
                         row, task // rows, u_ptr, mass_ptr, start_s_ptr, half_s_ptr, gates_ptr, wi_ptr,
                         wh_ptr, bi_ptr, bm_ptr, bh_ptr, e_ptr, half_e_ptr, e_parts_ptr, R, START * K, D,
-                        BR, BJ, BC, PARTS, EVEN, True, True, PRECISION,
+                        BR, BJ, BCG, PARTS, EVEN_G, True, True, PRECISION,
                     )  # fmt: skip
                 else:
                     gru_tile(
                         row, task // rows, u_ptr, mass_ptr, s_ptr, half_s_ptr, gates_ptr, wi_ptr, wh_ptr,
                         bi_ptr, bm_ptr, bh_ptr, e_ptr, half_e_ptr, e_parts_ptr, R, R, D,
-                        BR, BJ, BC, PARTS, EVEN, False, True, PRECISION,
+                        BR, BJ, BCG, PARTS, EVEN_G, False, True, PRECISION,
                     )  # fmt: skip
                 _done(entered_ptr + row)
             else:
@@ -275,7 +277,8 @@ def assign(
         w.query_weight, w.query_bias_weight,
         *scratch, found.keys, found.largest, found.finite.view(torch.uint8), counters,
         batch, starts, tokens, slots, padded, width, mlp, parts, rows, updates, eps, NORM_EPS,
-        **parts_of(width), EVEN=width % size["BC"] == 0, EVEN_M=mlp % size["BC"] == 0,
+        **parts_of(width), EVEN=width % size["BC"] == 0, EVEN_G=width % size["BCG"] == 0,
+        EVEN_M=mlp % size["BC"] == 0,
         SCALE=cut.scale, FAST=cut.dtype == torch.float16, PRECISION=cut.precision, **size,
     )  # fmt: skip
 
