@@ -64,6 +64,10 @@ _TYPES = {
 }
 
 
+#: What a launch says by name besides its kernel's constants.
+_COMPILED_WITH = ("num_warps", "num_stages", "launch_pdl")
+
+
 @dataclass(frozen=True)
 class Usage:
     """What one compiled kernel needs. Counts are instructions, shared memory is bytes."""
@@ -107,7 +111,7 @@ def compiled_for(launch: Launch, gpu: Target) -> Any:
     from triton.compiler import ASTSource
 
     signature, constants, attributes = specialise(launch)
-    options = {name: launch.tile[name] for name in ("num_warps", "num_stages")} | OPTIONS
+    options = {name: launch.tile[name] for name in _COMPILED_WITH if name in launch.tile} | OPTIONS
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=options)
 
