@@ -108,6 +108,30 @@ def made(target: str, *variables: str, dry: bool = True) -> subprocess.Completed
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+def test_the_first_minutes_take_their_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    printed = made("gpu-first", "GPU_PYTHON=python3", "RESULTS=elsewhere", "COMMIT=abc", "STEPS=bits graphs")
+    (line,) = [line for line in printed.stdout.splitlines() if " -m bench.first " in line]
+    words = shlex.split(line.partition("-m bench.first")[2])
+    assert words == [
+        "--record",
+        "--results",
+        "elsewhere",
+        "--commit",
+        "abc",
+        "--only",
+        "bits",
+        "--only",
+        "graphs",
+    ]
+    monkeypatch.setattr(sys, "argv", ["bench.first", *words, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("bench.first", run_name="__main__")
+    assert stopped.value.code == 0
+    assert "--only {capture,stream,right," in capsys.readouterr().out
+
+
 def test_servers_run_in_the_python_that_has_vllm() -> None:
     """``SERVING_PYTHON`` where it is said; else build/vllm's, and on a GPU that of the other parts."""
     both = {target: made(target, "SERVING_PYTHON=py-v", "GPU_PYTHON=py-g").stdout for target in SERVING}

@@ -120,6 +120,8 @@ def _lea(on: Registers, one: Instruction) -> bool:
     carries = [on.predicate(name) for name in inputs] if "X" in one.options else []
     shift = on.value(sources[-1])
     values = _values(on, sources[:-1])
+    if len(sources) != (4 if "HI" in one.options and "SX32" not in one.options else 3):
+        return False
     if values is None or not isinstance(shift, int) or any(carry is None for carry in carries):
         return False
     if "HI" in one.options:
@@ -177,6 +179,8 @@ def _chosen(on: Registers, one: Instruction) -> bool:
 
 def _extreme(on: Registers, one: Instruction) -> bool:
     """``IMNMX``: the smaller, or with a false predicate the larger."""
+    if not {"U32", "S32"}.issuperset(one.options):
+        return False
     target, a, b, predicate = one.operands
     values, least = _values(on, (a, b)), on.predicate(predicate)
     if values is None or least is None:
@@ -227,6 +231,10 @@ def _unary(function: Callable[[Value], Value]) -> _Known:
     return known
 
 
+def _highest(on: Registers, one: Instruction) -> bool:
+    return one.options == ("U32",) and _unary(integers.leading)(on, one)
+
+
 def _funnel(on: Registers, one: Instruction) -> bool:
     target, low, shift, high = one.operands
     values = _values(on, (low, high, shift))
@@ -239,7 +247,7 @@ def _funnel(on: Registers, one: Instruction) -> bool:
 def _permuted(on: Registers, one: Instruction) -> bool:
     target, *sources = one.operands
     values = _values(on, sources)
-    if values is None:
+    if values is None or one.options:
         return False
     on.set(target, integers.permuted(*values))
     return True
@@ -253,9 +261,12 @@ def _extended(on: Registers, one: Instruction) -> bool:
     return True
 
 
+_OTHER_WIDTHS = {"F64", "F16", "BF16", "U64", "S64", "U16", "S16", "U8", "S8"}
+
+
 def _float_of(on: Registers, one: Instruction) -> bool:
     value = on.value(one.operands[-1])
-    if value is None or {"F64", "F16", "U64", "S64"} & set(one.options):
+    if value is None or _OTHER_WIDTHS & set(one.options):
         return False
     on.set(one.operands[0], integers.float_of(value, "RP" in one.options, "U32" in one.options))
     return True
@@ -352,7 +363,7 @@ KNOWN: dict[str, _Known] = {
     "CS2R": _special,
     "IABS": _unary(lambda value: abs(integers.signed(value))),
     "POPC": _unary(integers.bits_set),
-    "FLO": _unary(integers.leading),
+    "FLO": _highest,
     "VOTE": _vote,
     "VOTEU": _vote,
     "SHFL": _shuffled,

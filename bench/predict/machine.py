@@ -38,6 +38,7 @@ _PREDICATES_ALONE = frozenset(
 )
 _ATOMIC = frozenset({"ATOM", "ATOMG"})
 _STORES = frozenset({"STG", "ST", "RED", "REDG"})
+_INTO_SHARED = frozenset({"LDGSTS", "STSM", "ATOMS", "UBLKCP", "UTMALDG"})
 _GLOBAL = frozenset({"LDG", "LD", "LDGSTS"}) | _STORES | _ATOMIC
 
 
@@ -295,6 +296,8 @@ class Machine:
             self._access(one, known=True)
         if one.name == "STS":
             self._store_shared(one)
+        elif one.name in _INTO_SHARED:
+            self._shared.clear()
         if one.name in _NO_RESULT:
             return
         name = one.name[1:] if one.name[0] == "U" and one.name[1:] in KNOWN else one.name
@@ -305,7 +308,7 @@ class Machine:
     def _execute_perhaps(self, one: Instruction) -> None:
         if one.name in _GLOBAL:
             self._access(one, known=False)
-        if one.name == "STS":
+        if one.name == "STS" or one.name in _INTO_SHARED:
             self._shared.clear()
         if one.name not in _NO_RESULT:
             self._forget(one)

@@ -1,4 +1,4 @@
-"""The first minutes on a GPU, rehearsed without one: budget, processes, file and page; every check at tiny sizes."""
+"""The first minutes on a GPU, rehearsed without one: budget, processes, file, page, and every check."""
 
 from __future__ import annotations
 
@@ -76,6 +76,15 @@ def test_a_step_that_hangs_is_killed_with_its_children() -> None:
     assert found in ([{"what": "a"}], [])  # a slow machine may take longer to begin
 
 
+def test_a_step_whose_child_outlives_it_is_over() -> None:
+    """The child holds the pipe open."""
+    child = "import time; time.sleep(60)"
+    start = time.monotonic()
+    result, _ = ran(f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])")
+    assert result["outcome"] == "done"
+    assert time.monotonic() - start < 15
+
+
 def test_tests_are_tallied() -> None:
     lines = [
         "[gw0] PASSED tests/a.py::one ",
@@ -99,7 +108,7 @@ class Fake(Step):
 def test_all_steps_get_their_turn_and_the_file_is_written_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One works, one raises, one hangs, one sees on disk what the first found, one can't start, one is too late."""
+    """One works, one raises, one hangs, one sees the first one's findings on disk; one isn't there."""
     seen = (
         "import json, pathlib\n"
         f"(path,) = pathlib.Path({str(tmp_path)!r}).glob('*/first.json')\n"
@@ -165,6 +174,7 @@ def test_the_plan() -> None:
         assert all((ROOT / test).is_file() for test in step.tests)
 
 
+@pytest.mark.thorough
 def test_pytest_takes_the_options_and_leaves_tiles_out() -> None:
     step = next(step for step in STEPS if step.tests and step.name == "right")
     command = step.command("cpu", False)

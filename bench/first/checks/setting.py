@@ -58,6 +58,5 @@ class Setting:
 
 def tiny(device: torch.device) -> Setting:
     """For a rehearsal."""
-    return Setting(
-        device, batch=2, tokens=40, slots=5, widths=Widths(24, 32, 16, 32), seconds=0.0, tasks=(2,)
-    )
+    widths = Widths(24, 32, 16, 32)
+    return Setting(device, batch=2, tokens=40, slots=5, widths=widths, seconds=0.0, tasks=(2,))
