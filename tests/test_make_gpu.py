@@ -114,20 +114,10 @@ def test_the_first_minutes_take_their_options(
     printed = made("gpu-first", "GPU_PYTHON=python3", "RESULTS=elsewhere", "COMMIT=abc", "STEPS=bits graphs")
     (line,) = [line for line in printed.stdout.splitlines() if " -m bench.first " in line]
     words = shlex.split(line.partition("-m bench.first")[2])
-    assert words == [
-        "--record",
-        "--results",
-        "elsewhere",
-        "--commit",
-        "abc",
-        "--only",
-        "bits",
-        "--only",
-        "graphs",
-    ]
-    monkeypatch.setattr(sys, "argv", ["bench.first", *words, "--help"])
+    assert words[:5] == ["--record", "--results", "elsewhere", "--commit", "abc"]
+    assert words[5:] == ["--only", "bits", "--only", "graphs"]
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("bench.first", run_name="__main__")
+        first([*words, "--help"])
     assert stopped.value.code == 0
     assert "--only {capture,stream,right," in capsys.readouterr().out
 
