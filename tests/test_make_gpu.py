@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from bench.e2e.presets import PRESETS
+from bench.first.__main__ import main as first
 from bench.serving.presets import PRESETS as SERVED
 
 ROOT = Path(__file__).parents[1]

@@ -17,6 +17,8 @@ from bench.predict.sass import CLASS_NAMES, Instruction, class_of, multiply_adds
 from ocvtp_kernels._launch import Launch
 
 TARGET = "sm_90"
+#: Ends the note of a launch with branches on data.
+ONCE = "a loop there counts once"
 #: Threads that are followed at most; of a larger launch, programs spread evenly over it stand for all.
 MOST_LANES = 1 << 15
 
@@ -182,9 +184,10 @@ def _counts(
     touched += sum(tensors.sizes[number] for number in counted.stored)
     notes = []
     if counted.undecided:
-        notes.append(f"{len(counted.undecided)} branches depend on data: their loops count once")
-    if counted.unknown:
-        part = counted.unknown / (counted.read + counted.written + counted.unknown)
+        number = len(counted.undecided)
+        notes.append(f"{number} branch{'es' * (number > 1)} on data: {ONCE}")
+    part = counted.unknown / max(1, counted.read + counted.written + counted.unknown)
+    if part >= 0.005:
         notes.append(f"{100 * part:.0f} % of L2 bytes depend on data, counted as if no thread were masked")
     return Counts(
         kernel=launch.kernel.fn.__name__,
