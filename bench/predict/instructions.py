@@ -41,6 +41,12 @@ class Registers(Protocol):
     def load_shared(self, one: Instruction) -> bool:
         """Load what a single thread has left in shared memory."""
 
+    def mask_bits(self, target: str, source: str, mask: int, ones: bool) -> bool:
+        """Set bits of a register (``ones``) that isn't known itself, or all but those of ``mask`` to zero."""
+
+    def known_bits(self, source: str, mask: int) -> Value:
+        """``source & mask``, if those bits are known."""
+
     def vote(self, condition: Predicate) -> Value:
         """Of each lane's warp, a bit for every lane at work for which ``condition`` holds."""
 
@@ -140,11 +146,30 @@ def _lop3(on: Registers, one: Instruction) -> bool:
     target, outputs, sources, _ = _operands(one)
     values = _values(on, sources)
     if values is None:
-        return False
+        return _masked(on, one)
     result = integers.lut3(*values)
     for name in outputs:
         on.set_predicate(name, result != 0)
     on.set(target, result)
+    return True
+
+
+def _masked(on: Registers, one: Instruction) -> bool:
+    """``a & b`` or ``a | b``, b a constant, where single bits of a are known: how predicates are kept."""
+    target, outputs, sources, _ = _operands(one)
+    a, b, c, table = sources
+    mask, how = on.value(b), on.value(table)
+    if not isinstance(mask, int) or register(b) is not None or c != "RZ" or how not in (0xC0, 0xFC):
+        return False
+    if not outputs:
+        return on.mask_bits(target, a, mask, how == 0xFC)
+    if register(target) is not None or how != 0xC0:
+        return False
+    found = on.known_bits(a, mask)
+    if found is None:
+        return False
+    for name in outputs:
+        on.set_predicate(name, found != 0)
     return True
 
 

@@ -175,6 +175,33 @@ def test_an_unknown_number_comes_back_when_it_is_written_again() -> None:
     assert (mixed.stored, mixed.unknown) == ({}, 128)
 
 
+def test_single_bits_of_an_unknown_word_are_kept() -> None:
+    """As ptxas keeps predicates, in a register that holds anything: threads below 4, programs below 1."""
+    base = 1 << REGION
+    lines = (
+        "LDC.64 R2, c[0x0][0x210]",
+        "S2R R0, SR_TID.X",
+        "S2R R1, SR_CTAID.X",
+        "IMAD.WIDE R4, R0, 0x4, R2",
+        "FADD R6, R7, R8",
+        "ISETP.LT.AND P0, PT, R0, 0x4, PT",
+        "LOP3.LUT R6, R6, 0xfffffff7, RZ, 0xc0, !PT",
+        "@P0 LOP3.LUT R6, R6, 0x8, RZ, 0xfc, !PT",
+        "ISETP.LT.AND P0, PT, R1, 0x1, PT",
+        "LOP3.LUT R6, R6, 0xfffffffb, RZ, 0xc0, !PT",
+        "@P0 LOP3.LUT R6, R6, 0x4, RZ, 0xfc, !PT",
+        "LOP3.LUT P1, RZ, R6, {mask}, RZ, 0xc0, !PT",
+        "@P1 STG.E desc[UR4][R4.64], R9",
+        "EXIT",
+    )
+    constants = {0x210: base & 0xFFFFFFFF, 0x214: base >> 32}
+    for mask, stored in (("0x8", 2 * 4 * 4), ("0x4", 32 * 4), ("0xc", (32 + 4) * 4)):
+        found = machine(*(line.format(mask=mask) for line in lines), constants=constants, programs=2).run()
+        assert (found.stored, found.unknown) == ({0: stored}, 0)
+    found = machine(*(line.format(mask="0x18") for line in lines), constants=constants).run()
+    assert (found.stored, found.unknown) == ({}, 128)
+
+
 def test_a_ticket_goes_through_shared_memory() -> None:
     """One thread draws it, all read it: program p stores p + 1 times."""
     base = 1 << REGION
