@@ -264,7 +264,7 @@ class Machine:
             self._bits.pop(name, None)
 
     def mask_bits(self, target: str, source: str, mask: int, ones: bool) -> bool:
-        """``source | mask`` (``ones``) or ``source & mask``, where of ``source`` single bits are known at most."""
+        """``source | mask`` (``ones``) or ``source & mask``, where single bits of ``source`` are known."""
         to, of = register(target), register(source)
         if to is None or of is None or self._where is False:
             return False
