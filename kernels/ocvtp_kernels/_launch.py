@@ -40,7 +40,11 @@ _recorded: list[Launch] | None = None
 
 def launch(kernel: Any, grid: Sequence[int], device: torch.device, *arguments: Any, **tile: Any) -> None:
     """Run ``kernel`` on ``device``, which need not be the current one; ``tile`` holds its constexprs."""
-    launch_in_phases((), kernel, grid, device, *arguments, **tile)
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, tuple(grid), arguments, tile))
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[tuple(grid)](*arguments, **tile, **OPTIONS)
 
 
 def launch_in_phases(
@@ -52,11 +56,10 @@ def launch_in_phases(
     **tile: Any,
 ) -> None:
     """As :func:`launch`. ``phases`` are noted for whoever records launches, and change nothing."""
-    if _recorded is not None:
+    if _recorded is None:
+        launch(kernel, grid, device, *arguments, **tile)
+    else:
         _recorded.append(Launch(kernel, tuple(grid), arguments, tile, tuple(phases)))
-        return
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[tuple(grid)](*arguments, **tile, **OPTIONS)
 
 
 @contextlib.contextmanager
