@@ -65,6 +65,12 @@ def _values(on: Registers, operands: Sequence[str]) -> list[Value] | None:
     return None if any(value is None for value in values) else values
 
 
+def _words(on: Registers, operands: Sequence[str]) -> list[Value] | None:
+    """As :func:`_values`, where no carry is asked for: minus zero is zero."""
+    values = _values(on, operands)
+    return None if values is None else [integers.word(value) for value in values]
+
+
 def _operands(one: Instruction) -> tuple[str, list[str], list[str], list[str]]:
     """Register written, predicates beside it, sources, and predicates at the end."""
     rest = list(one.operands)
@@ -98,7 +104,7 @@ def _imad(on: Registers, one: Instruction) -> bool:
     target, outputs, (a, b, c), inputs = _operands(one)
     unsigned = "U32" in one.options
     if "WIDE" in one.options or "HI" in one.options:
-        values = _values(on, (a, b))
+        values = _words(on, (a, b))
         added = on.pair(c)
         if values is None or added is None or inputs or outputs:
             return False
@@ -184,7 +190,7 @@ def _plop3(on: Registers, one: Instruction) -> bool:
 
 def _isetp(on: Registers, one: Instruction) -> bool:
     first, second, a, b, with_, *lower = one.operands
-    values = _values(on, (a, b))
+    values = _words(on, (a, b))
     if values is None:
         return False
     below = on.predicate(lower[0]) if lower else None
@@ -207,7 +213,7 @@ def _extreme(on: Registers, one: Instruction) -> bool:
     if not {"U32", "S32"}.issuperset(one.options):
         return False
     target, a, b, predicate = one.operands
-    values, least = _values(on, (a, b)), on.predicate(predicate)
+    values, least = _words(on, (a, b)), on.predicate(predicate)
     if values is None or least is None:
         return False
     x, y = values
@@ -262,7 +268,7 @@ def _highest(on: Registers, one: Instruction) -> bool:
 
 def _funnel(on: Registers, one: Instruction) -> bool:
     target, low, shift, high = one.operands
-    values = _values(on, (low, high, shift))
+    values = _words(on, (low, high, shift))
     if values is None:
         return False
     on.set(target, integers.funnel(values[0], values[1], values[2], one.options))

@@ -119,15 +119,6 @@ def resident(registers: int, shared: int, warps: int) -> int:
     return max(1, min(by_registers, by_shared, hopper.THREADS // (warps * WARP), hopper.PROGRAMS))
 
 
-def count(launch: Launch, binary: Binary, most: int = MOST_LANES) -> Counts:
-    """Count what ``launch`` does.
-
-    Raises:
-        UnknownCodeError: its machine code can't be followed.
-    """
-    return count_programs(launch, binary, range(_total(launch)), most=most)
-
-
 def count_programs(
     launch: Launch, binary: Binary, chosen: Sequence[int], *, most: int = MOST_LANES, tickets: bool = False
 ) -> Counts:
@@ -140,6 +131,9 @@ def count_programs(
         most: threads to follow.
         tickets: a program's task is the result of its first atomic addition, and takes its place in the grid
             for it: programs do tasks in their order.
+
+    Raises:
+        UnknownCodeError: its machine code can't be followed.
     """
     warps = int(launch.tile["num_warps"])
     threads = warps * WARP

@@ -87,8 +87,8 @@ class Machine:
         code: of one kernel.
         constants: words of the constant bank, by their byte offset.
         special: special register -> value, an array of all lanes or a number for all.
-        programs: how many of them, all with as many
-        threads: whole warps.
+        programs: how many; lanes are their threads, one program after the other.
+        threads: of each, whole warps.
         tickets: the result of each lane's first atomic addition to global memory, where launches give out
             tasks that way; ``None``: not known.
     """

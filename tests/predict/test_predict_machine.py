@@ -279,6 +279,13 @@ def test_arithmetic_is_that_of_32_bits() -> None:
         assert whole >> 40 == results("SHF.R.U64 R0, R1, 0x28, R2", R1=a, R2=b).R0
 
 
+def test_minus_zero_is_zero() -> None:
+    found = results("IMAD.WIDE R4, -R1, R2, RZ", R1=0, R2=5)
+    assert (found.R4, found.R5) == (0, 0)
+    assert results("ISETP.EQ.AND P0, PT, -R1, RZ, PT", R1=0).P0 is True
+    assert results("IADD3 R0, P0, R2, -R1, RZ", R1=0, R2=7).P0 is True  # a carry: 7 is not below 0
+
+
 def test_single_words() -> None:
     for a in WORDS:
         assert abs(signed(a)) == results("IABS R0, R1", R1=a).R0
