@@ -32,6 +32,8 @@ def test_budget() -> None:
     now = [100.0]
     budget = Budget(60, clock=lambda: now[0])
     assert budget.allow(limit=40, least=10) == 40
+    assert budget.allow(limit=40, least=10, later=[15, 20]) == 25  # those behind get theirs
+    assert budget.allow(limit=40, least=10, later=[15, 70, 20]) == 25  # but for one that no longer fits
     now[0] += 30
     assert budget.allow(limit=40, least=10) == 30
     now[0] += 25
@@ -122,7 +124,7 @@ def test_all_steps_get_their_turn_and_the_file_is_written_at_once(
         Fake("hangs", "does it hang?", "little", 0.5, 0, check="import time; time.sleep(60)"),
         Fake("sees", "is it there?", "little", 20, 0, check=seen),
         Fake("missing", "is it there?", "little", 20, 0),
-        Fake("late", "is there time?", "little", 9999, 9999, check="print('never')"),
+        Fake("late", "is there time?", "little", 9999, 500, check="print('never')"),
     ]
     options = ["--device", "cpu", "--record", "--results", str(tmp_path), "--commit", "abc", "--minutes", "2"]
     assert main(options, steps) == 1
@@ -146,7 +148,7 @@ def test_all_steps_get_their_turn_and_the_file_is_written_at_once(
     assert "    a figure: us 2.5, right yes" in printed
     assert "ValueError: no" in printed
     assert "[out of time" in printed
-    assert "it needs 9999 s" in printed
+    assert "it needs 500 s" in printed
     assert printed.count("decides: ") == 6
     assert main([*options, "--only", "works"], steps) == 0
 
