@@ -319,6 +319,18 @@ def _mufu(on: Registers, one: Instruction) -> bool:
     return True
 
 
+def _two_halves(on: Registers, one: Instruction) -> bool:
+    """``HFMA2 R3, -RZ, RZ, 0, 1.19e-07``: a constant, put together of two halves, added to nothing."""
+    if len(one.operands) != 5 or one.operands[1:3] != ("-RZ", "RZ") or not {"MMA"}.issuperset(one.options):
+        return False
+    try:
+        high, low = (integers.half_of(float(operand)) for operand in one.operands[3:])
+    except ValueError:
+        return False
+    on.set(one.operands[0], high << 16 | low)
+    return True
+
+
 def _packed(on: Registers, one: Instruction) -> bool:
     """``P2R``: predicates as bits, where the mask has them."""
     target, _, base, mask = one.operands
@@ -405,6 +417,7 @@ KNOWN: dict[str, _Known] = {
     "I2FP": _float_of,
     "F2I": _integer_of,
     "MUFU": _mufu,
+    "HFMA2": _two_halves,
     "P2R": _packed,
     "R2P": _unpacked,
     "LDS": _load_shared,

@@ -295,6 +295,8 @@ def test_single_words() -> None:
         assert a == results("PRMT R0, R1, 0x3210, R2", R1=a, R2=7).R0
         assert 0xABCD0000 | a & 0xFFFF == results("PRMT R0, R1, 0x7610, R2", R1=a, R2=0xABCD1234).R0
         assert integers.leading(a) == (a.bit_length() - 1) % 2**32
+    assert results("HFMA2.MMA R3, -RZ, RZ, 0, 1.1920928955078125e-07").R3 == 2
+    assert results("HFMA2.MMA R3, -RZ, RZ, 1.875, 0").R3 == 0x3F800000
     found = results("PLOP3.LUT P0, PT, P1, P2, PT, 0x80, 0x8", P1=1, P2=0)
     assert found.P0 is False
     found = results("P2R R0, PR, RZ, 0x6", **{f"P{i}": i == 1 for i in range(7)})
