@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from bench.e2e.presets import PRESETS
+from bench.first.__main__ import main as first
 from bench.serving.presets import PRESETS as SERVED
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +107,20 @@ def test_tests_and_microbenchmarks_take_theirs(lines: list[list[str]]) -> None:
 def made(target: str, *variables: str, dry: bool = True) -> subprocess.CompletedProcess[str]:
     words = ["make", *(["-n"] if dry else []), target, *variables]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_first_minutes_take_their_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    printed = made("gpu-first", "GPU_PYTHON=python3", "RESULTS=elsewhere", "COMMIT=abc", "STEPS=bits graphs")
+    (line,) = [line for line in printed.stdout.splitlines() if " -m bench.first " in line]
+    words = shlex.split(line.partition("-m bench.first")[2])
+    assert words[:5] == ["--record", "--results", "elsewhere", "--commit", "abc"]
+    assert words[5:] == ["--only", "bits", "--only", "graphs"]
+    with pytest.raises(SystemExit) as stopped:
+        first([*words, "--help"])
+    assert stopped.value.code == 0
+    assert "--only {capture,stream,right," in capsys.readouterr().out
 
 
 def test_servers_run_in_the_python_that_has_vllm() -> None:

@@ -39,23 +39,26 @@ def main(argv: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) -> in
     report = Report(results / device_slug(device) / "first.json", provenance(device, options.commit))
     budget = Budget(60 * options.minutes)
     chosen = [step for step in steps if not options.only or step.name in options.only]
-    for step in chosen:
-        _take(step, budget, report, options.device, options.tiny)
+    for number, step in enumerate(chosen, 1):
+        later = [other.least for other in chosen[number:]]
+        _take(step, budget.allow(step.limit, step.least, later), budget.left, report, options)
     print(page(report.data, chosen))
     print(f"findings in {report.path}")
     return int(any(one["outcome"] == "failed" for one in report.data["steps"].values()))
 
 
-def _take(step: Step, budget: Budget, report: Report, device: str, tiny: bool) -> None:
-    seconds = budget.allow(step.limit, step.least)
+def _take(
+    step: Step, seconds: float | None, left: float, report: Report, options: argparse.Namespace
+) -> None:
+    """Run a step for so many ``seconds`` at most, or say that with those ``left`` it can't be."""
     if seconds is None:
-        report.skip(step, budget.left)
+        report.skip(step, left)
         return
     print(f"{step.name}: {step.question} (up to {seconds:.0f} s)", flush=True)
     report.begin(step)
     try:
         result = run(
-            step.command(device, tiny),
+            step.command(options.device, options.tiny),
             seconds,
             step.environment,
             lambda finding: report.find(step, finding),

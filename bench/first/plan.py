@@ -47,11 +47,11 @@ class Step:
 
 
 def _in_parallel(tests: Sequence[str]) -> list[str]:
-    """Compiling takes processors, not the GPU: workers share what one of them has compiled."""
-    one_test = len(tests) == 1 and "::" in tests[0]
-    if one_test or importlib.util.find_spec("xdist") is None:
+    """Compiling takes processors, not the GPU. Workers find on disk what another one has compiled, so that
+    they may share the tests of one file."""
+    if len(tests) < 2 or importlib.util.find_spec("xdist") is None:
         return []
-    return ["-n", str(_WORKERS), "--dist", "worksteal" if len(tests) < _WORKERS else "loadfile"]
+    return ["-n", str(_WORKERS), "--dist", "worksteal"]
 
 
 STEPS: tuple[Step, ...] = (

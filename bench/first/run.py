@@ -61,31 +61,40 @@ def run(
     said: list[str] = []
     tests: Counter[str] = Counter()
     failed: list[str] = []
-    late = False
-    while True:
-        left = start + seconds - time.monotonic()
-        try:
-            line = lines.get(timeout=max(left, 0.0)) if left > 0 else None
-        except queue.Empty:
-            line = None
-        if line is None:
-            late = reader.is_alive() and time.monotonic() >= start + seconds
-            break
-        if line.startswith(MARK):
-            with contextlib.suppress(ValueError):  # cut off
-                found(json.loads(line.removeprefix(MARK)))
-        elif line.strip():
-            said.append(line.rstrip())
-            result = _TEST.search(line)
-            if result and not line.startswith(("FAILED", "ERROR")):  # not pytest's summary: it has them again
-                tests[result[0].lower()] += 1
-                failed += [line.strip()] if result[0] in ("FAILED", "ERROR") else []
-    if late:
+    end, late = start + seconds, False
+    try:
+        while True:
+            left = end - time.monotonic()
+            if left <= 0:
+                late = True
+                break
+            try:
+                line = lines.get(timeout=min(left, 1.0))
+            except queue.Empty:
+                if process.poll() is not None:  # a child of it may hold the pipe
+                    break
+                continue
+            if line is None:
+                break
+            if line.startswith(MARK):
+                with contextlib.suppress(ValueError):  # cut off
+                    found(json.loads(line.removeprefix(MARK)))
+            elif line.strip():
+                said.append(line.rstrip())
+                result = _TEST.search(line)
+                if result and not line.startswith(("FAILED", "ERROR")):  # pytest's summary has them again
+                    tests[result[0].lower()] += 1
+                    failed += [line.strip()] if result[0] in ("FAILED", "ERROR") else []
+        if not late:
+            try:
+                process.wait(max(end - time.monotonic(), 1.0))
+            except subprocess.TimeoutExpired:
+                late = True
+    finally:
         _kill(process)
     code = process.wait()
-    outcome = "out of time" if late else "done" if code == 0 else "failed"
     return {
-        "outcome": outcome,
+        "outcome": "out of time" if late else "done" if code == 0 else "failed",
         "code": code,
         "seconds": round(time.monotonic() - start, 1),
         "tests": dict(tests),
@@ -102,6 +111,6 @@ def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> Non
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """It and the processes it started."""
-    with contextlib.suppress(ProcessLookupError):
+    """It and the processes it started, if there still are any."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

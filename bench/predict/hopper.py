@@ -8,7 +8,7 @@ a number is not published, it says what it is taken from.
 from __future__ import annotations
 
 PROCESSORS = 132
-#: Clocks in a microsecond: 1755 MHz, what an H100 SXM holds under tensor-core load (its boost is 1980).
+#: Clocks in a microsecond. Assumed for a GPU at work: NVIDIA's peak of 989 TFLOP/s is at 1830.
 CLOCK = 1755.0
 #: Instructions that a multiprocessor issues in a clock, one for each of its schedulers.
 SCHEDULERS = 4

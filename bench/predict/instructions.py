@@ -41,6 +41,12 @@ class Registers(Protocol):
     def load_shared(self, one: Instruction) -> bool:
         """Load what a single thread has left in shared memory."""
 
+    def mask_bits(self, target: str, source: str, mask: int, ones: bool) -> bool:
+        """Set bits of a register (``ones``) that isn't known itself, or all but those of ``mask`` to zero."""
+
+    def known_bits(self, source: str, mask: int) -> Value:
+        """``source & mask``, if those bits are known."""
+
     def vote(self, condition: Predicate) -> Value:
         """Of each lane's warp, a bit for every lane at work for which ``condition`` holds."""
 
@@ -57,6 +63,12 @@ _Known = Callable[[Registers, Instruction], bool]
 def _values(on: Registers, operands: Sequence[str]) -> list[Value] | None:
     values = [on.value(operand) for operand in operands]
     return None if any(value is None for value in values) else values
+
+
+def _words(on: Registers, operands: Sequence[str]) -> list[Value] | None:
+    """As :func:`_values`, where no carry is asked for: minus zero is zero."""
+    values = _values(on, operands)
+    return None if values is None else [integers.word(value) for value in values]
 
 
 def _operands(one: Instruction) -> tuple[str, list[str], list[str], list[str]]:
@@ -92,7 +104,7 @@ def _imad(on: Registers, one: Instruction) -> bool:
     target, outputs, (a, b, c), inputs = _operands(one)
     unsigned = "U32" in one.options
     if "WIDE" in one.options or "HI" in one.options:
-        values = _values(on, (a, b))
+        values = _words(on, (a, b))
         added = on.pair(c)
         if values is None or added is None or inputs or outputs:
             return False
@@ -120,6 +132,8 @@ def _lea(on: Registers, one: Instruction) -> bool:
     carries = [on.predicate(name) for name in inputs] if "X" in one.options else []
     shift = on.value(sources[-1])
     values = _values(on, sources[:-1])
+    if len(sources) != (4 if "HI" in one.options and "SX32" not in one.options else 3):
+        return False
     if values is None or not isinstance(shift, int) or any(carry is None for carry in carries):
         return False
     if "HI" in one.options:
@@ -138,11 +152,30 @@ def _lop3(on: Registers, one: Instruction) -> bool:
     target, outputs, sources, _ = _operands(one)
     values = _values(on, sources)
     if values is None:
-        return False
+        return _masked(on, one)
     result = integers.lut3(*values)
     for name in outputs:
         on.set_predicate(name, result != 0)
     on.set(target, result)
+    return True
+
+
+def _masked(on: Registers, one: Instruction) -> bool:
+    """``a & b`` or ``a | b``, b a constant, where single bits of a are known: how predicates are kept."""
+    target, outputs, sources, _ = _operands(one)
+    a, b, c, table = sources
+    mask, how = on.value(b), on.value(table)
+    if not isinstance(mask, int) or register(b) is not None or c != "RZ" or how not in (0xC0, 0xFC):
+        return False
+    if not outputs:
+        return on.mask_bits(target, a, mask, how == 0xFC)
+    if register(target) is not None or how != 0xC0:
+        return False
+    found = on.known_bits(a, mask)
+    if found is None:
+        return False
+    for name in outputs:
+        on.set_predicate(name, found != 0)
     return True
 
 
@@ -157,7 +190,7 @@ def _plop3(on: Registers, one: Instruction) -> bool:
 
 def _isetp(on: Registers, one: Instruction) -> bool:
     first, second, a, b, with_, *lower = one.operands
-    values = _values(on, (a, b))
+    values = _words(on, (a, b))
     if values is None:
         return False
     below = on.predicate(lower[0]) if lower else None
@@ -177,8 +210,10 @@ def _chosen(on: Registers, one: Instruction) -> bool:
 
 def _extreme(on: Registers, one: Instruction) -> bool:
     """``IMNMX``: the smaller, or with a false predicate the larger; ``VIADDMNMX``: of a sum and a number."""
+    if not {"U32", "S32"}.issuperset(one.options):
+        return False
     target, *numbers, predicate = one.operands
-    values, least = _values(on, numbers), on.predicate(predicate)
+    values, least = _words(on, numbers), on.predicate(predicate)
     if values is None or least is None:
         return False
     *x, y = values
@@ -228,9 +263,13 @@ def _unary(function: Callable[[Value], Value]) -> _Known:
     return known
 
 
+def _highest(on: Registers, one: Instruction) -> bool:
+    return one.options == ("U32",) and _unary(integers.leading)(on, one)
+
+
 def _funnel(on: Registers, one: Instruction) -> bool:
     target, low, shift, high = one.operands
-    values = _values(on, (low, high, shift))
+    values = _words(on, (low, high, shift))
     if values is None:
         return False
     on.set(target, integers.funnel(values[0], values[1], values[2], one.options))
@@ -240,7 +279,7 @@ def _funnel(on: Registers, one: Instruction) -> bool:
 def _permuted(on: Registers, one: Instruction) -> bool:
     target, *sources = one.operands
     values = _values(on, sources)
-    if values is None:
+    if values is None or one.options:
         return False
     on.set(target, integers.permuted(*values))
     return True
@@ -254,9 +293,12 @@ def _extended(on: Registers, one: Instruction) -> bool:
     return True
 
 
+_OTHER_WIDTHS = {"F64", "F16", "BF16", "U64", "S64", "U16", "S16", "U8", "S8"}
+
+
 def _float_of(on: Registers, one: Instruction) -> bool:
     value = on.value(one.operands[-1])
-    if value is None or {"F64", "F16", "U64", "S64"} & set(one.options):
+    if value is None or _OTHER_WIDTHS & set(one.options):
         return False
     on.set(one.operands[0], integers.float_of(value, "RP" in one.options, "U32" in one.options))
     return True
@@ -275,6 +317,18 @@ def _mufu(on: Registers, one: Instruction) -> bool:
     if value is None:
         return False
     on.set(one.operands[0], integers.reciprocal(value))
+    return True
+
+
+def _two_halves(on: Registers, one: Instruction) -> bool:
+    """``HFMA2 R3, -RZ, RZ, 0, 1.19e-07``: a constant, put together of two halves, added to nothing."""
+    if len(one.operands) != 5 or one.operands[1:3] != ("-RZ", "RZ") or not {"MMA"}.issuperset(one.options):
+        return False
+    try:
+        high, low = (integers.half_of(float(operand)) for operand in one.operands[3:])
+    except ValueError:
+        return False
+    on.set(one.operands[0], high << 16 | low)
     return True
 
 
@@ -354,7 +408,7 @@ KNOWN: dict[str, _Known] = {
     "CS2R": _special,
     "IABS": _unary(lambda value: abs(integers.signed(value))),
     "POPC": _unary(integers.bits_set),
-    "FLO": _unary(integers.leading),
+    "FLO": _highest,
     "VOTE": _vote,
     "VOTEU": _vote,
     "SHFL": _shuffled,
@@ -365,6 +419,7 @@ KNOWN: dict[str, _Known] = {
     "I2FP": _float_of,
     "F2I": _integer_of,
     "MUFU": _mufu,
+    "HFMA2": _two_halves,
     "P2R": _packed,
     "R2P": _unpacked,
     "LDS": _load_shared,

@@ -175,6 +175,11 @@ def integer_of(value: Value) -> Value:
     return int(numbers) if isinstance(value, int) else numbers
 
 
+def half_of(number: float) -> int:
+    """The bits of a float16."""
+    return int(np.float16(number).view(np.uint16))
+
+
 def _floats(value: Value) -> Any:
     return np.asarray(value, dtype=np.int64).astype(np.uint32).view(np.float32)
 

@@ -17,6 +17,8 @@ from bench.predict.sass import CLASS_NAMES, Instruction, class_of, multiply_adds
 from ocvtp_kernels._launch import Launch
 
 TARGET = "sm_90"
+#: Ends the note of a launch with branches on data.
+ONCE = "a loop there counts once"
 #: Threads that are followed at most; of a larger launch, programs spread evenly over it stand for all.
 MOST_LANES = 1 << 15
 
@@ -117,15 +119,6 @@ def resident(registers: int, shared: int, warps: int) -> int:
     return max(1, min(by_registers, by_shared, hopper.THREADS // (warps * WARP), hopper.PROGRAMS))
 
 
-def count(launch: Launch, binary: Binary, most: int = MOST_LANES) -> Counts:
-    """Count what ``launch`` does.
-
-    Raises:
-        UnknownCodeError: its machine code can't be followed.
-    """
-    return count_programs(launch, binary, range(_total(launch)), most=most)
-
-
 def count_programs(
     launch: Launch, binary: Binary, chosen: Sequence[int], *, most: int = MOST_LANES, tickets: bool = False
 ) -> Counts:
@@ -138,6 +131,9 @@ def count_programs(
         most: threads to follow.
         tickets: a program's task is the result of its first atomic addition, and takes its place in the grid
             for it: programs do tasks in their order.
+
+    Raises:
+        UnknownCodeError: its machine code can't be followed.
     """
     warps = int(launch.tile["num_warps"])
     threads = warps * WARP
@@ -182,9 +178,10 @@ def _counts(
     touched += sum(tensors.sizes[number] for number in counted.stored)
     notes = []
     if counted.undecided:
-        notes.append(f"{len(counted.undecided)} branches depend on data: their loops count once")
-    if counted.unknown:
-        part = counted.unknown / (counted.read + counted.written + counted.unknown)
+        number = len(counted.undecided)
+        notes.append(f"{number} branch{'es' * (number > 1)} on data: {ONCE}")
+    part = counted.unknown / max(1, counted.read + counted.written + counted.unknown)
+    if part >= 0.005:
         notes.append(f"{100 * part:.0f} % of L2 bytes depend on data, counted as if no thread were masked")
     return Counts(
         kernel=launch.kernel.fn.__name__,

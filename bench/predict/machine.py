@@ -38,6 +38,7 @@ _PREDICATES_ALONE = frozenset(
 )
 _ATOMIC = frozenset({"ATOM", "ATOMG"})
 _STORES = frozenset({"STG", "ST", "RED", "REDG"})
+_INTO_SHARED = frozenset({"LDGSTS", "STSM", "ATOMS", "UBLKCP", "UTMALDG"})
 _GLOBAL = frozenset({"LDG", "LD", "LDGSTS"}) | _STORES | _ATOMIC
 
 
@@ -86,8 +87,8 @@ class Machine:
         code: of one kernel.
         constants: words of the constant bank, by their byte offset.
         special: special register -> value, an array of all lanes or a number for all.
-        programs: how many of them, all with as many
-        threads: whole warps.
+        programs: how many; lanes are their threads, one program after the other.
+        threads: of each, whole warps.
         tickets: the result of each lane's first atomic addition to global memory, where launches give out
             tasks that way; ``None``: not known.
     """
@@ -108,6 +109,8 @@ class Machine:
         self._programs, self._lanes, self._warp_of = programs, lanes, np.arange(lanes) // WARP
         self._registers: dict[str, Value] = {}
         self._predicates: dict[str, Predicate] = {}
+        # Of registers that are not known, bits that are: value, and a mask of those.
+        self._bits: dict[str, tuple[Value, Value]] = {}
         self._tickets = tickets
         self._shared: dict[int, Value] = {}
         self._active: Any = None  # lanes at this place of the code; None: all of them
@@ -258,6 +261,36 @@ class Machine:
         name = register(operand) if not is_predicate(operand) else None
         if name is not None:
             self._registers[name] = self._merged(self._registers.get(name), value)
+            self._bits.pop(name, None)
+
+    def mask_bits(self, target: str, source: str, mask: int, ones: bool) -> bool:
+        """``source | mask`` (``ones``) or ``source & mask``, where single bits of ``source`` are known."""
+        to, of = register(target), register(source)
+        if to is None or of is None or self._where is False:
+            return False
+        value, known = self._bits.get(of, (0, 0))
+        value, known = (value | mask, known | mask) if ones else (value & mask, known | ~mask & integers.WORD)
+        here = np.broadcast_to(known, (self._lanes,))
+        if (here if self._where is None else here[self._where]).min() == integers.WORD:
+            self.set(target, value)
+            return True
+        if self._where is not None:
+            before = self._registers.get(to)
+            plain = (0, 0) if before is None or isinstance(before, Partly) else (before, integers.WORD)
+            old_value, old_known = self._bits.get(to, plain)
+            value = np.where(self._where, value, old_value)
+            known = np.where(self._where, known, old_known)
+        self._registers[to] = None
+        self._bits[to] = value, known
+        return True
+
+    def known_bits(self, source: str, mask: int) -> Value:
+        """``source & mask``, if those bits are known for all lanes at work."""
+        value, known = self._bits.get(register(source) or "", (0, 0))
+        here = np.broadcast_to(known, (self._lanes,))
+        if ((here if self._where is None else here[self._where]) & mask != mask).any():
+            return None
+        return value & mask
 
     def set_predicate(self, operand: str, value: Predicate) -> None:
         """Write a predicate, of the lanes at work."""
@@ -295,6 +328,8 @@ class Machine:
             self._access(one, known=True)
         if one.name == "STS":
             self._store_shared(one)
+        elif one.name in _INTO_SHARED:
+            self._shared.clear()
         if one.name in _NO_RESULT:
             return
         name = one.name[1:] if one.name[0] == "U" and one.name[1:] in KNOWN else one.name
@@ -305,7 +340,7 @@ class Machine:
     def _execute_perhaps(self, one: Instruction) -> None:
         if one.name in _GLOBAL:
             self._access(one, known=False)
-        if one.name == "STS":
+        if one.name == "STS" or one.name in _INTO_SHARED:
             self._shared.clear()
         if one.name not in _NO_RESULT:
             self._forget(one)
@@ -457,6 +492,8 @@ def _both(lanes: Any, condition: Predicate) -> Any:
     if isinstance(condition, (bool, np.bool_)):
         return lanes if condition else False
     both = condition if lanes is None else lanes & condition
+    if both.all():
+        return None
     return both if both.any() else False
 
 

@@ -14,7 +14,8 @@ from bench.guard.watch import Watch
 from ocvtp_kernels._arch import pretend
 from ocvtp_kernels._launch import Launch, recording
 
-_FRESH = ("empty", "new_empty")
+# Of operators that are no views, by the begin of their names: these compute nothing.
+_NOTHING = ("empty", "new_empty", "_unsafe_view", "detach", "lift")
 
 
 class Operator(NamedTuple):
@@ -61,7 +62,7 @@ class Steps(Watch):
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.catch_up()
         ours = str(func.name()).removesuffix(".default") in self._launchers
-        if not ours and not func.is_view and not func._opname.startswith(_FRESH):
+        if not ours and not func.is_view and not func._opname.startswith(_NOTHING):
             self.steps.append(_operator(func, args, kwargs or {}, result))
         return result
 

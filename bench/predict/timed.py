@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bench.predict import model
-from bench.predict.kernel import Counter, Counts
+from bench.predict.kernel import ONCE, Counter, Counts
 from bench.predict.model import Times
 from bench.predict.steps import Operator, Step
 from ocvtp_kernels._launch import Launch
@@ -24,5 +24,5 @@ def times(step: Step, images: int, counter: Counter) -> Times:
         phases[f"{number} {phase.name}"] = counter.of(step, range(first, first + phase.tasks))
         first += phase.tasks
     whole = counter.of(step, range(first))
-    notes = tuple(note for note in whole.notes if "branches" not in note)  # waiting is no work
+    notes = tuple(note for note in whole.notes if not note.endswith(ONCE))  # waiting is no work
     return model.phased(replace(whole, notes=notes), phases, images)

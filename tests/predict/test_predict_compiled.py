@@ -57,7 +57,20 @@ tile = dict(FIRST=3, BLOCK=128, TIMES=4, num_warps=4, num_stages=1)
 waiting = _launch.Launch(two_phases, (8,), (x, y, counters), tile, phases)
 first, second = counter.of(waiting, range(3)), counter.of(waiting, range(3, 8))
 part = times(waiting, 1, counter)
+from bench.aot import TARGETS, compiled_for
+from bench.first.checks.kernels import add_one, in_turn
+
+options = {"DEPENDENT": True, "num_warps": 4, "launch_pdl": True}
+dependent = _launch.Launch(add_one, (1,), (counters,), options)
+words, sums = _empty(15, dtype=torch.int32), _empty(14, dtype=torch.int32)
+turns = {"PHASES": 13, "TASKS": 9, "num_warps": 4}
+phases = tuple(_launch.Phase(str(i), 9) for i in range(13))
+turn = _launch.Launch(in_turn, (13 * 9,), (words, sums), turns, phases)
+ptx = compiled_for(dependent, TARGETS["sm_90"]).asm["ptx"]
 print(json.dumps({
+    "dependent": [word in ptx for word in ("griddepcontrol.wait", "griddepcontrol.launch_dependents")],
+    "dependent counts": [counter.of(dependent).dependent, counter.of(dependent).stored],
+    "turns": [counter.of(turn, range(9 * i, 9 * i + 9)).outputs[buffer_number(turn, sums)] for i in (0, 12)],
     "rows": rows, "stored": stored, "extra": extra,
     "first": [first.outputs.get(buffer_number(waiting, t), 0) for t in (x, y)],
     "second": [second.outputs.get(buffer_number(waiting, t), 0) for t in (x, y)],
@@ -112,3 +125,10 @@ def test_programs_that_wait_do_the_tasks_of_their_tickets(counted: dict) -> None
     assert counted["phases"] == ["1 write", "2 copy"]
     assert counted["waits"] == pytest.approx(2 * 1.2)
     assert counted["notes"] == []
+
+
+def test_kernels_of_the_first_minutes_compile(counted: dict) -> None:
+    """The interpreter has neither dependent launches nor programs that wait."""
+    assert counted["dependent"] == [True, True]
+    assert counted["dependent counts"] == [True, 4]
+    assert counted["turns"] == [4, 4]  # one task of each phase adds up

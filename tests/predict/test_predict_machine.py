@@ -175,6 +175,33 @@ def test_an_unknown_number_comes_back_when_it_is_written_again() -> None:
     assert (mixed.stored, mixed.unknown) == ({}, 128)
 
 
+def test_single_bits_of_an_unknown_word_are_kept() -> None:
+    """As ptxas keeps predicates, in a register that holds anything: threads below 4, programs below 1."""
+    base = 1 << REGION
+    lines = (
+        "LDC.64 R2, c[0x0][0x210]",
+        "S2R R0, SR_TID.X",
+        "S2R R1, SR_CTAID.X",
+        "IMAD.WIDE R4, R0, 0x4, R2",
+        "FADD R6, R7, R8",
+        "ISETP.LT.AND P0, PT, R0, 0x4, PT",
+        "LOP3.LUT R6, R6, 0xfffffff7, RZ, 0xc0, !PT",
+        "@P0 LOP3.LUT R6, R6, 0x8, RZ, 0xfc, !PT",
+        "ISETP.LT.AND P0, PT, R1, 0x1, PT",
+        "LOP3.LUT R6, R6, 0xfffffffb, RZ, 0xc0, !PT",
+        "@P0 LOP3.LUT R6, R6, 0x4, RZ, 0xfc, !PT",
+        "LOP3.LUT P1, RZ, R6, {mask}, RZ, 0xc0, !PT",
+        "@P1 STG.E desc[UR4][R4.64], R9",
+        "EXIT",
+    )
+    constants = {0x210: base & 0xFFFFFFFF, 0x214: base >> 32}
+    for mask, stored in (("0x8", 2 * 4 * 4), ("0x4", 32 * 4), ("0xc", (32 + 4) * 4)):
+        found = machine(*(line.format(mask=mask) for line in lines), constants=constants, programs=2).run()
+        assert (found.stored, found.unknown) == ({0: stored}, 0)
+    found = machine(*(line.format(mask="0x18") for line in lines), constants=constants).run()
+    assert (found.stored, found.unknown) == ({}, 128)
+
+
 def test_a_ticket_goes_through_shared_memory() -> None:
     """One thread draws it, all read it: program p stores p + 1 times."""
     base = 1 << REGION
@@ -252,6 +279,13 @@ def test_arithmetic_is_that_of_32_bits() -> None:
         assert whole >> 40 == results("SHF.R.U64 R0, R1, 0x28, R2", R1=a, R2=b).R0
 
 
+def test_minus_zero_is_zero() -> None:
+    found = results("IMAD.WIDE R4, -R1, R2, RZ", R1=0, R2=5)
+    assert (found.R4, found.R5) == (0, 0)
+    assert results("ISETP.EQ.AND P0, PT, -R1, RZ, PT", R1=0).P0 is True
+    assert results("IADD3 R0, P0, R2, -R1, RZ", R1=0, R2=7).P0 is True  # a carry: 7 is not below 0
+
+
 def test_single_words() -> None:
     for a in WORDS:
         assert abs(signed(a)) == results("IABS R0, R1", R1=a).R0
@@ -261,6 +295,8 @@ def test_single_words() -> None:
         assert a == results("PRMT R0, R1, 0x3210, R2", R1=a, R2=7).R0
         assert 0xABCD0000 | a & 0xFFFF == results("PRMT R0, R1, 0x7610, R2", R1=a, R2=0xABCD1234).R0
         assert integers.leading(a) == (a.bit_length() - 1) % 2**32
+    assert results("HFMA2.MMA R3, -RZ, RZ, 0, 1.1920928955078125e-07").R3 == 2
+    assert results("HFMA2.MMA R3, -RZ, RZ, 1.875, 0").R3 == 0x3F800000
     found = results("PLOP3.LUT P0, PT, P1, P2, PT, 0x80, 0x8", P1=1, P2=0)
     assert found.P0 is False
     found = results("P2R R0, PR, RZ, 0x6", **{f"P{i}": i == 1 for i in range(7)})

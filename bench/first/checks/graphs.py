@@ -12,7 +12,6 @@ from bench.first.run import Finding
 
 NODES = 17
 PHASES = 13
-TASKS = (1, 9, 32)
 
 
 def graphs(setting: Setting) -> Iterator[Finding]:
@@ -25,7 +24,7 @@ def graphs(setting: Setting) -> Iterator[Finding]:
         yield {"what": f"{NODES} as programmatic dependent launches", **dependent, "saved a node": saved}
     else:
         yield {"what": "programmatic dependent launches", "this device has them": False}
-    for tasks in TASKS:
+    for tasks in setting.tasks:
         yield _phases(setting, tasks)
 
 

@@ -23,7 +23,8 @@ class Setting:
         tokens: of an image.
         slots: that look for them.
         widths: of the pruner.
-        seconds: that one measurement takes, about.
+        seconds: that one measurement takes, about; 0: a single round of it.
+        tasks: of each phase of a launch, where phases are measured.
     """
 
     device: torch.device
@@ -32,6 +33,7 @@ class Setting:
     slots: int = 64
     widths: Widths = Widths()  # noqa: RUF009 - immutable
     seconds: float = 0.05
+    tasks: tuple[int, ...] = (1, 9, 32)
 
     @property
     def on_gpu(self) -> bool:
@@ -49,11 +51,12 @@ class Setting:
     def _median(self, kind: Any, calls: Sequence[Callable[[], Any]]) -> float:
         round_ = kind(calls, self.device, min(self.seconds, 2e-3))
         times = [round_()]
-        for _ in range(rounds_in(self.seconds, times[0] * round_.calls) - 1):
-            times.append(round_())
+        more = rounds_in(self.seconds, times[0] * round_.calls) - 1 if self.seconds else 0
+        times += [round_() for _ in range(more)]
         return 1e6 * statistics.median(times)
 
 
 def tiny(device: torch.device) -> Setting:
     """For a rehearsal."""
-    return Setting(device, batch=2, tokens=40, slots=5, widths=Widths(24, 32, 16, 32), seconds=0.0)
+    widths = Widths(24, 32, 16, 32)
+    return Setting(device, batch=2, tokens=40, slots=5, widths=widths, seconds=0.0, tasks=(2,))
