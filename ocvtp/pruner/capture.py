@@ -24,6 +24,7 @@ import torch
 from ocvtp.pruner.assignment import Assignment, Plan
 from ocvtp.pruner.pruner import OCPruner
 from ocvtp.pruner.topup import Fill
+from ocvtp.watch import OnInvalid
 from ocvtp_kernels.slot_attention import TopTokens
 
 _log = logging.getLogger("ocvtp")
@@ -176,6 +177,7 @@ class SlotRunner:
         return_attention: bool = False,
         refine: int = 0,
         fill: Fill = "attention",
+        on_invalid: OnInvalid = "raise",
     ) -> Pending:
         """Start ``pruner.assign(features, keep, ...)``, whose arguments and errors these are."""
         features = features.detach()
@@ -188,6 +190,7 @@ class SlotRunner:
             return_attention=return_attention,
             fill=fill,
             refine=refine,
+            on_invalid=on_invalid,
         )
         if plan.resolved != "triton" or pruner.training or _recorded_by_others():
             return Pending(plan.run(features))

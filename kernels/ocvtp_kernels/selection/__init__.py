@@ -11,7 +11,15 @@ from ocvtp_kernels._checks import require_count, require_floating, require_shape
 from ocvtp_kernels._launch import MAX_IMAGES
 from ocvtp_kernels.selection import op, reference, shapes
 
-__all__ = ["NotFinite", "gather_tokens", "select_from_keys", "select_rows", "select_tokens"]
+__all__ = [
+    "NotFinite",
+    "gather_tokens",
+    "is_finite",
+    "marked",
+    "select_from_keys",
+    "select_rows",
+    "select_tokens",
+]
 
 #: What is done about an image whose slot attention or scores hold NaN or Inf. ``"allow"``: nothing, its
 #: choice is any if there is NaN. ``"flag"``: its ``from_slots`` is -1. ``"grid"``: that, and the tokens that
@@ -147,14 +155,43 @@ def select_from_keys(
         if finite.dtype != torch.bool:
             raise TypeError(f"finite must be bool; got {finite.dtype}")
         require_shape("finite", finite, (keys.shape[0], scores.shape[1]), "[B, N]")
-    others = (("scores", scores), ("x", keys if x is None else x), ("finite", keys if finite is None else finite))
-    for name, tensor in others:
+    for name, given in (("scores", scores), ("x", x), ("finite", finite)):
+        tensor = keys if given is None else given
         if tensor.device != keys.device:
             raise ValueError(f"{name} are on {tensor.device}, keys on {keys.device}")
     if _resolve(backend, scores[:, None], None, x) == "triton":
         return op.select_from_keys(keys, keep, scores, x, finite, kind)
     indices, from_slots = reference.select_from_keys(keys, keep, scores, finite, kind)
     return indices, from_slots, None if x is None else reference.gather_tokens(x, indices)
+
+
+def is_finite(x: torch.Tensor) -> torch.Tensor:
+    """``[B]`` bool: whether there is no NaN and no Inf in each image of ``[B, ...]``."""
+    return reference.is_finite(x)
+
+
+def marked(
+    indices: torch.Tensor, from_slots: torch.Tensor, sound: torch.Tensor, tokens: int, not_finite: NotFinite
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A selection that was made otherwise, with what ``not_finite`` asks for done to it, in PyTorch.
+
+    Args:
+        indices: ``[B, keep]`` int64.
+        from_slots: ``[B]`` int64.
+        sound: ``[B]`` bool, false for images of which something is not finite.
+        tokens: N.
+        not_finite: see :data:`NotFinite`.
+
+    Returns:
+        Indices and ``from_slots`` as :func:`select_tokens`.
+
+    Raises:
+        ValueError: an unknown ``not_finite``.
+    """
+    kind = _kind(not_finite)
+    if kind == shapes.ALLOW:
+        return indices, from_slots
+    return reference.told(indices, from_slots, sound, tokens, kind)
 
 
 def gather_tokens(x: torch.Tensor, indices: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:

@@ -39,7 +39,8 @@ def select_from_keys(
 def is_finite(x: torch.Tensor) -> torch.Tensor:
     """``[B]`` bool: whether there is no NaN and no Inf in each image of ``[B, ...]``."""
     # One reduction, which NaN and Inf survive, and a comparison that NaN fails.
-    return torch.linalg.vector_norm(x.detach().flatten(1), float("inf"), dim=1) < float("inf")
+    largest = torch.linalg.vector_norm(x.detach(), float("inf"), dim=tuple(range(1, x.ndim)))
+    return largest < float("inf")
 
 
 def told(

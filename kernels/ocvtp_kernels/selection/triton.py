@@ -68,8 +68,8 @@ def _is_wrong(x):
 def _marked_by_scan(
     map_ptr, stride_k, stride_n, K, N, NP: tl.constexpr, BK: tl.constexpr, CHECK: tl.constexpr
 ):  # fmt: skip
-    """Which tokens are some slot's top token, every token's largest attention, and, with CHECK, which have
-    some that is not finite; reads the map once."""
+    """Which tokens are some slot's top token, every token's largest attention, and, with CHECK, how many
+    have some that is not finite; reads the map once."""
     n = tl.arange(0, NP)
     k = tl.arange(0, BK)
     marked = tl.zeros([NP], tl.int32)
@@ -87,7 +87,7 @@ def _marked_by_scan(
         largest = tl.maximum(largest, tl.max(values, axis=0))
         if CHECK:
             wrong = tl.maximum(wrong, tl.max(tl.where(inside, _is_wrong(values), 0), axis=0))
-    return marked > 0, largest, wrong
+    return marked > 0, largest, tl.sum(wrong, axis=0)
 
 
 @triton.jit
@@ -184,16 +184,10 @@ def select(
     if SCAN:
         marked, scores, wrong = _marked_by_scan(map_ptr + image * map_b, map_k, map_n, K, N, NP, BK, CHECK)
     else:
-        marked, count = _marked_by_parts(parts_ptr + image * T * K, K, T, NP, KP)
-        wrong = tl.zeros([NP], tl.int32)
-        if FINITE:
-            wrong += (tl.load(finite_ptr + image * N + n, mask=real, other=1) == 0).to(tl.int32)
-        else:
-            wrong += count
+        marked, wrong = _marked_by_parts(parts_ptr + image * T * K, K, T, NP, KP)
     if FILL:
         offsets = image * fill_b + n.to(tl.int64) * fill_n
-        scores = tl.load(fill_ptr + offsets, mask=real, other=float("-inf")).to(tl.float32)
-        wrong += tl.where(real, _is_wrong(scores), 0)
+        scores = tl.load(fill_ptr + offsets, mask=real, other=float("-inf"))
     scores = ordered_bits(_zero_is_zero(scores))
 
     marked = marked & real  # comparing NaN, a reduction may name padding
@@ -212,12 +206,18 @@ def select(
     indices_ptr += image * KEEP
     count = tl.minimum(count, KEEP)
     if CHECK:
-        wrong = tl.zeros([NP], tl.int32) + tl.sum(wrong, axis=0)
-        count = tl.where(tl.max(wrong, axis=0) > 0, -1, count)
+        # Of ordered bits, those between the infinities. Here and not above: less to hold meanwhile.
+        strange = real & (scores - 0x00800000 >= 0xFF000000)
+        if FINITE:
+            strange |= tl.load(finite_ptr + image * N + n, mask=real, other=1) == 0
+            wrong = 0
+        wrong += tl.sum(strange.to(tl.int32), axis=0)
+        count = tl.where(wrong > 0, -1, count)
         if GRID:
-            kept &= wrong == 0
+            sound = tl.zeros([NP], tl.int32) + wrong == 0
+            kept &= sound
             even = _evenly(n, N, KEEP, WIDTH, DOWN).to(tl.int64)
-            tl.store(indices_ptr + n, even, mask=(wrong > 0) & (n < KEEP))
+            tl.store(indices_ptr + n, even, mask=(n < KEEP) & (sound ^ True))
     tl.store(indices_ptr + position, n.to(tl.int64), mask=kept)  # the same values from every program
     if program == 0:
         tl.store(count_ptr + image, count.to(tl.int64))
