@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ocvtp.watch import watch_of_functions
+from ocvtp.watch import on_host, watch_of_functions
 from ocvtp_kernels._checks import require, require_floating, require_shape
-from ocvtp_kernels._transforms import is_traced, values
+from ocvtp_kernels._transforms import is_traced
 from ocvtp_kernels.selection import is_finite
 
 #: Where kernels notice it, after the fact.
@@ -20,11 +20,6 @@ def check_fill_scores(scores: torch.Tensor, batch: int, tokens: int) -> None:
     """Raise unless ``scores`` are ``[B, N]`` and floating point."""
     require_floating("fill_scores", scores)
     require_shape("fill_scores", scores, (batch, tokens), "[B, N]")
-
-
-def on_host(tensor: torch.Tensor) -> bool:
-    """Whether a check of values raises at once; in compiled and exported code, when that runs."""
-    return values(tensor).device.type == "cpu"
 
 
 def not_finite(name: str) -> str:

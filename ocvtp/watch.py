@@ -38,6 +38,37 @@ def check_on_invalid(on_invalid: object) -> OnInvalid:
     raise ValueError(f'on_invalid must be "raise" or "grid"; got {on_invalid!r}')
 
 
+class Line:
+    """From a device's memory to the host's, without waiting."""
+
+    #: Whose memory.
+    device_type = "cuda"
+
+    def around(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """What the other methods are called in."""
+        return torch.cuda.device(device)
+
+    def recorded(self) -> bool:
+        """Whether what happens on the current stream is recorded instead of done."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the host that the device writes to by itself."""
+        return torch.empty(size, dtype=dtype, pin_memory=True)
+
+    def event(self) -> Any:
+        """With ``record()``, ``query()`` and ``synchronize()``."""
+        return torch.cuda.Event()
+
+
+_line = Line()
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether the host may look at values at once; in compiled and exported code, when that runs."""
+    return values(tensor).device.type == "cpu" != _line.device_type
+
+
 @dataclass(frozen=True)
 class _Place:
     """Pinned memory for the flags of a call, and the event after which they are there."""
@@ -103,11 +134,11 @@ class Watch:
         sound = values(sound.detach())
         if is_traced(sound):
             return
-        if sound.device.type == "cpu":
+        if on_host(sound):
             self._tell([(_wrong(sound), sound.numel(), message, on_invalid, "")])
-        elif sound.device.type == "cuda" and sound.numel():
-            with torch.cuda.device(sound.device), torch.inference_mode(False), torch.no_grad():
-                if not torch.cuda.is_current_stream_capturing():
+        elif sound.device.type == _line.device_type and sound.numel():
+            with _line.around(sound.device), torch.inference_mode(False), torch.no_grad():
+                if not _line.recorded():
                     self._send(sound.reshape(-1), message, on_invalid)
 
     def look(self) -> None:
@@ -132,7 +163,7 @@ class Watch:
         with self._lock:
             place = self._place(images, sound.dtype)
         place.flags[:images].copy_(sound, non_blocking=True)
-        place.arrived.record(torch.cuda.current_stream(sound.device))
+        place.arrived.record()
         note = _Note(place, images, message, on_invalid, self._caller())
         with self._lock:
             self._pending.append(note)
@@ -144,7 +175,7 @@ class Watch:
             if place.flags.dtype == dtype and place.flags.numel() >= images:
                 return self._free.pop(index)
         size = max(_LEAST_IMAGES, 1 << (images - 1).bit_length())
-        return _Place(torch.empty(size, dtype=dtype, pin_memory=True), torch.cuda.Event())
+        return _Place(_line.pinned(size, dtype), _line.event())
 
     def _read(self, *, wait: bool) -> None:
         if torch.compiler.is_compiling():

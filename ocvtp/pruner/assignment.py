@@ -7,11 +7,11 @@ from typing import TypedDict
 
 import torch
 
-from ocvtp.checks import NOT_FINITE, check_fill_scores, check_finite, on_host, require_finite
+from ocvtp.checks import NOT_FINITE, check_fill_scores, check_finite, require_finite
 from ocvtp.pruner.refinement import Refinement
 from ocvtp.pruner.topup import TopUp
 from ocvtp.selection import Selection
-from ocvtp.watch import OnInvalid, Watch
+from ocvtp.watch import OnInvalid, Watch, on_host
 from ocvtp_kernels._alike import image_by_image, laid_out
 from ocvtp_kernels._checks import require, require_shape
 from ocvtp_kernels._device import without_autocast

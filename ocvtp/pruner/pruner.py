@@ -13,7 +13,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from typing_extensions import Self
 
-from ocvtp.checks import check_fill_scores, check_finite, on_host
+from ocvtp.checks import check_fill_scores, check_finite
 from ocvtp.pruner import checkpoint
 from ocvtp.pruner.assignment import Assignment, Plan
 from ocvtp.pruner.budget import check_budgets, share_of, smallest_budget
@@ -26,7 +26,7 @@ from ocvtp.pruner.refinement import Refinement
 from ocvtp.pruner.topup import Fill, TopUp
 from ocvtp.selection import Selection
 from ocvtp.stored.tensors import save_sealed
-from ocvtp.watch import OnInvalid, Watch, check_on_invalid, watched, watching
+from ocvtp.watch import OnInvalid, Watch, check_on_invalid, on_host, watched, watching
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import as_float, as_int, require_count, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
