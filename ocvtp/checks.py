@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ocvtp.watch import on_host, watch_of_functions
+from ocvtp.watch import Watch, on_host, watch_of_functions
 from ocvtp_kernels._checks import require, require_floating, require_shape
 from ocvtp_kernels._transforms import is_traced
 from ocvtp_kernels.selection import is_finite
@@ -27,17 +27,18 @@ def not_finite(name: str) -> str:
     return f"{name} contains NaN or Inf; look at the encoder's dtype (float16 overflows) and its input"
 
 
-def check_finite(name: str, tensor: torch.Tensor) -> None:
+def check_finite(name: str, tensor: torch.Tensor, watch: Watch | None = None) -> None:
     """Raise ``ValueError`` if there is NaN or Inf in ``tensor``.
 
     On a GPU a later call raises it (:mod:`ocvtp.watch`), and compiled code, for a GPU, no call at all: an
-    assertion there would end the process's CUDA context. On a CPU compiled code asserts it.
+    assertion there would end the process's CUDA context. On a CPU compiled code asserts it. ``watch``: whose
+    call it is, if that is known.
     """
     if on_host(tensor):
         require_finite(tensor, not_finite(name))
     elif not torch.compiler.is_compiling() and not is_traced(tensor):
         sound = is_finite(tensor if tensor.ndim > 1 else tensor.reshape(1, -1))
-        watch_of_functions().note(sound, not_finite(name))
+        (watch or watch_of_functions()).note(sound, not_finite(name))
 
 
 def require_finite(tensor: torch.Tensor, message: str) -> None:

@@ -69,7 +69,7 @@ def on_host(tensor: torch.Tensor) -> bool:
     return values(tensor).device.type == "cpu" != _line.device_type
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Place:
     """Pinned memory for the flags of a call, and the event after which they are there."""
 
@@ -77,7 +77,7 @@ class _Place:
     arrived: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Note:
     """The flags of a call: where they arrive, of how many images, what they mean, and whose they are."""
 
@@ -184,9 +184,11 @@ class Watch:
             for note in list(self._pending):
                 note.place.arrived.synchronize()
         with self._lock:
-            arrived = [note for note in self._pending if note.place.arrived.query()]
-            for note in arrived:
-                self._pending.remove(note)
+            arrived: list[_Note] = []
+            rest: deque[_Note] = deque()
+            for note in self._pending:  # of several streams, in any order
+                (arrived if note.place.arrived.query() else rest).append(note)
+            self._pending = rest
             found = [
                 (_wrong(note.place.flags[: note.images]), note.images, note.message, note.on_invalid, note.caller)
                 for note in arrived

@@ -739,7 +739,7 @@ class OCPruner(
             )
             if noise.shape[0] not in (1, batch):
                 raise ValueError(f"noise must have batch size 1 or {batch}; got {noise.shape[0]}")
-            check_finite("noise", noise)
+            check_finite("noise", noise, watched() or self._watch)
         return slots
 
     def _noise(
