@@ -190,14 +190,23 @@ class Watch:
                 (arrived if note.place.arrived.query() else rest).append(note)
             self._pending = rest
             found = [
-                (_wrong(note.place.flags[: note.images]), note.images, note.message, note.on_invalid, note.caller)
+                (
+                    _wrong(note.place.flags[: note.images]),
+                    note.images,
+                    note.message,
+                    note.on_invalid,
+                    note.caller,
+                )
                 for note in arrived
             ]
             self._free += [note.place for note in arrived]
             del self._free[:-MOST_PENDING]
         here = self._caller()
         self._tell(
-            [(*what, "in this call, " if caller == here else "in an earlier call, ") for *what, caller in found]
+            [
+                (*what, "in this call, " if caller == here else "in an earlier call, ")
+                for *what, caller in found
+            ]
         )
 
     def _tell(self, found: Sequence[tuple[Any, ...]]) -> None:
@@ -207,7 +216,10 @@ class Watch:
             if on_invalid == "grid" and not self._warned:
                 self._warned = True
                 _log.warning(
-                    "%s%s: tokens spread evenly are kept. %s. This is said once", when, _named(images, total), message
+                    "%s%s: tokens spread evenly are kept. %s. This is said once",
+                    when,
+                    _named(images, total),
+                    message,
                 )
         errors = [
             f"{when}{_named(images, total)}: {message}" for images, total, message, on_invalid, when in bad

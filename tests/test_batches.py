@@ -28,7 +28,9 @@ def found() -> dict[str, list[str]]:
     result = run("-c", FIND)
     assert result.returncode == 0, result.stderr
     return {
-        name: [f"{arch} K={kept}: {one}" for arch, kept, anew in json.loads(result.stdout) for one in anew[name]]
+        name: [
+            f"{arch} K={kept}: {one}" for arch, kept, anew in json.loads(result.stdout) for one in anew[name]
+        ]
         for name in CALLS
     }
 

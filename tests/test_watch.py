@@ -59,7 +59,9 @@ def test_all_that_was_wrong_is_said(far: FarLine) -> None:
         watch.note(BAD, message)
     watch.note(-torch.ones(20, dtype=torch.int64), "c")
     far.arrive()
-    with pytest.raises(ValueError, match=r"of 3: a; .* of 3: b; .*\[0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\] of 20: c$"):
+    with pytest.raises(
+        ValueError, match=r"of 3: a; .* of 3: b; .*\[0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\] of 20: c$"
+    ):
         watch.look()
 
 
@@ -234,7 +236,9 @@ def test_functions_that_nobody_calls_for(far: FarLine) -> None:
     check_finite("x", bad)
     check_finite("y", bad[0, 0])
     far.arrive()
-    with pytest.raises(ValueError, match=r"in an earlier call, images \[0, 1\] of 2: x contains NaN or Inf.*an image: y"):
+    with pytest.raises(
+        ValueError, match=r"in an earlier call, images \[0, 1\] of 2: x contains NaN or Inf.*an image: y"
+    ):
         check_finite("x", torch.zeros(3))
     with watching(watch := Watch()):
         check_finite("x", bad)

@@ -49,9 +49,7 @@ def sound_images(name: str, tensor: torch.Tensor, on_invalid: OnInvalid) -> torc
     return is_finite(tensor)
 
 
-def settled(
-    selection: Selection, sound: torch.Tensor | None, name: str, on_invalid: OnInvalid
-) -> Selection:
+def settled(selection: Selection, sound: torch.Tensor | None, name: str, on_invalid: OnInvalid) -> Selection:
     """A selection by a tensor of which some images may not be :func:`sound_images`."""
     if sound is None:
         return selection

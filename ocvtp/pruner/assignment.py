@@ -227,9 +227,7 @@ class Assignment:
             assert rows is not None
         else:
             assert self.attention is not None
-            indices, count, rows = select_rows(
-                self.attention, self.keep, fill_scores, x, **self._how()
-            )
+            indices, count, rows = select_rows(self.attention, self.keep, fill_scores, x, **self._how())
         return self._selection(indices, count), rows
 
     def finish(self, fill_scores: torch.Tensor | None) -> Selection:

@@ -15,9 +15,8 @@ pytest.importorskip("triton")
 from ocvtp.methods import grid
 from ocvtp_kernels._arch import pretend
 from ocvtp_kernels._tiles import table
-from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
+from ocvtp_kernels.selection import gather_tokens, reference, select_from_keys, select_rows, select_tokens
 from ocvtp_kernels.selection import op as operators
-from ocvtp_kernels.selection import reference
 from ocvtp_kernels.selection import triton as kernels
 from ocvtp_kernels.selection.shapes import MAX_TOKENS
 from ocvtp_kernels.slot_attention import folded as slot_attention_folded

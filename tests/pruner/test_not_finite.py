@@ -137,7 +137,9 @@ def test_far_away_the_next_call_raises(name: str, backend: str, small: OCPruner,
     assert ((got.indices >= 0) & (got.indices < TOKENS)).all()
     asked(small, name, backend, bad=False)  # its flags are still under way
     far.arrive()
-    with pytest.raises(ValueError, match=r"in an earlier call, image \[1\] of 3: features or fill scores contain NaN"):
+    with pytest.raises(
+        ValueError, match=r"in an earlier call, image \[1\] of 3: features or fill scores contain NaN"
+    ):
         asked(small, name, backend, bad=False)
     assert far.waits == 0
 
@@ -204,7 +206,9 @@ def test_rules(rule: str, far: FarLine) -> None:
     assert flagged.from_slots.tolist() == [0, -1, 0]
     assert torch.equal(flagged.indices[[0, 2]], clean.indices[[0, 2]])
     far.arrive()
-    with pytest.raises(ValueError, match=r"in an earlier call, image \[1\] of 3: (features|fill_scores) contains NaN"):
+    with pytest.raises(
+        ValueError, match=r"in an earlier call, image \[1\] of 3: (features|fill_scores) contains NaN"
+    ):
         choose(x)
     assert torch.equal(choose(x).indices, clean.indices)
 
