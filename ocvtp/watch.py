@@ -88,6 +88,24 @@ class _Note:
     caller: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class _Found:
+    """Which images of how many were not finite, why, what is done about it, and when that was."""
+
+    images: list[int]
+    total: int
+    message: str
+    on_invalid: OnInvalid
+    when: str = ""
+
+    def where(self) -> str:
+        """``in this call, image [3] of 8``, counted from 0, as tensors are."""
+        if self.total == 1:
+            return f"{self.when}an image"
+        which = ", ".join(map(str, self.images[:8])) + (", ..." if len(self.images) > 8 else "")
+        return f"{self.when}image{'s' * (len(self.images) > 1)} [{which}] of {self.total}"
+
+
 class Watch:
     """What calls of one model, or of one pruner, found wrong. Threads may share it; nothing here waits but
     :meth:`check`.
@@ -135,7 +153,7 @@ class Watch:
         if is_traced(sound):
             return
         if on_host(sound):
-            self._tell([(_wrong(sound), sound.numel(), message, on_invalid, "")])
+            self._tell([_Found(_wrong(sound), sound.numel(), message, on_invalid)])
         elif sound.device.type == _line.device_type and sound.numel():
             with _line.around(sound.device), torch.inference_mode(False), torch.no_grad():
                 if not _line.recorded():
@@ -189,42 +207,33 @@ class Watch:
             for note in self._pending:  # of several streams, in any order
                 (arrived if note.place.arrived.query() else rest).append(note)
             self._pending = rest
-            found = [
-                (
-                    _wrong(note.place.flags[: note.images]),
-                    note.images,
-                    note.message,
-                    note.on_invalid,
-                    note.caller,
-                )
-                for note in arrived
-            ]
+            found = [(note, _wrong(note.place.flags[: note.images])) for note in arrived]
             self._free += [note.place for note in arrived]
             del self._free[:-MOST_PENDING]
         here = self._caller()
         self._tell(
             [
-                (*what, "in this call, " if caller == here else "in an earlier call, ")
-                for *what, caller in found
+                _Found(
+                    images,
+                    note.images,
+                    note.message,
+                    note.on_invalid,
+                    "in this call, " if note.caller == here else "in an earlier call, ",
+                )
+                for note, images in found
             ]
         )
 
-    def _tell(self, found: Sequence[tuple[Any, ...]]) -> None:
-        """Raise or warn for images that were not finite: ``(images, of how many, why, what to do, when)``."""
-        bad = [one for one in found if one[0]]
-        for images, total, message, on_invalid, when in bad:
-            if on_invalid == "grid" and not self._warned:
+    def _tell(self, found: Sequence[_Found]) -> None:
+        """Raise or warn for images that were not finite."""
+        bad = [one for one in found if one.images]
+        for one in bad:
+            if one.on_invalid == "grid" and not self._warned:
                 self._warned = True
                 _log.warning(
-                    "%s%s: tokens spread evenly are kept. %s. This is said once",
-                    when,
-                    _named(images, total),
-                    message,
+                    "%s: tokens spread evenly are kept. %s. This is said once", one.where(), one.message
                 )
-        errors = [
-            f"{when}{_named(images, total)}: {message}" for images, total, message, on_invalid, when in bad
-            if on_invalid == "raise"
-        ]  # fmt: skip
+        errors = [f"{one.where()}: {one.message}" for one in bad if one.on_invalid == "raise"]
         if errors:
             raise ValueError("; ".join(dict.fromkeys(errors)))
 
@@ -270,11 +279,3 @@ def _wrong(sound: torch.Tensor) -> list[int]:
     flags = sound.reshape(-1)
     bad = flags < 0 if flags.dtype != torch.bool else ~flags
     return bad.nonzero()[:, 0].tolist()
-
-
-def _named(images: Sequence[int], total: int) -> str:
-    """``image 3 of 8``, counted from 0, as tensors are."""
-    if total == 1:
-        return "an image"
-    which = ", ".join(map(str, images[:8])) + (", ..." if len(images) > 8 else "")
-    return f"image{'s' * (len(images) > 1)} [{which}] of {total}"

@@ -13,7 +13,7 @@ from ocvtp_kernels._alike import image_by_image, laid_out
 from ocvtp_kernels._checks import as_number, require_count, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels.diversity import in_range
-from ocvtp_kernels.selection import is_finite, marked
+from ocvtp_kernels.selection import NotFinite, is_finite, marked
 
 
 def check_features(features: torch.Tensor, keep: int) -> int:
@@ -54,7 +54,7 @@ def settled(selection: Selection, sound: torch.Tensor | None, name: str, on_inva
     if sound is None:
         return selection
     assert selection.tokens is not None
-    kind = "flag" if on_invalid == "raise" else "grid"
+    kind: NotFinite = "flag" if on_invalid == "raise" else "grid"
     indices, from_slots = marked(
         selection.indices, selection.from_slots, sound, selection.tokens, kind
     )  # fmt: skip

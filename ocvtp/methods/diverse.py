@@ -25,7 +25,7 @@ def farthest_point(
         on_invalid: of images with NaN or Inf, see :class:`ocvtp.OCPruner`.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf; on a GPU a later call raises that.
+        TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf (on a GPU a later call raises it).
         BackendUnavailableError: an explicit backend that can't run.
     """
     from ocvtp_kernels.diversity import farthest_points
@@ -53,7 +53,7 @@ def greedy_dpp(
         on_invalid: of images with NaN or Inf, see :class:`ocvtp.OCPruner`.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf; on a GPU a later call raises that.
+        TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf (on a GPU a later call raises it).
         BackendUnavailableError: an explicit backend that can't run.
     """
     from ocvtp_kernels.diversity import largest_volume

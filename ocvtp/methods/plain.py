@@ -78,7 +78,7 @@ def attention_top_k(scores: torch.Tensor, keep: int, *, on_invalid: OnInvalid = 
         on_invalid: of images with NaN or Inf, see :class:`ocvtp.OCPruner`.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf; on a GPU a later call raises that.
+        TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf (on a GPU a later call raises it).
     """
     require_floating("scores", scores)
     require_shape("scores", scores, (None, None), "[B, N]")

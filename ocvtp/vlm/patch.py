@@ -138,8 +138,8 @@ def apply(
             there; nor are labels, chunked prefill, and an image behind a used cache.
         on_invalid: of images in which NaN or Inf is found, in features or scores that a pruner or a rule
             chooses by: ``"raise"`` a ``ValueError``, on a GPU as soon as the host knows without waiting for
-            it, at the latest in the next call; or ``"grid"``: they keep tokens spread evenly, and a warning is
-            logged once. Other images of the batch keep their tokens either way.
+            it, at the latest in the next call; or ``"grid"``: they keep tokens spread evenly, and a warning
+            is logged once. Other images of the batch keep their tokens either way.
 
     Returns:
         A :class:`~ocvtp.vlm.PruneReport`; print it.

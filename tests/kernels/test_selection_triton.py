@@ -719,7 +719,7 @@ def test_the_kernel_spreads_alike(tokens: int, keep: int) -> None:
 def test_what_not_finite_may_be() -> None:
     attention, fill = problem(2, 3, 16)
     keys, _, finite = slot_attention_folded.top_tokens(attention)
-    with pytest.raises(ValueError, match='not_finite must be one of "allow", "flag", "grid"; got .raise'):
+    with pytest.raises(ValueError, match=r'one of "allow", "flag", "grid"; got .raise'):
         select_tokens(attention, 3, not_finite="raise")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs finite="):
         select_from_keys(keys, 3, fill, not_finite="flag")

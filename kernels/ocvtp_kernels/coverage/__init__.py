@@ -50,8 +50,8 @@ def refine(x: torch.Tensor, indices: torch.Tensor, rounds: int, *, backend: str 
 
     Args:
         x: ``[B, N, C]`` floating point, any strides.
-        indices: ``[B, T]`` int64 in ``[0, N)``, unique per row. An image with others is an error on a CPU; the
-            kernels leave it the indices that it has.
+        indices: ``[B, T]`` int64 in ``[0, N)``, unique per row. An image with others is an error on a CPU;
+            the kernels leave it the indices that it has.
         rounds: how many, ``0 <= rounds <=`` :data:`MAX_ROUNDS`.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take up to 32 bits.
 

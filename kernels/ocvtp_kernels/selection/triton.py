@@ -380,18 +380,19 @@ def _select(
         rows = torch.empty(batch, keep, width, dtype=x.dtype, device=device)
         programs = max(1, min(processors(device) // max(batch, 1), triton.cdiv(keep, cut["BR"])))
     checked = not_finite != ALLOW
-    looks = checked and finite is not None
+    if not checked:
+        finite = None
     across, down = even_rows(tokens, keep) if not_finite == GRID else (1, 1)
     launch(
         select, (programs, batch), device,
         source, source if scores is None else scores, source if parts is None else parts,
-        finite.contiguous().view(torch.uint8) if looks else source,
+        source if finite is None else finite.contiguous().view(torch.uint8),
         indices if x is None else x.view(_BITS[x.itemsize]), indices, from_slots,
         indices if rows is None else rows.view(_BITS[rows.itemsize]),
         *(source.stride() if parts is None else (0, 0, 0)), *((0, 0) if scores is None else scores.stride()),
         *strides, slots, tokens, 0 if parts is None else parts.shape[1], keep, across, down, width,
         NP=padded, SCAN=parts is None, FILL=scores is not None, ROWS=x is not None,
-        CHECK=checked, FINITE=looks, GRID=not_finite == GRID, **cut,
+        CHECK=checked, FINITE=finite is not None, GRID=not_finite == GRID, **cut,
     )  # fmt: skip
     return indices, from_slots, rows
 
