@@ -160,12 +160,12 @@ class Watch:
                     self._send(sound.reshape(-1), message, on_invalid)
 
     def look(self) -> None:
-        """Read the flags that have arrived.
+        """Read the flags that have arrived; not inside a recording, which a look at events would break off.
 
         Raises:
             ValueError: an image was not finite, and that is to be raised; names it.
         """
-        if self._pending:
+        if self._pending and not _line.recorded():
             self._read(wait=False)
 
     def check(self) -> None:

@@ -175,6 +175,7 @@ def test_what_is_recorded_or_traced_is_left_alone(far: FarLine) -> None:
     far.capturing = True
     watch.note(BAD, "x")
     far.capturing = False
+    assert far.sent == 0
 
     def traced(x: torch.Tensor) -> torch.Tensor:
         watch.note(x, "x")
@@ -187,6 +188,18 @@ def test_what_is_recorded_or_traced_is_left_alone(far: FarLine) -> None:
     watch.note(torch.empty(3, dtype=torch.int64, device="meta"), "x")
     watch.note(torch.empty(0, dtype=torch.int64), "x")
     assert far.sent == 0
+
+
+def test_nobody_looks_while_somebody_records(far: FarLine) -> None:
+    """A query of an event breaks a recording off."""
+    watch = Watch()
+    watch.note(BAD, "x")
+    far.arrive()
+    far.capturing = True
+    watch.start()
+    far.capturing = False
+    with pytest.raises(ValueError, match="x"):
+        watch.start()
 
 
 def test_inference_mode_does_not_stick(far: FarLine) -> None:
