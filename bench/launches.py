@@ -70,7 +70,7 @@ def _selection() -> None:
         for not_finite in (FLAG, GRID):
             selection.select_from_keys(keys, 64, fill, rows, finite, not_finite)
             selection.select_from_keys(keys, 64, fill, None, finite, not_finite)
-            if slots in (64, 300):  # maps: one that is scanned, one in parts
+            if not_finite == FLAG or slots == 64:
                 selection.select_tokens(_empty(2, slots, tokens), 64, fill, None, not_finite)
     for dtype in (torch.uint8, torch.float16, torch.float32, torch.float64):
         rows = _empty(2, 576, 1024, dtype=dtype)
