@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -146,6 +147,7 @@ def far(monkeypatch: pytest.MonkeyPatch) -> FarLine:
     """The CPU's values are far away, as a GPU's are: nobody looks before they have arrived."""
     line = FarLine()
     monkeypatch.setattr("ocvtp.watch._line", line)
+    monkeypatch.setattr("ocvtp.watch._of_functions", threading.local())  # not what this test leaves
     return line
 
 
