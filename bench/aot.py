@@ -52,6 +52,9 @@ TARGETS = {
     "sm_120": Target("cuda", 120, 32, "sm86", 99 * KB),
     "gfx942": Target("hip", "gfx942", 64, "gfx942", 64 * KB),
 }
+#: Kernels that copy rows, which takes 16 bytes an instruction where sizes allow: those are counted.
+_COPIES = ("average", "gather", "scatter", "select", "spread")
+_WIDE = re.compile(r"\b(?:(?:LDG|STG)\S*\.128|global_(?:load|store)_(?:dwordx4|b128))\b")
 _MATRIX = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "QMMA")
 _TYPES = {
     torch.float32: "fp32",
@@ -67,7 +70,10 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel needs. Counts are instructions, shared memory is bytes."""
+    """What one compiled kernel needs. Counts are instructions, shared memory is bytes.
+
+    ``wide``: loads and stores of 16 bytes, of kernels that copy rows; ``None`` of others.
+    """
 
     target: str
     kernel: str
@@ -77,17 +83,20 @@ class Usage:
     shared: int
     matrix: str
     faults: tuple[str, ...]
+    wide: int | None = None
 
     def row(self) -> dict[str, int | str]:
         """What the snapshot holds of it."""
-        return {name: getattr(self, name) for name in ("registers", "spills", "shared", "matrix")}
+        row = {name: getattr(self, name) for name in ("registers", "spills", "shared", "matrix")}
+        return row if self.wide is None else {**row, "wide": self.wide}
 
 
 def compile_launch(launch: Launch, target: str) -> Usage:
     """Compile one recorded launch for ``target`` and read its machine code."""
     gpu = TARGETS[target]
     compiled = compiled_for(launch, gpu)
-    registers, spills, matrix = (_read_hip if gpu.backend == "hip" else _read_cuda)(compiled)
+    registers, spills, matrix, code = (_read_hip if gpu.backend == "hip" else _read_cuda)(compiled)
+    name = launch.kernel.fn.__name__
     shared = int(compiled.metadata.shared)
     faults = []
     if spills:
@@ -98,9 +107,8 @@ def compile_launch(launch: Launch, target: str) -> Usage:
         faults.append("memory that launches before may be writing is touched before the wait for them")
     if "tt.dot" in compiled.asm["ttir"] and not matrix:
         faults.append("a dot without tensor cores")
-    return Usage(
-        target, launch.kernel.fn.__name__, _variant(launch), registers, spills, shared, matrix, tuple(faults)
-    )
+    wide = len(_WIDE.findall(code)) if name in _COPIES else None
+    return Usage(target, name, _variant(launch), registers, spills, shared, matrix, tuple(faults), wide)
 
 
 def waits_first(ptx: str) -> bool:
@@ -193,13 +201,13 @@ def disassemble(compiled: Any, elf: bool = False) -> Disassembly:
         return Disassembly(usage, sass, _output(tools / "cuobjdump", "-elf", file.name) if elf else "")
 
 
-def _read_cuda(compiled: Any) -> tuple[int, int, str]:
+def _read_cuda(compiled: Any) -> tuple[int, int, str, str]:
     found = disassemble(compiled)
     matrix = [name for name in _MATRIX if re.search(rf"\b{name}\b", found.sass)]
-    return found.registers, len(re.findall(r"\b(?:STL|LDL)\b", found.sass)), " ".join(matrix)
+    return found.registers, len(re.findall(r"\b(?:STL|LDL)\b", found.sass)), " ".join(matrix), found.sass
 
 
-def _read_hip(compiled: Any) -> tuple[int, int, str]:
+def _read_hip(compiled: Any) -> tuple[int, int, str, str]:
     assembly = compiled.asm["amdgcn"]
 
     def note(name: str) -> int:
@@ -211,7 +219,7 @@ def _read_hip(compiled: Any) -> tuple[int, int, str]:
     # Scalar registers spill into lanes of vector registers, not to memory: not counted.
     spills = note("vgpr_spill_count") + note("private_segment_fixed_size") // 4
     matrix = sorted(set(re.findall(r"v_mfma_\w+", assembly)))
-    return note("vgpr_count"), spills, " ".join(matrix)
+    return note("vgpr_count"), spills, " ".join(matrix), assembly
 
 
 def _output(*command: str | os.PathLike[str]) -> str:

@@ -16,6 +16,7 @@ from ocvtp_kernels.merge import triton as merge
 from ocvtp_kernels.received_attention import triton as received_attention
 from ocvtp_kernels.reconstruction import triton as reconstruction
 from ocvtp_kernels.selection import triton as selection
+from ocvtp_kernels.selection.shapes import FLAG, GRID
 from ocvtp_kernels.slot_attention import FoldedWeights, SlotStart, loop
 from ocvtp_kernels.slot_attention import triton as slot_attention
 from ocvtp_kernels.slot_attention.training import triton as slot_training
@@ -67,9 +68,12 @@ def _selection() -> None:
             fill, rows = _empty(2, tokens), _empty(2, tokens, 1024, dtype=torch.float16)
             selection.select_tokens(attention, 64, fill, rows)
             selection.select_tokens(attention, 64, None, None)
-        keys = _empty(2, 9, slots, dtype=torch.int64)
-        selection.select_from_keys(keys, 64, fill, rows)
-        selection.select_from_keys(keys, 64, fill, None)
+        keys, finite = _empty(2, 9, slots, dtype=torch.int64), _empty(2, tokens, dtype=torch.bool)
+        for not_finite in (FLAG, GRID):
+            selection.select_from_keys(keys, 64, fill, rows, finite, not_finite)
+            selection.select_from_keys(keys, 64, fill, None, finite, not_finite)
+            if not_finite == FLAG or slots == 64:
+                selection.select_tokens(_empty(2, slots, tokens), 64, fill, None, not_finite)
     for dtype in (torch.uint8, torch.float16, torch.float32, torch.float64):
         rows = _empty(2, 576, 1024, dtype=dtype)
         selection.gather_tokens(rows, _empty(2, 64, dtype=torch.int64))

@@ -54,7 +54,7 @@ class Selection:
     Attributes:
         indices: ``[B, keep]`` int64, ascending and unique per row.
         from_slots: ``[B]`` int64, how many of them were some slot's top token (the rest are fill), before any
-            refinement moved them.
+            refinement moved them. -1 for an image in which NaN or Inf was found.
         slot_attention: ``[B, num_slots, N]``, softmax over slots of the last iteration, or ``None``
             unless it was asked for.
         coverage: ``[B]`` coverage error of the kept tokens

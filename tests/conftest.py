@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: more thread
     torch.set_num_threads(1)
 
 from ocvtp import OCPruner, PrunerConfig
+from tests.far import FarLine
 from tests.fickle import Fickle
 from tests.rehearsal import Rehearsal
 
@@ -138,6 +140,15 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsal]:
 
     monkeypatch.setattr("ocvtp.pruner.capture.lane_for", lane_for)
     return made
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> FarLine:
+    """The CPU's values are far away, as a GPU's are: nobody looks before they have arrived."""
+    line = FarLine()
+    monkeypatch.setattr("ocvtp.watch._line", line)
+    monkeypatch.setattr("ocvtp.watch._of_functions", threading.local())  # not what this test leaves
+    return line
 
 
 @pytest.fixture

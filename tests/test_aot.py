@@ -93,6 +93,37 @@ def test_kernels_that_start_early_wait_before_they_touch_memory() -> None:
     assert compiled("sm_90", "update", "float16")[4] == []
 
 
+WIDE = """
+import json
+import torch
+from bench import aot
+from ocvtp_kernels._arch import pretend
+from ocvtp_kernels._launch import recording
+from ocvtp_kernels.selection import triton as selection
+from ocvtp_kernels.selection.shapes import FLAG
+
+def empty(*shape, dtype=torch.int64):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+with pretend("sm90"), recording() as made:
+    for width in (1024, 1001):
+        selection.gather_tokens(empty(2, 576, width, dtype=torch.float16), empty(2, 64))
+    rows, scores = empty(2, 576, 1024, dtype=torch.float16), empty(2, 576, dtype=torch.float32)
+    selection.select_from_keys(empty(2, 9, 64), 64, scores, rows, empty(2, 576, dtype=torch.bool), FLAG)
+print(json.dumps([aot.compile_launch(one, "sm_90").wide for one in made]))
+"""
+
+
+def test_rows_are_copied_16_bytes_at_a_time() -> None:
+    """Where their width allows: that tells those that Triton was kept from specialising on it."""
+    result = run("-c", WIDE)
+    assert result.returncode == 0, result.stderr
+    gather, ragged, select = json.loads(result.stdout)
+    assert gather >= 2  # a load and a store
+    assert select >= 2
+    assert ragged == 0
+
+
 def test_command_line() -> None:
     result = run("-m", "bench.aot", "--target", "gfx942", "--kernel", "head_mean")
     assert result.returncode == 0, result.stderr

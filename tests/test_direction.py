@@ -14,6 +14,7 @@ BASES = {"ocvtp": ROOT / "ocvtp", "ocvtp_kernels": ROOT / "kernels/ocvtp_kernels
 # Layers on one line know nothing of each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("ocvtp_kernels",),
+    ("ocvtp.watch",),
     ("ocvtp.selection", "ocvtp.checks", "ocvtp.atomic", "ocvtp.stored", "ocvtp.images", "ocvtp.visualize"),
     ("ocvtp.pruner",),
     ("ocvtp.methods", "ocvtp.metrics"),

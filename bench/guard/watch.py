@@ -33,8 +33,8 @@ class Watch(TorchDispatchMode):
     """Notes what operators allocate and which of them wait for the device.
 
     Tensors may lie on ``meta``, where the operators of ``ocvtp_kernels`` run their launchers; with
-    :func:`ocvtp_kernels._launch.recording` around it no kernel runs. Checks of values are asynchronous there,
-    as on a GPU (:func:`ocvtp_kernels._checks.require`), and so don't count as waiting.
+    :func:`ocvtp_kernels._launch.recording` around it no kernel runs. Values are not checked there, no more
+    than on a GPU (:func:`ocvtp_kernels._checks.require`).
 
     Attributes:
         allocated: in order. Memory that an operator of PyTorch has inside and gives back is not seen.

@@ -72,20 +72,20 @@ def require_count(name: str, value: object, upper: int, upper_meaning: str) -> i
 
 
 def require(condition: torch.Tensor, message: str) -> None:
-    """Raise ``ValueError`` unless ``condition``, a scalar bool tensor, holds.
+    """Raise ``ValueError`` unless ``condition``, a scalar bool tensor on a CPU, holds.
 
-    On a GPU, in compiled code and where it is traced, by an asynchronous assertion that costs no
-    synchronisation. Under ``vmap`` it must hold for all examples.
+    In compiled code and where it is traced, by an assertion when that runs. Under ``vmap`` it must hold for
+    all examples. Of a GPU's nothing is asserted: looking would wait for it, and an assertion on the device
+    would end the process's CUDA context. Kernels have to survive what is wrong, and say so in their results.
     """
     if not torch.compiler.is_compiling():
         condition = values(condition)
-        if condition.ndim:
-            condition = condition.all()
         if condition.device.type == "cpu" and not is_traced(condition):
-            if not condition:
+            if not condition.all():
                 raise ValueError(message)
             return
-    torch._assert_async(condition, message)
+    if condition.device.type == "cpu":
+        torch._assert_async(condition.all() if condition.ndim else condition, message)
 
 
 def require_int64(name: str, tensor: object) -> None:

@@ -90,17 +90,22 @@ def assign(
 ):  # fmt: skip
     """Grid (token tiles, B): each token's nearest kept token, ``owner`` ``[B, N]`` among the T, and if wanted
     the squared ``distance`` ``[B, N]`` to it. A kept token is its own; ties go to the first. What is no
-    number counts as the largest there is, and what ``mask`` ``[B, T]`` takes out as larger still."""
+    number counts as the largest there is, and what ``mask`` ``[B, T]`` takes out as larger still. An index
+    that is no token owns nothing, and makes all distances of its image NaN."""
     image = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BM + tl.arange(0, BM)
     z_ptr += image * N * C
     indices_ptr += image * T
     best = tl.full([BM], float("inf"), tl.float32)
     owner = tl.zeros([BM], tl.int32)
+    strange = tl.zeros([BK], tl.int32)
     for first in tl.range(0, T, BK):
         t = first + tl.arange(0, BK)
-        kept = tl.load(indices_ptr + t, mask=t < T, other=-1).to(tl.int32)
-        real = (kept >= 0) & (kept < N)
+        index = tl.load(indices_ptr + t, mask=t < T, other=-1)
+        real = (index >= 0) & (index < N)
+        kept = tl.where(real, index, -1).to(tl.int32)
+        if DISTANCES:
+            strange += (t < T).to(tl.int32) - real.to(tl.int32)
         owns = real
         if MASKED:
             owns &= tl.load(mask_ptr + image * T + t, mask=t < T, other=0) != 0
@@ -121,8 +126,10 @@ def assign(
         best = tl.minimum(best, lowest)
     tl.store(owner_ptr + image * N + n, owner, mask=n < N)
     if DISTANCES:
-        kept = tl.load(indices_ptr + owner, mask=n < N, other=0).to(tl.int32)
-        distance = squared_distance(z_ptr, n, z_ptr, kept, n < N, C, BM, BC)
+        known = tl.zeros([BM], tl.int32) + tl.sum(strange, axis=0) == 0
+        kept = tl.load(indices_ptr + owner, mask=(n < N) & known, other=0)
+        distance = squared_distance(z_ptr, n, z_ptr, kept, (n < N) & known, C, BM, BC)
+        distance = tl.where(known, distance, float("nan"))
         tl.store(distance_ptr + image * N + n, distance, mask=n < N)
 
 

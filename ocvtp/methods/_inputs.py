@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from ocvtp.checks import check_finite
+from ocvtp.checks import check_finite, not_finite
 from ocvtp.selection import Selection
+from ocvtp.watch import OnInvalid, check_on_invalid, on_host, watch_of_functions
 from ocvtp_kernels._alike import image_by_image, laid_out
 from ocvtp_kernels._checks import as_number, require_count, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels.diversity import in_range
+from ocvtp_kernels.selection import NotFinite, is_finite, marked
 
 
 def check_features(features: torch.Tensor, keep: int) -> int:
@@ -31,6 +35,32 @@ def check_tensor(
         )
     if tensor.numel():
         check_finite(name, tensor)
+
+
+def sound_images(name: str, tensor: torch.Tensor, on_invalid: OnInvalid) -> torch.Tensor | None:
+    """``[B]`` bool: which images of ``tensor`` are finite; ``None`` if they all are, or it was asserted.
+
+    Raises:
+        ValueError: NaN or Inf on a CPU, unless ``on_invalid`` is ``"grid"``; an unknown ``on_invalid``.
+    """
+    if check_on_invalid(on_invalid) == "raise" and on_host(tensor):
+        check_finite(name, tensor)
+        return None
+    return is_finite(tensor)
+
+
+def settled(selection: Selection, sound: torch.Tensor | None, name: str, on_invalid: OnInvalid) -> Selection:
+    """A selection by a tensor of which some images may not be :func:`sound_images`."""
+    if sound is None:
+        return selection
+    assert selection.tokens is not None
+    kind: NotFinite = "flag" if on_invalid == "raise" else "grid"
+    indices, from_slots = marked(
+        selection.indices, selection.from_slots, sound, selection.tokens, kind
+    )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        watch_of_functions().note(sound, not_finite(name), on_invalid)
+    return replace(selection, indices=indices, from_slots=from_slots)
 
 
 def check_share(name: str, value: object, *, below_one: bool = False) -> float:

@@ -7,9 +7,10 @@ import math
 import torch
 
 from ocvtp.checks import check_fill_scores
-from ocvtp.methods._inputs import check_features, chosen
+from ocvtp.methods._inputs import check_features, chosen, settled, sound_images
 from ocvtp.pruner.noise import seeded_normal
 from ocvtp.selection import Selection
+from ocvtp.watch import OnInvalid
 from ocvtp_kernels._checks import as_int, require_count, require_floating, require_shape
 
 
@@ -67,20 +68,23 @@ def grid(features: torch.Tensor, keep: int, *, shape: tuple[int, int] | None = N
 
 
 @torch.no_grad()
-def attention_top_k(scores: torch.Tensor, keep: int) -> Selection:
+def attention_top_k(scores: torch.Tensor, keep: int, *, on_invalid: OnInvalid = "raise") -> Selection:
     """The ``keep`` tokens of the highest score, of equals the first: attention pruning as most methods do it.
 
     Args:
         scores: ``[B, N]`` finite floating point, say what each token receives
             (:func:`ocvtp_kernels.received_attention.received_attention`), or the class token's row.
         keep: tokens to keep, ``1 <= keep <= N``.
+        on_invalid: of images with NaN or Inf, see :class:`ocvtp.OCPruner`.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf.
+        TypeError, ValueError: a wrong type, shape or budget, or NaN or Inf (on a GPU a later call raises it).
     """
     require_floating("scores", scores)
     require_shape("scores", scores, (None, None), "[B, N]")
     batch, tokens = scores.shape
     keep = require_count("keep", keep, tokens, "the number of tokens N")
     check_fill_scores(scores, batch, tokens)
-    return chosen(scores.sort(dim=1, descending=True, stable=True).indices[:, :keep], tokens)
+    sound = sound_images("fill_scores", scores, on_invalid)
+    kept = scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
+    return settled(chosen(kept, tokens), sound, "fill_scores", on_invalid)

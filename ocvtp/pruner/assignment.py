@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
@@ -10,10 +11,19 @@ from ocvtp.checks import NOT_FINITE, check_fill_scores, check_finite, require_fi
 from ocvtp.pruner.refinement import Refinement
 from ocvtp.pruner.topup import TopUp
 from ocvtp.selection import Selection
+from ocvtp.watch import OnInvalid, Watch, on_host
 from ocvtp_kernels._alike import image_by_image, laid_out
 from ocvtp_kernels._checks import require, require_shape
 from ocvtp_kernels._device import without_autocast
-from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
+from ocvtp_kernels.selection import (
+    NotFinite,
+    gather_tokens,
+    is_finite,
+    marked,
+    select_from_keys,
+    select_rows,
+    select_tokens,
+)
 from ocvtp_kernels.slot_attention import (
     FoldedWeights,
     Places,
@@ -24,6 +34,14 @@ from ocvtp_kernels.slot_attention import (
     top_tokens,
     top_tokens_into,
 )
+
+
+class _How(TypedDict):
+    backend: str
+    not_finite: NotFinite
+
+
+_DONE: dict[OnInvalid, NotFinite] = {"raise": "flag", "grid": "grid"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,8 @@ class Plan:
         batch_invariant: image by image in PyTorch.
         refinement: what is done to the selection afterwards, or ``None``.
         topup: what tops up the budget in the place of fill scores, or ``None``.
+        on_invalid: what is done about images that are not finite.
+        watch: whom they are told; ``None`` in compiled code.
     """
 
     keep: int
@@ -57,6 +77,8 @@ class Plan:
     batch_invariant: bool
     refinement: Refinement | None = None
     topup: TopUp | None = None
+    on_invalid: OnInvalid = "raise"
+    watch: Watch | None = None
 
     @property
     def needs_map(self) -> bool:
@@ -98,6 +120,8 @@ class Plan:
             self.refinement,
             None if self.refinement is None and self.topup is None else features,
             self.topup,
+            self.on_invalid,
+            self.watch,
         )
 
     def places(self, features: torch.Tensor) -> Places:
@@ -123,8 +147,16 @@ class Plan:
                 backend="triton",
                 tf32=self.tf32,
             )
-            _look(found)
+            self._look(found)
             return found
+
+    def _raises_now(self, tensor: torch.Tensor) -> bool:
+        """Whether values are looked at before anything is selected by them."""
+        return self.on_invalid == "raise" and on_host(tensor)
+
+    def _look(self, found: TopTokens) -> None:
+        if self._raises_now(found.finite):
+            require(found.finite.all(), NOT_FINITE)
 
     def _triton(self, features: torch.Tensor) -> tuple[TopTokens | None, torch.Tensor | None]:
         """Top tokens or, if it is wanted, the map: both name the same tokens, bit for bit."""
@@ -139,14 +171,16 @@ class Plan:
             tf32=self.tf32,
         )
         if isinstance(found, TopTokens):
-            _look(found)
+            self._look(found)
             return found, None
-        require_finite(found, NOT_FINITE)
+        if self._raises_now(found):
+            require_finite(found, NOT_FINITE)
         return None, found
 
     def _torch(self, features: torch.Tensor) -> torch.Tensor:
         """The map, image by image unless the batch may be computed at once."""
-        check_finite("features", features)
+        if self._raises_now(features):
+            check_finite("features", features)
         x = laid_out(features, self.start.slots.dtype)
 
         def assign(x: torch.Tensor, *start: torch.Tensor) -> tuple[torch.Tensor]:
@@ -161,11 +195,6 @@ class Plan:
             return (found,)
 
         return (image_by_image(assign, x, *self.start) if self.batch_invariant else assign(x, *self.start))[0]
-
-
-def _look(found: TopTokens) -> None:
-    """Raise for what is not finite."""
-    require(found.finite.all(), NOT_FINITE)
 
 
 def _at_most_32_bits(features: torch.Tensor) -> torch.Tensor:
@@ -187,6 +216,8 @@ class Assignment:
         refinement: what is done to the selection, or ``None``.
         features: ``[B, N, in_dim]`` that were assigned, if they are refined on or compared.
         topup: what tops up the budget in the place of fill scores, or ``None``.
+        on_invalid: what is done about images that are not finite.
+        watch: whom they are told; ``None`` in compiled code.
     """
 
     keep: int
@@ -198,6 +229,8 @@ class Assignment:
     refinement: Refinement | None = None
     features: torch.Tensor | None = None
     topup: TopUp | None = None
+    on_invalid: OnInvalid = "raise"
+    watch: Watch | None = None
 
     def select(self, fill_scores: torch.Tensor | None = None) -> Selection:
         """Fill the budget and sort.
@@ -206,7 +239,8 @@ class Assignment:
             fill_scores: ``[B, N]``, see :class:`ocvtp.OCPruner`; ``None``: a token's largest slot attention.
 
         Raises:
-            TypeError, ValueError: scores of a wrong type or shape, or with NaN or Inf in them.
+            TypeError, ValueError: scores of a wrong type or shape, or with NaN or Inf in them; see
+                :class:`ocvtp.OCPruner` on which call raises that.
         """
         with torch.no_grad():
             self._check(fill_scores)
@@ -229,13 +263,13 @@ class Assignment:
             return selection, gather_tokens(x, selection.indices.to(x.device))
         if self.top is not None:
             scores = self.top.largest if fill_scores is None else fill_scores
-            indices, count, rows = select_from_keys(self.top.keys, self.keep, scores, x, backend=self.backend)
+            indices, count, rows = select_from_keys(
+                self.top.keys, self.keep, scores, x, finite=self.top.finite, **self._how()
+            )
             assert rows is not None
         else:
             assert self.attention is not None
-            indices, count, rows = select_rows(
-                self.attention, self.keep, fill_scores, x, backend=self.backend
-            )
+            indices, count, rows = select_rows(self.attention, self.keep, fill_scores, x, **self._how())
         return self._selection(indices, count), rows
 
     def finish(self, fill_scores: torch.Tensor | None) -> Selection:
@@ -243,16 +277,25 @@ class Assignment:
         if self.topup is not None:
             assert self.attention is not None
             assert self.features is not None
-            return self._selection(*self.topup(self.features, self.attention, self.keep))
+            found = self.topup(self.features, self.attention, self.keep)
+            sound = is_finite(self.attention)
+            return self._selection(*marked(*found, sound, self.tokens, _DONE[self.on_invalid]))
         if self.top is not None:
             scores = self.top.largest if fill_scores is None else fill_scores
-            indices, count, _ = select_from_keys(self.top.keys, self.keep, scores, backend=self.backend)
+            indices, count, _ = select_from_keys(
+                self.top.keys, self.keep, scores, finite=self.top.finite, **self._how()
+            )
         else:
             assert self.attention is not None
-            indices, count = select_tokens(self.attention, self.keep, fill_scores, backend=self.backend)
+            indices, count = select_tokens(self.attention, self.keep, fill_scores, **self._how())
         return self._selection(indices, count)
 
+    def _how(self) -> _How:
+        return {"backend": self.backend, "not_finite": _DONE[self.on_invalid]}
+
     def _selection(self, indices: torch.Tensor, count: torch.Tensor) -> Selection:
+        if self.watch is not None:
+            self.watch.note(count, NOT_FINITE, self.on_invalid)
         attention = self.attention if self.return_attention else None
         coverage = None
         if self.refinement is not None:
@@ -268,3 +311,5 @@ class Assignment:
     def _check(self, fill_scores: torch.Tensor | None) -> None:
         if fill_scores is not None:
             check_fill_scores(fill_scores, self._source().shape[0], self.tokens)
+            if self.on_invalid == "raise" and on_host(fill_scores):
+                check_finite("fill_scores", fill_scores)

@@ -28,6 +28,7 @@ from ocvtp.pruner.assignment import Assignment, Plan
 from ocvtp.pruner.lane import CaptureBusyError, Lane, can_never_record, lane_for, recorded_by_others
 from ocvtp.pruner.pruner import OCPruner
 from ocvtp.pruner.topup import Fill
+from ocvtp.watch import OnInvalid
 from ocvtp_kernels.slot_attention import Places
 
 _log = logging.getLogger("ocvtp")
@@ -142,6 +143,7 @@ class SlotRunner:
         return_attention: bool = False,
         refine: int = 0,
         fill: Fill = "attention",
+        on_invalid: OnInvalid = "raise",
     ) -> Pending:
         """Start ``pruner.assign(features, keep, ...)``, whose arguments and errors these are."""
         features = features.detach()
@@ -154,6 +156,7 @@ class SlotRunner:
             return_attention=return_attention,
             fill=fill,
             refine=refine,
+            on_invalid=on_invalid,
         )
         if plan.resolved != "triton" or pruner.training or recorded_by_others(features.device):
             return Pending(plan.run(features))

@@ -26,6 +26,7 @@ from ocvtp.pruner.refinement import Refinement
 from ocvtp.pruner.topup import Fill, TopUp
 from ocvtp.selection import Selection
 from ocvtp.stored.tensors import save_sealed
+from ocvtp.watch import OnInvalid, Watch, check_on_invalid, on_host, watched, watching
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels._checks import as_float, as_int, require_count, require_floating, require_shape
 from ocvtp_kernels._device import without_autocast
@@ -117,6 +118,7 @@ class OCPruner(
         self.slot_attention = _SlotAttention(self.config)
         self.decoder = ReconstructionDecoder(self.config) if self.config.decoder_layers else None
         self._folded_state: FoldedState | None = None
+        self._watch = Watch()
 
     # ------------------------------------------------------------------------------------ inference
 
@@ -139,6 +141,7 @@ class OCPruner(
         fill: Fill = "attention",
         max_error: float | None = None,
         budgets: Sequence[int] | None = None,
+        on_invalid: OnInvalid = "raise",
     ) -> Selection:
         """Choose which tokens of each image to keep. Computes in at least float32, autocast or not.
 
@@ -176,6 +179,10 @@ class OCPruner(
                 read then.
             max_error: for ``keep="auto"``.
             budgets: for ``keep="auto"``, ascending.
+            on_invalid: of images with NaN or Inf in features or ``fill_scores``, or in which float16
+                overflows: ``"raise"``, or ``"grid"``: they keep tokens spread evenly, and a warning is logged
+                once. Either way ``from_slots`` of such an image is -1, and the others of the batch have the
+                bits that they have without it.
 
         Returns:
             A :class:`~ocvtp.selection.Selection`. With ``keep="auto"`` it has ``budgets[-1]`` columns, a
@@ -184,15 +191,19 @@ class OCPruner(
 
         Raises:
             TypeError, ValueError: a wrong type, width, shape or budget, or NaN or Inf in an input. On a
-                GPU, and in compiled code, NaN and Inf are caught by an asynchronous assertion instead,
-                which costs no synchronisation.
+                GPU that is known when the kernels are done: a later call raises it, and names the images, or
+                :meth:`check` does. Nothing waits for it, no kernel is launched for it, and the GPU goes on
+                working. Compiled code on a GPU raises nothing, and ``from_slots`` has to do; on a CPU it
+                asserts.
             BackendUnavailableError: an explicit backend that can't run.
         """
+        check_on_invalid(on_invalid)
+        watch = self._watch_of_this_call()
         if (own := check_budgets(keep, max_error, budgets)) is not None:
             error, counts = own
             if return_attention:
                 raise ValueError('keep="auto" makes a slot attention map for every budget: ask without it')
-            self._check_inputs(features, counts[-1], fill_scores, None, num_slots)
+            self._check_inputs(features, counts[-1], fill_scores, None, num_slots, on_invalid)
 
             def select(budget: int) -> Selection:
                 return self.forward(
@@ -208,13 +219,15 @@ class OCPruner(
                     refine=refine,
                     coverage=True,
                     fill=fill,
+                    on_invalid=on_invalid,
                 )
 
-            return smallest_budget(select, error, counts)
+            with contextlib.nullcontext() if watch is None else watching(watch):  # one call, not several
+                return smallest_budget(select, error, counts)
         assert not isinstance(keep, str)
         seed = check_options(seed, precision)
         keep = self._count(keep, features)
-        num_slots = self._check_inputs(features, keep, fill_scores, noise, num_slots)
+        num_slots = self._check_inputs(features, keep, fill_scores, noise, num_slots, on_invalid)
         plan = self._plan(
             features,
             keep,
@@ -228,6 +241,8 @@ class OCPruner(
             refine,
             coverage,
             fill,
+            on_invalid,
+            watch,
         )
         return plan.run(features).finish(fill_scores)
 
@@ -247,6 +262,7 @@ class OCPruner(
         refine: int = 0,
         coverage: bool = False,
         fill: Fill = "attention",
+        on_invalid: OnInvalid = "raise",
     ) -> Assignment:
         """The first half of :meth:`forward`, which needs no fill scores: they may still be on their way.
 
@@ -266,6 +282,7 @@ class OCPruner(
             refine=refine,
             coverage=coverage,
             fill=fill,
+            on_invalid=on_invalid,
         ).run(features)
 
     @torch.no_grad()
@@ -284,14 +301,17 @@ class OCPruner(
         refine: int = 0,
         coverage: bool = False,
         fill: Fill = "attention",
+        on_invalid: OnInvalid = "raise",
     ) -> Plan:
         """Everything of :meth:`assign` that does not read the features' values: checks, folded weights.
 
         While parameters and arguments stay the same, so do the tensors in the plan.
         """
+        check_on_invalid(on_invalid)
+        watch = self._watch_of_this_call()
         seed = check_options(seed, precision)
         keep = self._count(keep, features)
-        num_slots = self._check_inputs(features, keep, None, noise, num_slots)
+        num_slots = self._check_inputs(features, keep, None, noise, num_slots, on_invalid)
         return self._plan(
             features,
             keep,
@@ -305,6 +325,8 @@ class OCPruner(
             refine,
             coverage,
             fill,
+            on_invalid,
+            watch,
         )
 
     def _plan(
@@ -321,6 +343,8 @@ class OCPruner(
         refine: int,
         coverage: bool,
         fill: Fill,
+        on_invalid: OnInvalid,
+        watch: Watch | None,
     ) -> Plan:
         refine = check_rounds(refine)
         if fill not in get_args(Fill):
@@ -346,7 +370,30 @@ class OCPruner(
             batch_invariant,
             Refinement(refine, coverage, resolved, batch_invariant) if refine or coverage else None,
             TopUp(resolved, batch_invariant) if fill == "farthest_point" else None,
+            on_invalid,
+            watch,
         )
+
+    def check(self) -> None:
+        """Wait for the calls so far, and raise what was wrong with their images' values.
+
+        Raises:
+            ValueError: NaN or Inf, see :meth:`forward`; names the images.
+        """
+        self._watch.check()
+
+    def _watch_of_this_call(self) -> Watch | None:
+        """Whom images that are not finite are told; a call begins.
+
+        Raises:
+            ValueError: an earlier call's were not.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        watch = watched()
+        if watch is None:
+            self._watch.start()
+        return self._watch if watch is None else watch
 
     def arithmetic(
         self, device: torch.device, backend: str = "auto", precision: str = "auto", *, images: int = 1
@@ -664,6 +711,7 @@ class OCPruner(
         fill_scores: torch.Tensor | None,
         noise: torch.Tensor | None,
         num_slots: int | None,
+        on_invalid: OnInvalid = "raise",
     ) -> int:
         """Raise for bad arguments; the number of slots, which without another is ``keep``."""
         require_floating("features", features)
@@ -682,6 +730,8 @@ class OCPruner(
             )
         if fill_scores is not None:
             check_fill_scores(fill_scores, batch, tokens)
+            if on_invalid == "raise" and on_host(fill_scores):
+                check_finite("fill_scores", fill_scores)
         if noise is not None:
             require_floating("noise", noise)
             require_shape(
@@ -689,7 +739,7 @@ class OCPruner(
             )
             if noise.shape[0] not in (1, batch):
                 raise ValueError(f"noise must have batch size 1 or {batch}; got {noise.shape[0]}")
-            check_finite("noise", noise)
+            check_finite("noise", noise, watched() or self._watch)
         return slots
 
     def _noise(

@@ -46,10 +46,16 @@ def selector_for(options: Options, consumed: tuple[int, ...]) -> Selector:
     if not isinstance(pruner, torch.nn.Module):
         if reads_features(pruner):
             layer = _read_layer(options.features, consumed, options.tower)
-            return RuleSelector(pruner, read_layer=layer, rounds=options.refine, backend=options.backend)
+            return RuleSelector(
+                pruner,
+                read_layer=layer,
+                rounds=options.refine,
+                backend=options.backend,
+                on_invalid=options.on_invalid,
+            )
         if options.refine:
             raise ValueError(f"refine needs features; {pruner!r} reads none")
-        return RuleSelector(pruner, options.seed)
+        return RuleSelector(pruner, options.seed, on_invalid=options.on_invalid)
     passed: dict[str, Any] = {
         "seed": options.seed,
         "backend": options.backend,
@@ -57,6 +63,8 @@ def selector_for(options: Options, consumed: tuple[int, ...]) -> Selector:
     }
     if options.refine:
         passed["refine"] = options.refine
+    if options.on_invalid != "raise":
+        passed["on_invalid"] = options.on_invalid
     config: Any = pruner.config
     fill = options.fill
     if fill == "auto":  # a module that is called like a pruner need not know of it
@@ -85,7 +93,7 @@ def reducer_for(options: Options, adapter: Adapter) -> Reducer | None:
             return None
         asked = rival(asked)
     for name in options.said():
-        if name in ("fill", "features", "refine"):
+        if name in ("fill", "features", "refine", "on_invalid"):
             raise ValueError(f"{name} is for pruners and rules of our own, not for {asked.title}")
     if options.tower == "kept_rows" and asked.reads_rows:
         raise ValueError(

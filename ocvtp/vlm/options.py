@@ -14,6 +14,7 @@ from ocvtp.pruner.topup import Fill
 from ocvtp.vlm.contracts.reducer import Reducer, Rival
 from ocvtp.vlm.contracts.selector import Rule
 from ocvtp.vlm.contracts.settings import Frames, Layout, Merge, Newlines, Positions, Tower
+from ocvtp.watch import OnInvalid, check_on_invalid
 from ocvtp_kernels.coverage import check_rounds
 
 
@@ -41,6 +42,7 @@ class Options:
     features: int | Literal["auto", "early", "consumed"] = "auto"
     fill: Fill | Literal["auto"] = "auto"
     inside: Method | None = None
+    on_invalid: OnInvalid = "raise"
 
     def said(self) -> list[str]:
         """Names of the arguments that are not as they come, the pruner aside."""
@@ -49,6 +51,7 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "refine", check_rounds(self.refine))
+        check_on_invalid(self.on_invalid)
         object.__setattr__(self, "seed", check_options(self.seed, self.precision))
         for name, kind in (("layout", Layout), ("newlines", Newlines), ("frames", Frames), ("tower", Tower)):
             if getattr(self, name) not in get_args(kind):

@@ -23,6 +23,7 @@ from ocvtp.vlm.methods import Run, install, resettle, uninstall
 from ocvtp.vlm.options import Options
 from ocvtp.vlm.report import PruneReport
 from ocvtp.vlm.resolving import resolve
+from ocvtp.watch import OnInvalid
 
 _PATCHED: dict[str, Run] = {"forward": calls.forward, "generate": calls.generate}
 
@@ -50,6 +51,7 @@ def apply(
     features: int | Literal["auto", "early", "consumed"] = "auto",
     fill: Fill | Literal["auto"] = "auto",
     inside: Method | None = None,
+    on_invalid: OnInvalid = "raise",
 ) -> PruneReport:
     """Patch a vision-language model in place, so that ``forward`` and ``generate`` prune image tokens.
 
@@ -137,6 +139,10 @@ def apply(
             :mod:`ocvtp.methods.in_llm`, such as ``FastV(layer=2, keep=166)``. Caches then hold fewer tokens
             in deeper layers, ``forward`` returns fewer logits still, and neither ``columns`` nor ``weigh`` is
             there; nor are labels, chunked prefill, and an image behind a used cache.
+        on_invalid: of images in which NaN or Inf is found, in features or scores that a pruner or a rule
+            chooses by: ``"raise"`` a ``ValueError``, on a GPU as soon as the host knows without waiting for
+            it, at the latest in the next call; or ``"grid"``: they keep tokens spread evenly, and a warning
+            is logged once. Other images of the batch keep their tokens either way.
 
     Returns:
         A :class:`~ocvtp.vlm.PruneReport`; print it.
@@ -170,6 +176,7 @@ def apply(
         features=features,
         fill=fill,
         inside=inside,
+        on_invalid=on_invalid,
     )
     settings, report = resolve(adapter, options)
     before = _settings_of(target)

@@ -169,13 +169,32 @@ def test_nan_reaches_the_error_and_its_image_alone() -> None:
     assert ((refined >= 0) & (refined < 20)).all()
 
 
-def test_kept_twice_or_out_of_range_reads_nothing_foreign() -> None:
+def test_kept_twice_reads_nothing_foreign() -> None:
     """Not allowed, but no reason to read memory that is not ours."""
     x = surrounded(features(1, 12, 5).to(DEVICE))
-    for bad in ([3, 3, 5], [3, 5, 99], [-1, 3, 5]):
-        indices, error = kernels.coverage(x, torch.tensor([bad], device=DEVICE), 1)
-        assert error.isfinite().all() or 99 in bad or -1 in bad
-        assert indices.shape == (1, 3)
+    indices, error = kernels.coverage(x, torch.tensor([[3, 3, 5]], device=DEVICE), 1)
+    assert error.isfinite().all()
+    assert indices.shape == (1, 3)
+
+
+#: Indices that are no token of 20, by what lies where they point: nothing, the next image, or, of those that
+#: 32 bits don't hold, token 3.
+NO_TOKENS = (-1, 20, 25, 59, 10**6, 2**31 + 3, 2**32 + 3, -(2**63))
+
+
+@pytest.mark.parametrize(("rounds", "kept"), [(0, 1), (1, 17)])
+def test_an_index_that_is_no_token(rounds: int, kept: int) -> None:
+    """Its image has error NaN and stays as it is, whatever lies in memory where the index points."""
+    images = len(NO_TOKENS) + 2
+    x, indices = on_device(features(images, 20, 5), kept_of(images, 20, kept))
+    x, wrong = surrounded(x), indices.clone()
+    wrong[1:-1, kept // 2] = torch.tensor(NO_TOKENS, device=DEVICE)
+    want, want_error = kernels.coverage(x, indices, rounds)
+    got, error = kernels.coverage(x, wrong, rounds)
+    assert error.isnan().tolist() == [False, *[True] * len(NO_TOKENS), False]
+    assert torch.equal(got[1:-1], wrong[1:-1])
+    assert torch.equal(got[[0, -1]], want[[0, -1]])
+    assert torch.equal(error[[0, -1]], want_error[[0, -1]])
 
 
 def test_nearest_is_nearest() -> None:

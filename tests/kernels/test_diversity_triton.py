@@ -237,3 +237,13 @@ def test_tokens_kept_already_come_first(small: int) -> None:
     want = reference.farthest_points(reference.in_range(x.cpu()), 9, start.cpu())
     assert torch.equal(kernels.farthest_points(x, 9, small, start).cpu(), want)
     assert torch.equal(kernels.farthest_points(x[:1], 9, small, start[:1]).cpu(), want[:1])
+
+
+@pytest.mark.parametrize("beyond", [24, 10**6, 2**32 + 5, -(2**40)])
+def test_a_token_kept_already_that_is_none(beyond: int) -> None:
+    """Not allowed, but no reason to take another for it by its lower bits, or to read memory not ours."""
+    x = features(2, 24, 7).to(DEVICE)
+    start = torch.full((2, 5), -1, device=DEVICE)
+    start[1, 0] = beyond
+    got = farthest_points(surrounded(x), 5, start=start, backend="triton")
+    assert torch.equal(got, farthest_points(x, 5, backend="triton"))

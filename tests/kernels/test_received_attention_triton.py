@@ -536,3 +536,29 @@ def test_tiles_of_all_architectures(arch: str, shape: str) -> None:
     dtype = torch.float32 if size == "32bit" else torch.float16
     with pretend(arch):
         assert_accurate(*inputs(1, 1, 150, 140, int(width), dtype))
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [0, 7, 5, 23],  # fall
+        [1, 7, 23],
+        [-4, 7, 23],
+        [0, 7, 22],
+        [0, 7, 40],
+        [0, 2**31 + 7, 23],
+        [0, 7, 2**32 + 23],
+        [5, 5],
+    ],
+)
+def test_segments_that_are_none(bounds: list[int]) -> None:
+    """On a GPU nobody looks at them: the result is NaN, and memory that is not ours is not read."""
+    q, k = (surrounded(x) for x in inputs(1, 2, 23, 23, 16, torch.float32))
+    cu_seqlens = torch.tensor(bounds, device=DEVICE)
+    assert kernels.received_attention(q, k, 0.25, None, cu_seqlens).isnan().all()
+    lse = torch.zeros(1, 2, 23, device=DEVICE)
+    assert kernels.received_attention(q, k, 0.25, lse, cu_seqlens).isnan().all()
+    assert reference.received_attention(q, k, 0.25, None, cu_seqlens).isnan().all()
+    if not ON_GPU:
+        with pytest.raises(ValueError, match="must ascend from 0"):
+            received_attention(q, k, cu_seqlens=cu_seqlens)

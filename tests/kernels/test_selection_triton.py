@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from ocvtp.methods import grid
 from ocvtp_kernels._arch import pretend
 from ocvtp_kernels._tiles import table
-from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
+from ocvtp_kernels.selection import gather_tokens, reference, select_from_keys, select_rows, select_tokens
 from ocvtp_kernels.selection import op as operators
 from ocvtp_kernels.selection import triton as kernels
 from ocvtp_kernels.selection.shapes import MAX_TOKENS
+from ocvtp_kernels.slot_attention import folded as slot_attention_folded
 from tests.kernels.test_selection import keys_of, oracle
 from tests.kernels.triton_device import (
     DEVICE,
@@ -609,6 +613,120 @@ def test_indices_out_of_range_read_and_write_nothing(monkeypatch: pytest.MonkeyP
     weights = randn(2, 9, 5, seed=1)
     assert torch.equal(operators._scatter_tokens(weights, indices, 9), scattered(weights, indices, 9))
     torch_with_guards.assert_guards_intact()
+
+
+# ------------------------------------------------------------------------------------ what is not finite
+
+
+@pytest.mark.parametrize(
+    ("path", "dtype", "not_finite"),
+    [
+        ("scan", torch.float32, "grid"),
+        ("scan", torch.bfloat16, "flag"),
+        ("parts", torch.float16, "grid"),
+        ("parts", torch.float32, "flag"),
+    ],
+)
+def test_images_that_are_not_finite_are_told(
+    path: str, dtype: torch.dtype, not_finite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By -1 for the number of their picks; the others keep their bits, and both backends say the same."""
+    monkeypatch.setattr(kernels, "_SCAN_LIMIT", PATHS[path])
+    clean, fill = problem(5, 3, 49, dtype=dtype)
+    attention, scores = clean.clone(), fill.clone()
+    attention[0, 2, 48] = torch.nan
+    attention[1, 0, 0] = -torch.inf
+    scores[2, 48], scores[3, 7] = torch.inf, torch.nan
+    for given, spoilt in ((None, (0, 1)), (scores, (0, 1, 2, 3))):
+        want = select_tokens(clean, 20, None if given is None else fill, backend="torch")
+        got = select_tokens(attention, 20, given, backend="triton", not_finite=not_finite)
+        pytorch = select_tokens(attention, 20, given, backend="torch", not_finite=not_finite)
+        bad = torch.tensor([image in spoilt for image in range(5)], device=DEVICE)
+        assert torch.equal(got[1], torch.where(bad, -1, want[1]))
+        assert torch.equal(pytorch[1], got[1])
+        assert torch.equal(got[0][~bad], want[0][~bad])
+        assert torch.equal(pytorch[0][~bad], want[0][~bad])
+        if not_finite == "grid":
+            even = reference.evenly(49, 20, DEVICE).expand(len(spoilt), -1)
+            assert torch.equal(got[0][bad], even)
+            assert torch.equal(pytorch[0][bad], even)
+
+
+@pytest.mark.parametrize("from_keys", [False, True])
+def test_rows_of_images_that_are_not_finite(from_keys: bool) -> None:
+    """They are those of the tokens spread evenly, and get the gradient."""
+    attention, fill = problem(2, 3, 49)
+    keys, _, finite = slot_attention_folded.top_tokens(attention)
+    attention[0, 1, 5] = torch.nan
+    finite[0, 5] = False
+    x = randn(2, 49, 5, seed=2).requires_grad_()
+    if from_keys:
+        found = select_from_keys(keys, 20, fill, x, finite=finite, not_finite="grid", backend="triton")
+    else:
+        found = select_rows(attention, 20, fill, x, not_finite="grid", backend="triton")
+    indices, told, rows = found
+    assert rows is not None
+    assert told[0] == -1
+    assert torch.equal(indices[0], reference.evenly(49, 20, DEVICE))
+    assert torch.equal(rows, gather_tokens(x, indices, backend="torch"))
+    (gradient,) = torch.autograd.grad(rows.sum(), x)
+    assert torch.equal(gradient[0].any(dim=1).nonzero()[:, 0], indices[0])
+
+
+@pytest.mark.parametrize("not_finite", ["flag", "grid"])
+def test_keys_of_images_that_are_not_finite(not_finite: Any) -> None:
+    attention, fill = problem(6, 3, 49)
+    clean = slot_attention_folded.top_tokens(attention)
+    want = select_from_keys(clean[0], 20, fill, backend="triton")
+    finite, scores = clean[2].clone(), fill.clone()
+    finite[0, 48] = finite[1, 0] = False
+    for image, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        scores[2 + image, 5 * image] = value
+    keys = clean[0].clone()
+    keys[0] = torch.iinfo(torch.int64).max  # as NaN may leave them
+    options: dict[str, Any] = {"finite": surrounded(finite), "not_finite": not_finite}
+    got = select_from_keys(keys, 20, scores, backend="triton", **options)
+    pytorch = select_from_keys(clean[0], 20, scores, backend="torch", **options)
+    assert got[1].tolist() == pytorch[1].tolist() == [-1] * 5 + [int(want[1][5])]
+    assert torch.equal(got[0][5], want[0][5])
+    if not_finite == "grid":
+        assert torch.equal(got[0], pytorch[0])
+        assert torch.equal(got[0][0], reference.evenly(49, 20, DEVICE))
+    allowed = select_from_keys(clean[0], 20, fill, finite=finite, backend="triton")
+    assert all(map(torch.equal, allowed[:2], want[:2]))
+
+
+def test_evenly_spread_tokens() -> None:
+    """By the rule of ocvtp.methods.grid, whose picture is a square or a row."""
+    for tokens in (1, 2, 9, 50, 144, 255, 256, 576, 577, 2880):
+        side = math.isqrt(tokens)
+        shape = (side, side) if side * side == tokens else (1, tokens)
+        for keep in {1, 2, 7, (tokens + 1) // 2, tokens} & set(range(1, tokens + 1)):
+            want = grid(torch.empty(1, tokens, 1), keep, shape=shape).indices[0].tolist()
+            assert want == sorted(set(want))
+            assert reference.evenly(tokens, keep, DEVICE).tolist() == want
+
+
+@pytest.mark.parametrize(("tokens", "keep"), [(1, 1), (144, 7), (577, 64), (2880, 160), (256, 256)])
+def test_the_kernel_spreads_alike(tokens: int, keep: int) -> None:
+    attention = torch.zeros(1, 2, tokens, device=DEVICE)
+    attention[0, 1, -1] = torch.nan
+    got, told = select_tokens(attention, keep, backend="triton", not_finite="grid")
+    assert torch.equal(got[0], reference.evenly(tokens, keep, DEVICE))
+    assert told.item() == -1
+
+
+def test_what_not_finite_may_be() -> None:
+    attention, fill = problem(2, 3, 16)
+    keys, _, finite = slot_attention_folded.top_tokens(attention)
+    with pytest.raises(ValueError, match=r'one of "allow", "flag", "grid"; got .raise'):
+        select_tokens(attention, 3, not_finite="raise")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs finite="):
+        select_from_keys(keys, 3, fill, not_finite="flag")
+    with pytest.raises(TypeError, match="finite must be bool"):
+        select_from_keys(keys, 3, fill, finite=fill, not_finite="flag")
+    with pytest.raises(ValueError, match="finite must have shape"):
+        select_from_keys(keys, 3, fill, finite=finite[:, 1:], not_finite="flag")
 
 
 @pytest.mark.parametrize("path", PATHS)

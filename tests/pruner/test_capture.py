@@ -377,7 +377,7 @@ def test_bad_input_is_refused_before_and_after_capture(lanes: list[Rehearsal], s
     for _ in range(SIGHTINGS):
         with pytest.raises(ValueError, match="between 1 and 20"):
             begin(runner, small, x, keep=21)
-        if not ON_GPU:  # there, an asynchronous assertion
+        if not ON_GPU:  # there nobody looks so early: see test_real_graphs_survive_nan
             with pytest.raises(ValueError, match="NaN or Inf"):
                 begin(runner, small, torch.full_like(x, torch.nan))
         assert_same(begin(runner, small, x), small, x)
@@ -468,3 +468,23 @@ def test_real_graphs_on_another_gpu_than_the_current_one() -> None:
         pytest.skip("needs two GPUs")
     assert real_calls(torch.device("cuda", 1)) == 1
     assert torch.cuda.current_device() == 0
+
+
+@needs_gpu
+def test_real_graphs_survive_nan() -> None:
+    """A replay with a bad image among good ones: it is told of later, and the GPU goes on."""
+    pruner, runner = make_pruner().to(DEVICE), SlotRunner()
+    options: dict[str, Any] = {"backend": "triton", "precision": "fp16"}
+    x = features(3, 577)
+    bad = x.clone()
+    bad[1, 5, 7] = torch.nan
+    want = runner.begin(pruner, x, 64, **options).get().select()
+    for _ in range(3):
+        got = runner.begin(pruner, bad, 64, **options).get().select()
+        assert got.from_slots[1] == -1
+        assert torch.equal(got.indices[[0, 2]], want.indices[[0, 2]])
+        with pytest.raises(ValueError, match=r"image \[1\] of 3"):
+            pruner.check()
+    assert runner.graphs == 1
+    assert torch.equal(runner.begin(pruner, x, 64, **options).get().select().indices, want.indices)
+    runner.close()

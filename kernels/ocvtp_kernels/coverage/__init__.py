@@ -24,7 +24,8 @@ def coverage_error(x: torch.Tensor, indices: torch.Tensor, *, backend: str = "au
 
     Args:
         x: ``[B, N, C]`` floating point, any strides.
-        indices: ``[B, T]`` int64, kept tokens, unique per row.
+        indices: ``[B, T]`` int64 in ``[0, N)``, kept tokens, unique per row. Others are an error on a CPU;
+            the kernels give the image error NaN.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take up to 32 bits.
 
     Returns:
@@ -49,7 +50,8 @@ def refine(x: torch.Tensor, indices: torch.Tensor, rounds: int, *, backend: str 
 
     Args:
         x: ``[B, N, C]`` floating point, any strides.
-        indices: ``[B, T]`` int64, unique per row.
+        indices: ``[B, T]`` int64 in ``[0, N)``, unique per row. An image with others is an error on a CPU;
+            the kernels leave it the indices that it has.
         rounds: how many, ``0 <= rounds <=`` :data:`MAX_ROUNDS`.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take up to 32 bits.
 

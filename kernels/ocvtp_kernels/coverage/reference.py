@@ -38,7 +38,8 @@ def cover(z: torch.Tensor, indices: torch.Tensor) -> Covered:
     owner = nearest(z, indices)
     distance = (z - rows_at(rows_at(z, indices), owner)).square().sum(dim=2)
     total = z.square().sum(dim=(1, 2))
-    error = torch.where(total > 0, distance.sum(dim=1) / torch.where(total > 0, total, 1.0), 0.0)
+    # NaN must not become 0.
+    error = torch.where(total == 0, 0.0, distance.sum(dim=1) / torch.where(total == 0, 1.0, total))
     return Covered(owner, distance, error)
 
 

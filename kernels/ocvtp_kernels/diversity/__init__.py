@@ -35,7 +35,8 @@ def farthest_points(
         x: ``[B, N, C]`` floating point, any strides; computes in at least float32.
         keep: tokens to keep, ``1 <= keep <= N``.
         start: ``[B, keep]`` int64, tokens that are kept already, unique per row, and -1 behind them: the
-            others are chosen after them. How many there are may differ from image to image.
+            others are chosen after them. How many there are may differ from image to image. One that is no
+            token, N or more, is an error on a CPU; the kernel chooses another for it.
         ascending: or else in the order of choice, of which the first k are what ``keep=k`` would choose. All
             N tokens are always ascending.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take up to 32 bits.

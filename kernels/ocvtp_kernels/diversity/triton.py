@@ -191,8 +191,8 @@ def farthest(
     for i in tl.range(first, last):
         token = _token(_best(_half(keys_ptr, i, room), tl.where(i > 0, tl.num_programs(0), starts), BT))
         if GIVEN:
-            given = tl.load(start_ptr + image * keep + i).to(tl.int32)
-            token = tl.where((given >= 0) & (given < N), given, token)
+            given = tl.load(start_ptr + image * keep + i)
+            token = tl.where((given >= 0) & (given < N), given.to(tl.int32), token)
         tl.store(order_ptr + image * keep + i, token.to(tl.int64), mask=tl.program_id(0) == 0)
         end = tl.where(i < keep - 1, tl.minimum(begin + span, N), begin)
         row_ptr = x_ptr + token.to(tl.int64) * x_n

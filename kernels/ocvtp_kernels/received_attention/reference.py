@@ -137,8 +137,11 @@ def _weight(q: torch.Tensor, dtype: torch.dtype, cu_seqlens: torch.Tensor | None
     heads, queries = q.shape[1], q.shape[2]
     if cu_seqlens is None:
         return 1.0 / (heads * queries)
-    lengths = cu_seqlens.diff()[_segments(cu_seqlens, queries)]
-    return 1.0 / (heads * lengths).to(dtype)
+    lengths = cu_seqlens.diff()
+    # Beyond the last bound there is no segment. Nor is there a sense in the others then: NaN, as kernels say.
+    right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == queries) & (lengths >= 0).all()
+    lengths = lengths[_segments(cu_seqlens, queries).clamp(max=len(lengths) - 1)]
+    return torch.where(right, 1.0 / (heads * lengths).to(dtype), torch.nan)
 
 
 def _segments(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:

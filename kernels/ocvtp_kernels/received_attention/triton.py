@@ -28,21 +28,27 @@ _HEAD_DIMS = {64: ("d64", 64, 0), 80: ("d80", 64, 16), 96: ("d96", 64, 32), 128:
 
 
 @triton.jit
-def _segment(program, bounds_ptr, S, BLOCK: tl.constexpr, SP: tl.constexpr):
-    """Start and length of the segment that this program works in, and which of its blocks is meant.
+def _segment(program, bounds_ptr, S, N, BLOCK: tl.constexpr, SP: tl.constexpr):
+    """Start and length of the segment that this program works in, which of its blocks is meant, and 1.
 
     Programs are dealt to segments in order, as many as each has blocks; a program too many gets length 0.
+    Where bounds don't ascend from 0 to N, there is one segment, of all N, and 0.
     """
     i = tl.arange(0, SP)
-    start = tl.load(bounds_ptr + i, mask=i < S, other=0).to(tl.int32)
-    end = tl.load(bounds_ptr + 1 + i, mask=i < S, other=0).to(tl.int32)
+    start = tl.load(bounds_ptr + i, mask=i < S, other=0)
+    end = tl.load(bounds_ptr + 1 + i, mask=i < S, other=0)
+    wrong = (start > end) | ((i == 0) & (start != 0)) | ((i == S - 1) & (end != N))
+    right = tl.sum(wrong.to(tl.int32), axis=0) == 0
+    start = start.to(tl.int32)
+    end = end.to(tl.int32)
     blocks = (end - start + BLOCK - 1) // BLOCK
     until = tl.cumsum(blocks, axis=0)
     mine = i == tl.sum(((until <= program) & (i < S)).to(tl.int32), axis=0)
     first = tl.sum(tl.where(mine, start, 0), axis=0)
     length = tl.sum(tl.where(mine, end - start, 0), axis=0)
     block = program - tl.sum(tl.where(mine, until - blocks, 0), axis=0)
-    return first, length, block
+    first = tl.where(right, first, 0)
+    return first, tl.where(right, length, N), tl.where(right, block, program), right.to(tl.int32)
 
 
 @triton.jit
@@ -78,7 +84,8 @@ def row_lse(
     image = tl.program_id(2).to(tl.int64)
     rows, keys, first = M, N, 0
     if SP > 0:
-        first, rows, block = _segment(block, bounds_ptr, S, BM, SP)
+        first, rows, block, right = _segment(block, bounds_ptr, S, N, BM, SP)
+        rows *= right  # of bounds that are none, nothing is computed
         keys = rows
     m = block * BM + tl.arange(0, BM)
     q_ptr += (image * q_b + head * q_h) * UNIT
@@ -112,15 +119,16 @@ def column_mean(
 ):  # fmt: skip
     """Grid (key tiles, H, B): mean over queries of ``exp2(q k^T * scale - lse * lse_scale)``, ``[B, H, N]``.
 
-    Keys lie on the rows of the product, where summing over queries stays within a few threads.
+    Keys lie on the rows of the product, where summing over queries stays within a few threads. NaN where
+    ``bounds`` are not what they should be.
     """
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     image = tl.program_id(2).to(tl.int64)
     rows, keys, first = M, N, 0
     if SP > 0:
-        first, keys, block = _segment(block, bounds_ptr, S, BN, SP)
-        rows = keys
+        first, keys, block, right = _segment(block, bounds_ptr, S, N, BN, SP)
+        rows = keys * right
     n = block * BN + tl.arange(0, BN)
     q_ptr += (image * q_b + head * q_h) * UNIT
     k_ptr += (image * k_b + head * k_h) * UNIT
@@ -140,7 +148,10 @@ def column_mean(
         lse = tl.load(lse_ptr + m, mask=m < rows, other=float("inf")) * lse_scale
         total += tl.sum(tl.exp2(logits * scale - lse[None, :]), axis=1)
     means_ptr += (image * tl.num_programs(1) + head) * N + first
-    tl.store(means_ptr + n, total / tl.maximum(rows, 1), mask=n < keys)  # a program too many has none
+    mean = total / tl.maximum(rows, 1)
+    if SP > 0:
+        mean = tl.where(tl.zeros([BN], tl.int32) + right > 0, mean, float("nan"))
+    tl.store(means_ptr + n, mean, mask=n < keys)  # a program too many has none
 
 
 @triton.jit(do_not_specialize=["H", "N"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from ocvtp_kernels._backend import resolve_backend
@@ -9,7 +11,21 @@ from ocvtp_kernels._checks import require_count, require_floating, require_shape
 from ocvtp_kernels._launch import MAX_IMAGES
 from ocvtp_kernels.selection import op, reference, shapes
 
-__all__ = ["gather_tokens", "select_from_keys", "select_rows", "select_tokens"]
+__all__ = [
+    "NotFinite",
+    "gather_tokens",
+    "is_finite",
+    "marked",
+    "select_from_keys",
+    "select_rows",
+    "select_tokens",
+]
+
+#: What is done about an image whose slot attention or scores hold NaN or Inf. ``"allow"``: nothing, its
+#: choice is any if there is NaN. ``"flag"``: its ``from_slots`` is -1. ``"grid"``: that, and the tokens that
+#: it keeps are spread evenly. No launch is made for it, nothing waits, and the other images of the batch keep
+#: their bits.
+NotFinite = Literal["allow", "flag", "grid"]
 
 
 def select_tokens(
@@ -18,6 +34,7 @@ def select_tokens(
     fill_scores: torch.Tensor | None = None,
     *,
     backend: str = "auto",
+    not_finite: NotFinite = "allow",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pick ``keep`` distinct tokens per image: every slot's top token, then the best-scored others.
 
@@ -35,19 +52,21 @@ def select_tokens(
         fill_scores: ``[B, N]`` floating point, without NaN; ``None`` takes a token's largest slot attention.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernels take float16, bfloat16 and float32
             scores, and up to 4096 tokens.
+        not_finite: see :data:`NotFinite`.
 
     Returns:
         ``indices`` ``[B, keep]`` int64, ascending and unique per row, and ``from_slots`` ``[B]``
-        int64, how many of them some slot picked.
+        int64, how many of them some slot picked (-1: see ``not_finite``).
 
     Raises:
         TypeError, ValueError: a wrong type, rank, shape or budget.
         BackendUnavailableError: an explicit backend that can't run; says why.
     """
     keep, fill_scores = _checked(slot_attention, keep, fill_scores)
+    kind = _kind(not_finite)
     if _resolve(backend, slot_attention, fill_scores) == "triton":
-        return op.select_tokens(slot_attention, keep, fill_scores)
-    return reference.select_tokens(slot_attention, keep, fill_scores)
+        return op.select_tokens(slot_attention, keep, fill_scores, kind)
+    return reference.select_tokens(slot_attention, keep, fill_scores, kind)
 
 
 def select_rows(
@@ -57,6 +76,7 @@ def select_rows(
     x: torch.Tensor,
     *,
     backend: str = "auto",
+    not_finite: NotFinite = "allow",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`select_tokens` and the kept rows of ``x``, as one operation: one launch on a GPU.
 
@@ -64,7 +84,7 @@ def select_rows(
     spreading over the GPU.)
 
     Args:
-        slot_attention, keep, fill_scores, backend: as in :func:`select_tokens`.
+        slot_attention, keep, fill_scores, backend, not_finite: as in :func:`select_tokens`.
         x: ``[B, N, C]``, any strides and dtype (complex128 in the PyTorch reference alone).
 
     Returns:
@@ -79,9 +99,10 @@ def select_rows(
     require_shape("x", x, (slot_attention.shape[0], slot_attention.shape[2], None), "[B, N, C]")
     if x.device != slot_attention.device:
         raise ValueError(f"x is on {x.device}, slot_attention on {slot_attention.device}")
+    kind = _kind(not_finite)
     if _resolve(backend, slot_attention, fill_scores, x) == "triton":
-        return op.select_rows(slot_attention, keep, fill_scores, x)
-    indices, from_slots = reference.select_tokens(slot_attention, keep, fill_scores)
+        return op.select_rows(slot_attention, keep, fill_scores, x, kind)
+    indices, from_slots = reference.select_tokens(slot_attention, keep, fill_scores, kind)
     return indices, from_slots, reference.gather_tokens(x, indices)
 
 
@@ -92,15 +113,21 @@ def select_from_keys(
     x: torch.Tensor | None = None,
     *,
     backend: str = "auto",
+    finite: torch.Tensor | None = None,
+    not_finite: NotFinite = "allow",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """:func:`select_tokens`, or with ``x`` :func:`select_rows`, from top tokens that are known already.
 
     Args:
-        keys: ``[B, T, K]`` int64 of :func:`ocvtp_kernels.slot_attention.top_tokens`.
+        keys: ``[B, T, K]`` int64 of :func:`ocvtp_kernels.slot_attention.top_tokens`. Of one that names no
+            token PyTorch makes an error; the kernel takes it for none.
         keep: tokens to keep, ``1 <= keep <= N``.
         scores: ``[B, N]`` floating point, without NaN: fill scores, or each token's largest attention.
         x: ``[B, N, C]``, any strides and dtype, or ``None`` for indices alone.
         backend: as in :func:`select_tokens`.
+        finite: ``[B, N]`` bool, whether a token's slot attention is finite; not needed to ``"allow"`` what
+            is not.
+        not_finite: see :data:`NotFinite`.
 
     Returns:
         ``indices`` and ``from_slots`` as :func:`select_tokens`, and the rows ``[B, keep, C]`` or ``None``.
@@ -121,13 +148,50 @@ def select_from_keys(
     keep = require_count("keep", keep, scores.shape[1], "the number of tokens")
     if x is not None:
         require_shape("x", x, (*scores.shape, None), "[B, N, C]")
-    for name, tensor in (("scores", scores), ("x", keys if x is None else x)):
+    kind = _kind(not_finite)
+    if kind != shapes.ALLOW:
+        if finite is None:
+            raise ValueError(f'not_finite="{not_finite}" needs finite=, which keys don\'t tell')
+        if finite.dtype != torch.bool:
+            raise TypeError(f"finite must be bool; got {finite.dtype}")
+        require_shape("finite", finite, (keys.shape[0], scores.shape[1]), "[B, N]")
+    for name, given in (("scores", scores), ("x", x), ("finite", finite)):
+        tensor = keys if given is None else given
         if tensor.device != keys.device:
             raise ValueError(f"{name} are on {tensor.device}, keys on {keys.device}")
     if _resolve(backend, scores[:, None], None, x) == "triton":
-        return op.select_from_keys(keys, keep, scores, x)
-    indices, from_slots = reference.select_from_keys(keys, keep, scores)
+        return op.select_from_keys(keys, keep, scores, x, finite, kind)
+    indices, from_slots = reference.select_from_keys(keys, keep, scores, finite, kind)
     return indices, from_slots, None if x is None else reference.gather_tokens(x, indices)
+
+
+def is_finite(x: torch.Tensor) -> torch.Tensor:
+    """``[B]`` bool: whether there is no NaN and no Inf in each image of ``[B, ...]``."""
+    return reference.is_finite(x)
+
+
+def marked(
+    indices: torch.Tensor, from_slots: torch.Tensor, sound: torch.Tensor, tokens: int, not_finite: NotFinite
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A selection that was made otherwise, with what ``not_finite`` asks for done to it, in PyTorch.
+
+    Args:
+        indices: ``[B, keep]`` int64.
+        from_slots: ``[B]`` int64.
+        sound: ``[B]`` bool, false for images of which something is not finite.
+        tokens: N.
+        not_finite: see :data:`NotFinite`.
+
+    Returns:
+        Indices and ``from_slots`` as :func:`select_tokens`.
+
+    Raises:
+        ValueError: an unknown ``not_finite``.
+    """
+    kind = _kind(not_finite)
+    if kind == shapes.ALLOW:
+        return indices, from_slots
+    return reference.told(indices, from_slots, sound, tokens, kind)
 
 
 def gather_tokens(x: torch.Tensor, indices: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -172,6 +236,14 @@ def _checked(
     require_floating("fill_scores", fill_scores)
     require_shape("fill_scores", fill_scores, (batch, tokens), "[B, N]")
     return keep, fill_scores.to(slot_attention.device)
+
+
+def _kind(not_finite: str) -> int:
+    kind = shapes.NOT_FINITE.get(not_finite)
+    if kind is None:
+        known = ", ".join(f'"{name}"' for name in shapes.NOT_FINITE)
+        raise ValueError(f"not_finite must be one of {known}; got {not_finite!r}")
+    return kind
 
 
 def _resolve(

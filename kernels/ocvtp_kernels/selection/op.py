@@ -8,21 +8,22 @@ import torch
 
 from ocvtp_kernels._library import define, fold_images, handle_function, map_images
 from ocvtp_kernels._transforms import tangent_rule, transformed
+from ocvtp_kernels.selection.shapes import ALLOW
 
 __all__ = ["gather_tokens", "select_from_keys", "select_rows", "select_tokens"]
 
 
 def _launch_select(
-    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None
+    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None, not_finite: int = ALLOW
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from ocvtp_kernels.selection import triton as kernels
 
-    indices, from_slots, _ = kernels.select_tokens(slot_attention, keep, fill_scores, None)
+    indices, from_slots, _ = kernels.select_tokens(slot_attention, keep, fill_scores, None, not_finite)
     return indices, from_slots
 
 
 def _fake_select(
-    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None
+    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch = slot_attention.shape[0]
     return (
@@ -32,17 +33,21 @@ def _fake_select(
 
 
 def _launch_select_rows(
-    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None, x: torch.Tensor
+    slot_attention: torch.Tensor,
+    keep: int,
+    fill_scores: torch.Tensor | None,
+    x: torch.Tensor,
+    not_finite: int = ALLOW,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from ocvtp_kernels.selection import triton as kernels
 
-    indices, from_slots, rows = kernels.select_tokens(slot_attention, keep, fill_scores, x)
+    indices, from_slots, rows = kernels.select_tokens(slot_attention, keep, fill_scores, x, not_finite)
     assert rows is not None
     return indices, from_slots, rows
 
 
 def _fake_select_rows(
-    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None, x: torch.Tensor
+    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None, x: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         *_fake_select(slot_attention, keep, fill_scores),
@@ -51,20 +56,29 @@ def _fake_select_rows(
 
 
 def _launch_select_from_keys(
-    keys: torch.Tensor, keep: int, scores: torch.Tensor
+    keys: torch.Tensor,
+    keep: int,
+    scores: torch.Tensor,
+    finite: torch.Tensor | None = None,
+    not_finite: int = ALLOW,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from ocvtp_kernels.selection import triton as kernels
 
-    indices, from_slots, _ = kernels.select_from_keys(keys, keep, scores, None)
+    indices, from_slots, _ = kernels.select_from_keys(keys, keep, scores, None, finite, not_finite)
     return indices, from_slots
 
 
 def _launch_rows_from_keys(
-    keys: torch.Tensor, keep: int, scores: torch.Tensor, x: torch.Tensor
+    keys: torch.Tensor,
+    keep: int,
+    scores: torch.Tensor,
+    x: torch.Tensor,
+    finite: torch.Tensor | None = None,
+    not_finite: int = ALLOW,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from ocvtp_kernels.selection import triton as kernels
 
-    indices, from_slots, rows = kernels.select_from_keys(keys, keep, scores, x)
+    indices, from_slots, rows = kernels.select_from_keys(keys, keep, scores, x, finite, not_finite)
     assert rows is not None
     return indices, from_slots, rows
 
@@ -95,26 +109,29 @@ def _no_flops(*_: Any, **__: Any) -> int:
 
 
 _select_tokens = define(
-    "select_tokens(Tensor slot_attention, SymInt keep, Tensor? fill_scores) -> (Tensor, Tensor)",
+    "select_tokens(Tensor slot_attention, SymInt keep, Tensor? fill_scores, int not_finite=0)"
+    " -> (Tensor, Tensor)",
     _launch_select,
     _fake_select,
     _no_flops,
 )
 _select_rows = define(
-    "select_rows(Tensor slot_attention, SymInt keep, Tensor? fill_scores, Tensor x)"
+    "select_rows(Tensor slot_attention, SymInt keep, Tensor? fill_scores, Tensor x, int not_finite=0)"
     " -> (Tensor, Tensor, Tensor)",
     _launch_select_rows,
     _fake_select_rows,
     _no_flops,
 )
 _select_from_keys = define(
-    "select_from_keys(Tensor keys, SymInt keep, Tensor scores) -> (Tensor, Tensor)",
+    "select_from_keys(Tensor keys, SymInt keep, Tensor scores, Tensor? finite=None, int not_finite=0)"
+    " -> (Tensor, Tensor)",
     _launch_select_from_keys,
     _fake_select,
     _no_flops,
 )
 _rows_from_keys = define(
-    "rows_from_keys(Tensor keys, SymInt keep, Tensor scores, Tensor x) -> (Tensor, Tensor, Tensor)",
+    "rows_from_keys(Tensor keys, SymInt keep, Tensor scores, Tensor x, Tensor? finite=None,"
+    " int not_finite=0) -> (Tensor, Tensor, Tensor)",
     _launch_rows_from_keys,
     _fake_select_rows,
     _no_flops,
@@ -163,6 +180,22 @@ class _ScatterTokens(torch.autograd.Function):
         return gather_tokens(grad, indices), None, None
 
 
+def _with_rows(
+    from_keys: bool,
+    not_finite: int,
+    source: torch.Tensor,
+    keep: int,
+    scores: torch.Tensor | None,
+    finite: torch.Tensor | None,
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if from_keys:
+        indices, from_slots, rows = _rows_from_keys(source, keep, scores, x, finite, not_finite)
+    else:
+        indices, from_slots, rows = _select_rows(source, keep, scores, x, not_finite)
+    return indices, from_slots, rows
+
+
 class _SelectRows(torch.autograd.Function):
     """Selection from a map or from keys, and gather: one launch, differentiable in the rows' source alone."""
 
@@ -170,13 +203,14 @@ class _SelectRows(torch.autograd.Function):
     def forward(
         ctx: Any,
         from_keys: bool,
+        not_finite: int,
         source: torch.Tensor,
         keep: int,
         scores: torch.Tensor | None,
+        finite: torch.Tensor | None,
         x: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        operator = _rows_from_keys if from_keys else _select_rows
-        indices, from_slots, rows = operator(source, keep, scores, x)
+        indices, from_slots, rows = _with_rows(from_keys, not_finite, source, keep, scores, finite, x)
         ctx.save_for_backward(indices)
         ctx.tokens = x.shape[1]
         ctx.mark_non_differentiable(indices, from_slots)
@@ -185,9 +219,9 @@ class _SelectRows(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, _: None, __: None, grad: torch.Tensor
-    ) -> tuple[None, None, None, None, torch.Tensor]:
+    ) -> tuple[None, None, None, None, None, None, torch.Tensor]:
         (indices,) = ctx.saved_tensors
-        return None, None, None, None, scatter_tokens(grad, indices, ctx.tokens)
+        return None, None, None, None, None, None, scatter_tokens(grad, indices, ctx.tokens)
 
 
 # The same for torch.func and dual numbers, which want `forward` without a context and a rule for everything.
@@ -241,10 +275,15 @@ class _ScatterTokensTransformed(_ScatterTokens):
 class _SelectRowsTransformed(_SelectRows):
     @staticmethod
     def forward(  # type: ignore[override]
-        from_keys: bool, source: torch.Tensor, keep: int, scores: torch.Tensor | None, x: torch.Tensor
+        from_keys: bool,
+        not_finite: int,
+        source: torch.Tensor,
+        keep: int,
+        scores: torch.Tensor | None,
+        finite: torch.Tensor | None,
+        x: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        operator = _rows_from_keys if from_keys else _select_rows
-        return operator(source, keep, scores, x)
+        return _with_rows(from_keys, not_finite, source, keep, scores, finite, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -269,36 +308,53 @@ for _function in (_GatherTokens, _ScatterTokens, _SelectRows):
 
 
 def select_tokens(
-    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None
+    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None, not_finite: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`ocvtp_kernels.selection.select_tokens`."""
-    return _select_tokens(slot_attention.detach(), keep, _detached(fill_scores))
+    return _select_tokens(slot_attention.detach(), keep, _detached(fill_scores), not_finite)
 
 
 def select_rows(
-    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None, x: torch.Tensor
+    slot_attention: torch.Tensor,
+    keep: int,
+    fill_scores: torch.Tensor | None,
+    x: torch.Tensor,
+    not_finite: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`ocvtp_kernels.selection.select_rows`."""
-    arguments = slot_attention.detach(), keep, _detached(fill_scores), x
-    if transformed(slot_attention, fill_scores, x):
-        return _SelectRowsTransformed.apply(False, *arguments)
-    # Without a gradient to come, the Function would only cost its overhead.
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _SelectRows.apply(False, *arguments)
-    return _select_rows(*arguments)
+    return _rows(False, not_finite, slot_attention.detach(), keep, _detached(fill_scores), None, x)
 
 
 def select_from_keys(
-    keys: torch.Tensor, keep: int, scores: torch.Tensor, x: torch.Tensor | None
+    keys: torch.Tensor,
+    keep: int,
+    scores: torch.Tensor,
+    x: torch.Tensor | None,
+    finite: torch.Tensor | None,
+    not_finite: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """See :func:`ocvtp_kernels.selection.select_from_keys`."""
     if x is None:
-        return (*_select_from_keys(keys, keep, scores.detach()), None)
-    if transformed(keys, scores, x):
-        return _SelectRowsTransformed.apply(True, keys, keep, scores.detach(), x)
+        return (*_select_from_keys(keys, keep, scores.detach(), finite, not_finite), None)
+    return _rows(True, not_finite, keys, keep, scores.detach(), finite, x)
+
+
+def _rows(
+    from_keys: bool,
+    not_finite: int,
+    source: torch.Tensor,
+    keep: int,
+    scores: torch.Tensor | None,
+    finite: torch.Tensor | None,
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    arguments = from_keys, not_finite, source, keep, scores, finite, x
+    if transformed(source, scores, finite, x):
+        return _SelectRowsTransformed.apply(*arguments)
+    # Without a gradient to come, the Function would only cost its overhead.
     if torch.is_grad_enabled() and x.requires_grad:
-        return _SelectRows.apply(True, keys, keep, scores.detach(), x)
-    return _rows_from_keys(keys, keep, scores.detach(), x)
+        return _SelectRows.apply(*arguments)
+    return _with_rows(*arguments)
 
 
 def gather_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -4,20 +4,64 @@ from __future__ import annotations
 
 import torch
 
+from ocvtp_kernels.selection.shapes import ALLOW, GRID, even_rows
+
 
 def select_tokens(
-    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None
+    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None, not_finite: int = ALLOW
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`ocvtp_kernels.selection.select_tokens`."""
     scores = slot_attention.amax(dim=1) if fill_scores is None else fill_scores
-    return _select(slot_attention.argmax(dim=2), keep, scores)  # ties: the lowest index
+    found = _select(slot_attention.argmax(dim=2), keep, scores)  # ties: the lowest index
+    if not_finite == ALLOW:
+        return found
+    sound = is_finite(slot_attention)
+    if fill_scores is not None:
+        sound = sound & is_finite(fill_scores)
+    return told(*found, sound, scores.shape[1], not_finite)
 
 
 def select_from_keys(
-    keys: torch.Tensor, keep: int, scores: torch.Tensor
+    keys: torch.Tensor,
+    keep: int,
+    scores: torch.Tensor,
+    finite: torch.Tensor | None = None,
+    not_finite: int = ALLOW,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`ocvtp_kernels.selection.select_from_keys`."""
-    return _select(0x7FFFFFFF - (keys.amax(dim=1) & 0x7FFFFFFF), keep, scores)
+    found = _select(0x7FFFFFFF - (keys.amax(dim=1) & 0x7FFFFFFF), keep, scores)
+    if not_finite == ALLOW:
+        return found
+    assert finite is not None
+    return told(*found, finite.all(dim=1) & is_finite(scores), scores.shape[1], not_finite)
+
+
+def is_finite(x: torch.Tensor) -> torch.Tensor:
+    """``[B]`` bool: whether there is no NaN and no Inf in each image of ``[B, ...]``."""
+    # One reduction, which NaN and Inf survive, and a comparison that NaN fails.
+    largest = torch.linalg.vector_norm(x.detach(), float("inf"), dim=tuple(range(1, x.ndim)))
+    return largest < float("inf")
+
+
+def told(
+    indices: torch.Tensor, count: torch.Tensor, sound: torch.Tensor, tokens: int, not_finite: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A selection in which images that are not ``sound`` ``[B]`` say so."""
+    if not_finite == GRID:
+        even = evenly(tokens, indices.shape[1], indices.device)
+        indices = torch.where(sound[:, None], indices, even)
+    return indices, torch.where(sound, count, -1)
+
+
+def evenly(tokens: int, keep: int, device: torch.device) -> torch.Tensor:
+    """``[keep]`` int64, ascending: tokens spread evenly, see :func:`even_rows`."""
+    width, down = even_rows(tokens, keep)
+    t = torch.arange(keep, device=device)
+    row = ((t + 1) * down - 1) // keep
+    first = keep * row // down
+    across = keep * (row + 1) // down - first
+    y = (2 * row + 1) * (tokens // width) // (2 * down)
+    return y * width + (2 * (t - first) + 1) * width // (2 * across)
 
 
 def _select(top_token: torch.Tensor, keep: int, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

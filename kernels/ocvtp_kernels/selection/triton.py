@@ -20,7 +20,7 @@ from ocvtp_kernels._arch import architecture, processors
 from ocvtp_kernels._jit import ordered_bits
 from ocvtp_kernels._launch import launch
 from ocvtp_kernels._tiles import tile
-from ocvtp_kernels.selection.shapes import MAX_TOKENS
+from ocvtp_kernels.selection.shapes import ALLOW, GRID, MAX_TOKENS, even_rows
 
 _SIZES = (256, 1024, MAX_TOKENS)
 # Slots x padded tokens that one block marks by itself: 2 us of its instructions, what a launch costs.
@@ -28,6 +28,9 @@ _SCAN_LIMIT = 65536
 # Rows are copied, not computed with: as integers of their size, so that a kernel serves all their dtypes.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+
+# The lowest key of a score that is infinite or NaN.
+_INFINITE = tl.constexpr(0x7F80000000000000)
 
 # ------------------------------------------------------------------------------------------- device functions
 
@@ -56,11 +59,21 @@ def _search(scores, active, want, BITS: tl.constexpr):
 
 
 @triton.jit
-def _marked_by_scan(map_ptr, stride_k, stride_n, K, N, NP: tl.constexpr, BK: tl.constexpr):
-    """Which tokens are some slot's top token, and every token's largest attention; reads the map once."""
+def _is_wrong(x):
+    """NaN or infinite, as int32."""
+    return (tl.abs(x) < float("inf")).to(tl.int32) ^ 1
+
+
+@triton.jit
+def _marked_by_scan(
+    map_ptr, stride_k, stride_n, K, N, NP: tl.constexpr, BK: tl.constexpr, CHECK: tl.constexpr
+):  # fmt: skip
+    """Which tokens are some slot's top token, every token's largest attention, and, with CHECK, how many
+    have some that is not finite; reads the map once."""
     n = tl.arange(0, NP)
     k = tl.arange(0, BK)
     marked = tl.zeros([NP], tl.int32)
+    wrong = tl.zeros([NP], tl.int32)
     largest = tl.full([NP], float("-inf"), tl.float32)
     for first in tl.range(0, K, BK):
         slot = first + k
@@ -72,14 +85,18 @@ def _marked_by_scan(map_ptr, stride_k, stride_n, K, N, NP: tl.constexpr, BK: tl.
         top = tl.where(slot < K, top, NP)
         marked = tl.maximum(marked, tl.max((n[None, :] == top[:, None]).to(tl.int32), axis=0))
         largest = tl.maximum(largest, tl.max(values, axis=0))
-    return marked > 0, largest
+        if CHECK:
+            wrong = tl.maximum(wrong, tl.max(tl.where(inside, _is_wrong(values), 0), axis=0))
+    return marked > 0, largest, tl.sum(wrong, axis=0)
 
 
 @triton.jit
 def _marked_by_parts(parts_ptr, K, T, NP: tl.constexpr, KP: tl.constexpr):
-    """Which tokens are some slot's top token, from the parts that ``top_parts`` left."""
+    """Which tokens are some slot's top token, from the parts that ``top_parts`` left; and how many slots'
+    attention is not finite, by the keys of :func:`top_parts`. A key that names no token marks none."""
     n = tl.arange(0, NP)
     marked = tl.zeros([NP], tl.int32)
+    wrong = tl.zeros([KP], tl.int32)
     for first in tl.range(0, K, KP):
         slot = first + tl.arange(0, KP)
         real = slot < K
@@ -90,10 +107,23 @@ def _marked_by_parts(parts_ptr, K, T, NP: tl.constexpr, KP: tl.constexpr):
                 exists = slot < tl.where(part < T, K, 0)
                 found = tl.load(parts_ptr + part * K + slot, mask=exists, other=-0x8000000000000000)
                 best = tl.maximum(best, found)
-        top = tl.where(real, 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32), 0)
-        # Triton 3.3's histogram takes no mask: the padding is counted at token 0 and taken off again.
-        marked += tl.histogram(top, NP) - tl.where(n == 0, tl.sum((slot >= K).to(tl.int32), axis=0), 0)
-    return marked > 0
+        top = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
+        names = real & (top < NP)  # a histogram has no place for others
+        # Triton 3.3's takes no mask: what names none is counted at token 0 and taken off again.
+        spare = tl.sum((slot >= 0).to(tl.int32) - names.to(tl.int32), axis=0)
+        marked += tl.histogram(tl.where(names, top, 0), NP) - tl.where(n == 0, spare, 0)
+        wrong += (real & (best >= _INFINITE)).to(tl.int32)
+    return marked > 0, tl.sum(wrong, axis=0)
+
+
+@triton.jit
+def _evenly(t, N, KEEP, WIDTH, DOWN):
+    """The ``t``-th of KEEP tokens spread evenly; see :func:`ocvtp_kernels.selection.shapes.even_rows`."""
+    row = ((t + 1) * DOWN - 1) // KEEP
+    first = KEEP * row // DOWN
+    across = KEEP * (row + 1) // DOWN - first
+    y = (2 * row + 1) * (N // WIDTH) // (2 * DOWN)
+    return y * WIDTH + (2 * (t - first) + 1) * WIDTH // (2 * across)
 
 
 # -------------------------------------------------------------------------------------------------- kernels
@@ -102,10 +132,11 @@ def _marked_by_parts(parts_ptr, K, T, NP: tl.constexpr, KP: tl.constexpr):
 @triton.jit(do_not_specialize=["K", "N"])
 def top_parts(
     map_ptr, parts_ptr, largest_ptr, stride_b, stride_k, stride_n, K, N,
-    BN: tl.constexpr, BK: tl.constexpr, FILL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, FILL: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles, B): every slot's best token of this tile, as one integer that orders like
-    (score, lower index); and, without fill scores, each token's largest attention."""
+    (score, lower index); and, without fill scores, each token's largest attention. CHECK: a slot that has
+    NaN or Inf here leaves a key above all others."""
     part = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     n = part * BN + tl.arange(0, BN)
@@ -121,32 +152,39 @@ def top_parts(
         best, top = tl.max(values, axis=1, return_indices=True)
         score = ordered_bits(_zero_is_zero(best)).to(tl.int64) - 0x80000000  # signed, as the key is
         key = (score << 32) | (0x7FFFFFFF - part * BN - top).to(tl.int64)
+        if CHECK:
+            wrong = tl.max(tl.where(inside, _is_wrong(values), 0), axis=1)
+            key = tl.where(wrong > 0, 0x7FFFFFFFFFFFFFFF, key)
         tl.store(parts_ptr + (image * tl.num_programs(0) + part) * K + slot, key, mask=slot < K)
         largest = tl.maximum(largest, tl.max(values, axis=0))
     if not FILL:
         tl.store(largest_ptr + image * N + n, largest, mask=n < N)
 
 
-@triton.jit(do_not_specialize=["K", "N", "T", "KEEP", "C"])
+# C is not among them: rows of a multiple of 16 bytes are copied 16 bytes at a time, if the compiler knows.
+@triton.jit(do_not_specialize=["K", "N", "T", "KEEP", "WIDTH", "DOWN", "fill_b"])
 def select(
-    map_ptr, fill_ptr, parts_ptr, x_ptr, indices_ptr, count_ptr, rows_ptr,
-    map_b, map_k, map_n, fill_b, fill_n, x_b, x_n, x_c, K, N, T, KEEP, C,
+    map_ptr, fill_ptr, parts_ptr, finite_ptr, x_ptr, indices_ptr, count_ptr, rows_ptr,
+    map_b, map_k, map_n, fill_b, fill_n, x_b, x_n, x_c, K, N, T, KEEP, WIDTH, DOWN, C,
     NP: tl.constexpr, BK: tl.constexpr, KP: tl.constexpr, BITS: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, SCAN: tl.constexpr, FILL: tl.constexpr, ROWS: tl.constexpr,
+    CHECK: tl.constexpr, FINITE: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, B): each of an image's G programs makes the same selection, then copies its share of rows.
 
     SCAN: find top tokens in the map; else take the ``T`` parts that ``top_parts``, or the last iteration of
     Slot Attention, left. FILL: scores are in ``fill_ptr``; else a token's largest attention counts (SCAN).
+    CHECK: the count of an image whose map or scores are not finite is -1; of its map tells ``finite``
+    ``[B, N]`` (FINITE), or the parts, or the map. GRID: such an image keeps tokens spread evenly.
     """
     program = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, NP)
     real = n < N
     if SCAN:
-        marked, scores = _marked_by_scan(map_ptr + image * map_b, map_k, map_n, K, N, NP, BK)
+        marked, scores, wrong = _marked_by_scan(map_ptr + image * map_b, map_k, map_n, K, N, NP, BK, CHECK)
     else:
-        marked = _marked_by_parts(parts_ptr + image * T * K, K, T, NP, KP)
+        marked, wrong = _marked_by_parts(parts_ptr + image * T * K, K, T, NP, KP)
     if FILL:
         offsets = image * fill_b + n.to(tl.int64) * fill_n
         scores = tl.load(fill_ptr + offsets, mask=real, other=float("-inf"))
@@ -166,9 +204,23 @@ def select(
     kept = stays | above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= spare))
     position = tl.cumsum(kept.to(tl.int32), axis=0) - 1
     indices_ptr += image * KEEP
+    count = tl.minimum(count, KEEP)
+    if CHECK:
+        # Of ordered bits, those between the infinities. Here and not above: less to hold meanwhile.
+        strange = real & (scores - 0x00800000 >= 0xFF000000)
+        if FINITE:
+            strange |= tl.load(finite_ptr + image * N + n, mask=real, other=1) == 0
+            wrong = 0
+        wrong += tl.sum(strange.to(tl.int32), axis=0)
+        count = tl.where(wrong > 0, -1, count)
+        if GRID:
+            sound = tl.zeros([NP], tl.int32) + wrong == 0
+            kept &= sound
+            even = _evenly(n, N, KEEP, WIDTH, DOWN).to(tl.int64)
+            tl.store(indices_ptr + n, even, mask=(n < KEEP) & (sound ^ True))
     tl.store(indices_ptr + position, n.to(tl.int64), mask=kept)  # the same values from every program
     if program == 0:
-        tl.store(count_ptr + image, tl.minimum(count, KEEP).to(tl.int64))
+        tl.store(count_ptr + image, count.to(tl.int64))
     if ROWS:
         tl.debug_barrier()  # this block's own indices are read back below
         for first in tl.range(program * BR, KEEP, tl.num_programs(0) * BR):
@@ -203,7 +255,7 @@ def _copy_rows(
         tl.store(rows_ptr + t.to(tl.int64)[:, None] * C + c[None, :], values, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "KEEP", "C"])
+@triton.jit(do_not_specialize=["N", "KEEP"])
 def gather(
     x_ptr, indices_ptr, rows_ptr, x_b, x_n, x_c, N, KEEP, C, BR: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
@@ -225,7 +277,7 @@ def gather(
     )
 
 
-@triton.jit(do_not_specialize=["KEEP", "N", "C"])
+@triton.jit(do_not_specialize=["KEEP", "N"])
 def scatter(
     rows_ptr, indices_ptr, x_ptr, rows_b, rows_t, rows_c, KEEP, N, C,
     BN: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, DOUBLE: tl.constexpr,
@@ -256,13 +308,17 @@ def scatter(
 
 
 def select_tokens(
-    slot_attention: torch.Tensor, keep: int, fill_scores: torch.Tensor | None, x: torch.Tensor | None
+    slot_attention: torch.Tensor,
+    keep: int,
+    fill_scores: torch.Tensor | None,
+    x: torch.Tensor | None,
+    not_finite: int = ALLOW,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Indices ``[B, keep]``, picks among them ``[B]``, and rows ``[B, keep, C]`` if ``x`` ``[B, N, C]``."""
     batch, slots, tokens = slot_attention.shape
     device = slot_attention.device
     if slots * _padded(tokens) <= _SCAN_LIMIT:
-        return _select(slot_attention, None, slots, tokens, keep, fill_scores, x)
+        return _select(slot_attention, None, slots, tokens, keep, fill_scores, x, None, not_finite)
     arch = architecture(device)
     assert arch is not None
     cut = tile("selection.top_parts", arch, "any")
@@ -274,16 +330,22 @@ def select_tokens(
     launch(
         top_parts, (tiles, batch), device,
         slot_attention, parts, scores, *slot_attention.stride(), slots, tokens,
-        FILL=fill_scores is not None, **cut,
+        FILL=fill_scores is not None, CHECK=not_finite != ALLOW, **cut,
     )  # fmt: skip
-    return _select(None, parts, slots, tokens, keep, scores, x)
+    return _select(None, parts, slots, tokens, keep, scores, x, None, not_finite)
 
 
 def select_from_keys(
-    keys: torch.Tensor, keep: int, scores: torch.Tensor, x: torch.Tensor | None
+    keys: torch.Tensor,
+    keep: int,
+    scores: torch.Tensor,
+    x: torch.Tensor | None,
+    finite: torch.Tensor | None = None,
+    not_finite: int = ALLOW,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The same of parts ``[B, T, K]`` that another kernel left."""
-    return _select(None, keys.contiguous(), keys.shape[2], scores.shape[1], keep, scores, x)
+    """The same of parts ``[B, T, K]`` that another kernel left; ``finite`` ``[B, N]`` bool: of whom."""
+    slots, tokens = keys.shape[2], scores.shape[1]
+    return _select(None, keys.contiguous(), slots, tokens, keep, scores, x, finite, not_finite)
 
 
 def _padded(tokens: int) -> int:
@@ -298,6 +360,8 @@ def _select(
     keep: int,
     scores: torch.Tensor | None,
     x: torch.Tensor | None,
+    finite: torch.Tensor | None,
+    not_finite: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """From a map that one program scans, or from parts."""
     source = parts if slot_attention is None else slot_attention
@@ -315,14 +379,20 @@ def _select(
         width, strides = x.shape[2], x.stride()
         rows = torch.empty(batch, keep, width, dtype=x.dtype, device=device)
         programs = max(1, min(processors(device) // max(batch, 1), triton.cdiv(keep, cut["BR"])))
+    checked = not_finite != ALLOW
+    if not checked:
+        finite = None
+    across, down = even_rows(tokens, keep) if not_finite == GRID else (1, 1)
     launch(
         select, (programs, batch), device,
         source, source if scores is None else scores, source if parts is None else parts,
+        source if finite is None else finite.contiguous().view(torch.uint8),
         indices if x is None else x.view(_BITS[x.itemsize]), indices, from_slots,
         indices if rows is None else rows.view(_BITS[rows.itemsize]),
         *(source.stride() if parts is None else (0, 0, 0)), *((0, 0) if scores is None else scores.stride()),
-        *strides, slots, tokens, 0 if parts is None else parts.shape[1], keep, width,
-        NP=padded, SCAN=parts is None, FILL=scores is not None, ROWS=x is not None, **cut,
+        *strides, slots, tokens, 0 if parts is None else parts.shape[1], keep, across, down, width,
+        NP=padded, SCAN=parts is None, FILL=scores is not None, ROWS=x is not None,
+        CHECK=checked, FINITE=finite is not None, GRID=not_finite == GRID, **cut,
     )  # fmt: skip
     return indices, from_slots, rows
 

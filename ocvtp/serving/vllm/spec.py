@@ -57,6 +57,8 @@ class Spec:
         newlines: of packed tiles, the ``"last"`` or ``"all"``.
         backend: of fused operations.
         precision: of the pruner's products.
+        on_invalid: what is done about images with NaN or Inf. Not ``"raise"`` here, unless it is said: an
+            error in the worker ends the server, for all who use it.
     """
 
     keep: int | float = 64
@@ -70,6 +72,7 @@ class Spec:
     newlines: str = "last"
     backend: str = "auto"
     precision: str = "auto"
+    on_invalid: str = "grid"
 
     @classmethod
     def from_dict(cls, given: Any) -> Spec:
@@ -125,7 +128,17 @@ class Spec:
         return next((rule for rule in get_args(Rule) if rule == self.pruner), None)
 
     def _options(self) -> dict[str, Any]:
-        same = ("keep", "seed", "backend", "precision", "refine", "newlines", "features", "fill")
+        same = (
+            "keep",
+            "seed",
+            "backend",
+            "precision",
+            "refine",
+            "newlines",
+            "features",
+            "fill",
+            "on_invalid",
+        )  # fmt: skip
         merge = "projected" if self.merge == "auto" else self.merge
         return {name: getattr(self, name) for name in same} | {
             "merge": merge,

@@ -111,6 +111,8 @@ def shorten(
     short = {name: value for name, value in arguments.items() if name not in consumed}
 
     index, padded = _new_index(adapter, frame, kept, generating=generating)
+    if kept and not torch.compiler.is_compiling():
+        settings.watch.look()  # how long rows are was waited for: what was found in images is there, too
     same = all(rows.complete for rows in kept.values()) and (prefix is None or not prefix.pruned)
     if same and not adapter.mrope:
         if kept:

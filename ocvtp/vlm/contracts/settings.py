@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ocvtp.methods.in_llm import Method
 from ocvtp.vlm.contracts.budgets import Budget
 from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.contracts.selector import Selector
+from ocvtp.watch import Watch
 
 Positions = Literal["compact", "original"]
 Route = Literal["mm_encoder_outputs", "inputs_embeds"]
@@ -40,6 +41,7 @@ class Settings:
         weigh: whether the language model knows how many tokens a kept one stands for.
         before: whether tokens are dropped before the language model.
         inside: what drops tokens inside it, if anything does.
+        watch: told which images were not finite.
     """
 
     selector: Selector | Reducer
@@ -57,6 +59,7 @@ class Settings:
     weigh: bool = False
     before: bool = True
     inside: Method | None = None
+    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from ocvtp.vlm.encode.questions import Asking
 from ocvtp.vlm.encode.reducing import handed_over, reduced
 from ocvtp.vlm.encode.standing import owners, stand_for
 from ocvtp.vlm.encode.timing import Clock, stage
+from ocvtp.watch import watching
 
 
 def encode(
@@ -86,8 +88,10 @@ def choose(
     def choice(pixels: torch.Tensor) -> tuple[()]:
         vision = adapter.vision("image", {**arguments, key: pixels}, settings)
         asked = _asked(settings, asking, adapter.token_id("image"), vision)
-        for group, selection in _choices(vision, settings, asked, return_attention=return_attention):
-            found.append(_with_owners(vision, group, selection, settings) if settings.standing else selection)
+        with _watched(settings):
+            for group, selection in _choices(vision, settings, asked, return_attention=return_attention):
+                standing = settings.standing
+                found.append(_with_owners(vision, group, selection, settings) if standing else selection)
         return ()
 
     key = adapter.pixel_keys["image"]
@@ -109,9 +113,27 @@ def prune_rows(
         clock: times the stages, if one runs.
         questions: ids of the text that asks about each image or video, for rival methods that read it.
     """
-    if isinstance(settings.selector, Reducer):
-        return _reduce_rows(vision, settings.selector, settings, clock, questions)
-    run = _Run(vision, settings.selector, settings, clock)
+    with _watched(settings):
+        if isinstance(settings.selector, Reducer):
+            return _reduce_rows(vision, settings.selector, settings, clock, questions)
+        return _choose_rows(vision, settings.selector, settings, clock)
+
+
+def _watched(settings: Settings) -> contextlib.AbstractContextManager[None]:
+    """Images that are not finite are told to the model's watch; a call begins.
+
+    Raises:
+        ValueError: an earlier call's were not.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    settings.watch.start()
+    return watching(settings.watch)
+
+
+def _choose_rows(vision: Vision, selector: Selector, settings: Settings, clock: Clock | None) -> KeptRows:
+    """:func:`prune_rows` by a pruner or a rule."""
+    run = _Run(vision, selector, settings, clock)
     chosen = []
     with stage(clock, "pruner", vision.device):
         for i, group in enumerate(run.groups):

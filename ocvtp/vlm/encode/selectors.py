@@ -17,6 +17,7 @@ from ocvtp.pruner.capture import SlotRunner
 from ocvtp.selection import Selection
 from ocvtp.vlm.contracts.selector import Begun, Group, Rule, reads_features
 from ocvtp.vlm.contracts.weights import inside, is_minded
+from ocvtp.watch import OnInvalid
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels.coverage import refine
 from ocvtp_kernels.selection import gather_tokens
@@ -102,7 +103,7 @@ class PrunerSelector:
 
     Attributes:
         pruner: with a ``config`` that tells ``in_dim`` and ``layer``.
-        options: of its forward: seed, backend, precision, refine.
+        options: of its forward: seed, backend, precision, refine, on_invalid.
         runner: runs an OCPruner's slot loop beside the tower.
         max_error: for budgets to choose from.
         home: where it was needed last.
@@ -172,6 +173,7 @@ class RuleSelector:
         read_layer: of rules that compare features, as a pruner's.
         rounds: of refinement, after such rules.
         backend: of rules that compare features, and of the refinement.
+        on_invalid: what is done about images that are not finite.
     """
 
     name: Rule
@@ -179,6 +181,7 @@ class RuleSelector:
     read_layer: int | None = None
     rounds: int = 0
     backend: str = "auto"
+    on_invalid: OnInvalid = "raise"
 
     @property
     def reads_scores(self) -> bool:
@@ -210,22 +213,28 @@ class RuleSelector:
             and resolve_backend(self.backend, "diversity", features.device) == "triton"
         )
         parts = features.split(len(features) if at_once else 1)
-        indices = torch.cat([self._unlike_in(part, keep) for part in parts])
-        return Selection(indices, indices.new_zeros(len(indices)), tokens=group.tokens)
+        found = [self._unlike_in(part, keep) for part in parts]
+        indices, none = (torch.cat(some) for some in zip(*found, strict=True))
+        return Selection(indices, none, tokens=group.tokens)
 
-    def _unlike_in(self, features: torch.Tensor, keep: int) -> torch.Tensor:
-        """``[B, keep]``."""
+    def _unlike_in(self, features: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, keep]``, and ``[B]``: 0, or -1 for images that are not finite."""
         if self.name == "farthest_point":
-            return k_medoids(features, keep, rounds=self.rounds, backend=self.backend).indices
-        kept = greedy_dpp(features, keep, backend=self.backend).indices
-        return refine(features, kept, self.rounds, backend=self.backend) if self.rounds else kept
+            kept = k_medoids(
+                features, keep, rounds=self.rounds, backend=self.backend, on_invalid=self.on_invalid
+            )
+            return kept.indices, kept.from_slots
+        kept = greedy_dpp(features, keep, backend=self.backend, on_invalid=self.on_invalid)
+        if not self.rounds:
+            return kept.indices, kept.from_slots
+        return refine(features, kept.indices, self.rounds, backend=self.backend), kept.from_slots
 
     def _select(self, group: Group, device: torch.device, fill_scores: torch.Tensor | None) -> Selection:
         keep = group.keep
         assert isinstance(keep, int)
         if self.name == "attention":
             assert fill_scores is not None
-            return attention_top_k(fill_scores, keep)
+            return attention_top_k(fill_scores, keep, on_invalid=self.on_invalid)
         blank = torch.empty(1, group.tokens, 1, device=device)
         if self.name == "random":
             one = random_tokens(blank, keep, seed=self.seed)
