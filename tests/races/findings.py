@@ -53,10 +53,10 @@ class Rows(NamedTuple):
 
 def analyse(launch: Launch) -> list[Finding]:
     """Everything that is wrong with a launch; ``SAME_BITS``, too, which a kernel may be allowed."""
-    found = _outside(launch)
+    found = outside(launch)
     rows = touched_by_writes(launch.accesses)
     if rows.address.size:
-        found += _between_programs(launch, rows) + _within_programs(launch, rows)
+        found += _between_programs(launch, rows) + within_programs(launch, rows)
     return found
 
 
@@ -113,7 +113,8 @@ def _places(addresses: np.ndarray, written: np.ndarray) -> np.ndarray:
     return written[nearest] == addresses
 
 
-def _outside(launch: Launch) -> list[Finding]:
+def outside(launch: Launch) -> list[Finding]:
+    """Accesses to no element of a view."""
     strays: dict[str, list[tuple[int, int]]] = {READ_OUTSIDE: [], WRITTEN_OUTSIDE: []}
     for size in {access.size for access in launch.accesses}:
         same = [access for access in launch.accesses if access.size == size]
@@ -133,7 +134,7 @@ def _outside(launch: Launch) -> list[Finding]:
         for kind, chosen in ((READ_OUTSIDE, stray & reads), (WRITTEN_OUTSIDE, stray & ~reads)):
             strays[kind] += zip(program[chosen].tolist(), addresses[chosen].tolist(), strict=True)
     return [
-        Finding(launch.kernel, kind, len(found), f"program {found[0][0]}, {_place(launch, found[0][1])}")
+        Finding(launch.kernel, kind, len(found), f"program {found[0][0]}, {place(launch, found[0][1])}")
         for kind, found in strays.items()
         if found
     ]
@@ -142,7 +143,7 @@ def _outside(launch: Launch) -> list[Finding]:
 def _between_programs(launch: Launch, rows: Rows) -> list[Finding]:
     order = np.lexsort((rows.program, rows.address))  # stable, so in time within a program
     rows = Rows(*(column[order] for column in rows))
-    first = _starts(rows.address)
+    first = starts_of(rows.address)
     group = np.cumsum(first) - 1
     starts = np.flatnonzero(first)
     writes = rows.kind != READ
@@ -154,7 +155,7 @@ def _between_programs(launch: Launch, rows: Rows) -> list[Finding]:
     high = np.maximum.reduceat(np.where(writes, rows.value, 0), starts)
     alike = (low == high) & ~np.logical_or.reduceat(rows.kind == ATOMIC, starts)
     # A program that reads what it has written itself gets that, if everybody writes the same there.
-    own = _starts(rows.address, rows.program)
+    own = starts_of(rows.address, rows.program)
     before = np.cumsum(writes) - writes
     wrote = before > before[np.maximum.accumulate(np.where(own, np.arange(own.size), 0))]
     theirs = (least[group] != rows.program) | (most[group] != rows.program)
@@ -168,15 +169,16 @@ def _between_programs(launch: Launch, rows: Rows) -> list[Finding]:
         if chosen.any():
             at = np.flatnonzero(chosen)[0]
             programs = sorted(set(rows.program[group == group[at]].tolist()))
-            example = f"programs {programs[:4]}, {_place(launch, int(rows.address[at]))}"
+            example = f"programs {programs[:4]}, {place(launch, int(rows.address[at]))}"
             found.append(Finding(launch.kernel, kind, int(chosen.sum()), example))
     return found
 
 
-def _within_programs(launch: Launch, rows: Rows) -> list[Finding]:
+def within_programs(launch: Launch, rows: Rows) -> list[Finding]:
+    """What threads of one program do to each other."""
     order = np.lexsort((rows.program, rows.address))
     rows = Rows(*(column[order] for column in rows))
-    own = _starts(rows.address, rows.program)
+    own = starts_of(rows.address, rows.program)
     index = np.arange(own.size)
     start = np.maximum.accumulate(np.where(own, index, 0))
     writes = rows.kind == WRITE
@@ -199,12 +201,12 @@ def _within_programs(launch: Launch, rows: Rows) -> list[Finding]:
     ):
         if chosen.any():
             at = np.flatnonzero(chosen)[0]
-            example = f"program {rows.program[at]}, {_place(launch, int(rows.address[at]))}"
+            example = f"program {rows.program[at]}, {place(launch, int(rows.address[at]))}"
             found.append(Finding(launch.kernel, kind, int(chosen.sum()), example))
     return found
 
 
-def _starts(*keys: np.ndarray) -> np.ndarray:
+def starts_of(*keys: np.ndarray) -> np.ndarray:
     """Where a sorted key changes, bool; the first row, too."""
     changes = np.zeros(keys[0].size, dtype=bool)
     changes[0] = True
@@ -213,7 +215,7 @@ def _starts(*keys: np.ndarray) -> np.ndarray:
     return changes
 
 
-def _place(launch: Launch, address: int) -> str:
+def place(launch: Launch, address: int) -> str:
     """An address in words: the element of the view that begins last at or before it."""
     begun = [(view.data_ptr(), name, view) for name, view in launch.tensors.items() if view.numel()]
     before = [entry for entry in begun if entry[0] <= address]

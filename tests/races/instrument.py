@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 from unittest import mock
 
 import numpy as np
@@ -30,7 +30,7 @@ class Access(NamedTuple):
     """One operation of one program on a block: the elements that its mask let through."""
 
     kind: int
-    program: int  # in the order of the grid, whatever the order of running
+    program: int  # in the order of the grid, whatever the order of running; or whose a Watch says it is
     epoch: int  # barriers that the program has passed
     size: int  # bytes of an element
     addresses: np.ndarray  # [n] int64
@@ -46,6 +46,18 @@ class Launch:
     grid: tuple[int, ...]
     tensors: dict[str, torch.Tensor]  # the views that were passed, by the kernel's names
     accesses: list[Access] = field(default_factory=list)
+
+
+class Watch(Protocol):
+    """Somebody who has a say in what atomics give, and whose an access is."""
+
+    def owner(self, program: int) -> int:
+        """Whose the next access of this program is."""
+
+    def atomic(
+        self, launch: Launch, epoch: int, pointers: Any, value: Any, sem: Any, run: Callable[[], Any]
+    ) -> Any:
+        """What an atomic gives, with ``run`` or without; None: it is a write like any other."""
 
 
 def _in_order(order: Order, programs: int, once: bool, draw: random.Random) -> list[int]:
@@ -66,7 +78,7 @@ def _three(grid: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def log_into(accesses: list[Access], kind: int, pointers: Any, mask: Any, values: Any, *at: int) -> None:
-    """Note an operation of the interpreter's; ``at``: program and epoch."""
+    """Note an operation of the interpreter's; ``at``: who does it, and in which epoch."""
     shape = np.asarray(pointers.data).shape
     inside = np.broadcast_to(np.asarray(mask.data).astype(bool), shape).ravel()
     lanes = np.flatnonzero(inside).astype(np.int32)
@@ -88,6 +100,7 @@ def instrumented(
     log: bool = False,
     seed: int = 0,
     once: Collection[str] = (),
+    watch: Watch | None = None,
 ) -> Iterator[list[Launch]]:
     """Programs of every launch in this order; the launches so far.
 
@@ -96,6 +109,7 @@ def instrumented(
         log: note accesses; else there are none in the launches.
         seed: of the shuffles.
         once: kernels whose programs come once all the same.
+        watch: is asked about atomics, and about the owner of accesses.
 
     Raises:
         ValueError: there is no such order.
@@ -152,7 +166,8 @@ def instrumented(
 
     def note(kind: int, pointers: Any, mask: Any, values: Any = None) -> None:
         if log and inside:
-            log_into(launches[-1].accesses, kind, pointers, mask, values, program, epoch)
+            owner = program if watch is None else watch.owner(program)
+            log_into(launches[-1].accesses, kind, pointers, mask, values, owner, epoch)
 
     def create_masked_load(pointers: Any, mask: Any, *others: Any) -> Any:
         note(READ, pointers, mask)
@@ -162,9 +177,16 @@ def instrumented(
         note(WRITE, pointers, mask, values)
         return originals["create_masked_store"](pointers, values, mask, *others)
 
-    def create_atomic_rmw(op: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
+    def create_atomic_rmw(op: Any, pointers: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
+        def run() -> Any:
+            return originals["create_atomic_rmw"](op, pointers, value, mask, sem, scope)
+
+        if watch is not None and inside:
+            given = watch.atomic(launches[-1], epoch, pointers, value, sem, run)
+            if given is not None:
+                return given
         note(ATOMIC, pointers, mask)
-        return originals["create_atomic_rmw"](op, pointers, value, mask, *others)
+        return run()
 
     def create_atomic_cas(pointers: Any, *others: Any) -> Any:
         note(ATOMIC, pointers, interpreter.TensorHandle(np.ones_like(pointers.data, dtype=bool), None))
