@@ -13,11 +13,13 @@ from importlib.resources import files
 
 Tile = Mapping[str, int]
 
+_PACKAGE = __name__.rpartition(".")[0]  # from a kernel hub, it has another name
+
 
 @functools.cache
 def table() -> dict[tuple[str, str, str], Tile]:
     """``(kernel, architecture, shape class)`` -> constexpr arguments, ``num_warps``, ``num_stages``."""
-    rows = json.loads(files("ocvtp_kernels").joinpath("tiles.json").read_text())
+    rows = json.loads(files(_PACKAGE).joinpath("tiles.json").read_text())
     return {(row["kernel"], row["arch"], row["shape"]): row["tile"] for row in rows}
 
 
