@@ -48,6 +48,12 @@ def _segment(program, bounds_ptr, S, BLOCK: tl.constexpr, SP: tl.constexpr):
 
 
 @triton.jit
+def _halves(ptr):
+    """Whether numbers have 16 bits."""
+    return ptr.dtype.element_ty.primitive_bitwidth == 16
+
+
+@triton.jit
 def _places(
     ptr, row, stride_row, stride_d, FIRST: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr
 ):  # fmt: skip
@@ -83,15 +89,34 @@ def _logits(
 
 
 @triton.jit
-def _grown(logits, scale, highest, total):
-    """Each row's highest logit so far, and the sum of exponentials below it, with a block more."""
+def _with_keys(
+    q0, q1, k0_ptrs, k1_ptrs, real, scale, highest, total,
+    HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Each row's highest logit, and the sum of exponentials below it, with a block of keys more."""
+    logits = _logits(q0, q1, k0_ptrs, k1_ptrs, real, HD, D0, D1, PRECISION, WHOLE)
+    if not WHOLE:
+        logits = tl.where(real[None, :], logits, float("-inf"))
     higher = tl.maximum(highest, tl.max(logits, axis=1) * scale)
     total = total * tl.exp2(highest - higher) + tl.sum(tl.exp2(logits * scale - higher[:, None]), axis=1)
     return higher, total
 
 
+@triton.jit
+def _of_queries(
+    k0, k1, q0_ptrs, q1_ptrs, lse_ptrs, real, scale,
+    HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What each key receives of a block of queries; of those that are not there exp2(-inf) = 0."""
+    # Before the product, which it then need not wait for.
+    lse = tl.load(lse_ptrs) if WHOLE else tl.load(lse_ptrs, mask=real, other=float("inf"))
+    logits = _logits(k0, k1, q0_ptrs, q1_ptrs, real, HD, D0, D1, PRECISION, WHOLE)
+    return tl.sum(tl.exp2(logits * scale - lse[None, :]), axis=1)
+
+
 # -------------------------------------------------------------------------------------------------- kernels
-# A loop over whole blocks, whose pointers move on, and one more block with a mask.
+# A loop over whole blocks, whose pointers move on, and one more block with a mask. Of 32 bits, three products
+# take all registers, and code for two kinds of blocks spills: there, every block has the mask.
 
 
 @triton.jit(do_not_specialize=["M", "N", "S"])
@@ -117,27 +142,37 @@ def row_lse(
     n = tl.arange(0, BN)
     q_ptr += (image * q_b + head * q_h) * UNIT
     k_ptr += (image * k_b + head * k_h) * UNIT
-    k0_ptrs = _places(k_ptr, first + n, k_n, k_d, 0, D0, UNIT)
-    k1_ptrs = k0_ptrs
-    step = tl.cast(k_n, tl.int64) * (BN * UNIT)
     q0 = _rows(_places(q_ptr, first + m, q_m, q_d, 0, D0, UNIT), m < rows, 0, D0, HD, False)
     q1 = q0
     if D1 > 0:
-        k1_ptrs = _places(k_ptr, first + n, k_n, k_d, D0, D1, UNIT)
         q1 = _rows(_places(q_ptr, first + m, q_m, q_d, D0, D1, UNIT), m < rows, D0, D1, HD, False)
     highest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    whole = keys // BN * BN
-    for _ in tl.range(0, whole, BN):
-        logits = _logits(q0, q1, k0_ptrs, k1_ptrs, n < keys, HD, D0, D1, PRECISION, True)
-        highest, total = _grown(logits, scale, highest, total)
-        k0_ptrs += step
-        k1_ptrs += step
-    if whole < keys:
-        real = whole + n < keys
-        logits = _logits(q0, q1, k0_ptrs, k1_ptrs, real, HD, D0, D1, PRECISION, False)
-        logits = tl.where(real[None, :], logits, float("-inf"))
-        highest, total = _grown(logits, scale, highest, total)
+    D: tl.constexpr = D1 if D1 > 0 else D0
+    if _halves(q_ptr):
+        k0_ptrs = _places(k_ptr, first + n, k_n, k_d, 0, D0, UNIT)
+        k1_ptrs = _places(k_ptr, first + n, k_n, k_d, D0, D, UNIT)
+        step = tl.cast(k_n, tl.int64) * (BN * UNIT)
+        whole = keys // BN * BN
+        for _ in tl.range(0, whole, BN):
+            highest, total = _with_keys(
+                q0, q1, k0_ptrs, k1_ptrs, n < keys, scale, highest, total, HD, D0, D1, PRECISION, True
+            )  # fmt: skip
+            k0_ptrs += step
+            k1_ptrs += step
+        if whole < keys:
+            highest, total = _with_keys(
+                q0, q1, k0_ptrs, k1_ptrs, whole + n < keys, scale, highest, total,
+                HD, D0, D1, PRECISION, False,
+            )  # fmt: skip
+    else:
+        for start in tl.range(0, keys, BN):
+            k0_ptrs = _places(k_ptr, first + start + n, k_n, k_d, 0, D0, UNIT)
+            k1_ptrs = _places(k_ptr, first + start + n, k_n, k_d, D0, D, UNIT)
+            highest, total = _with_keys(
+                q0, q1, k0_ptrs, k1_ptrs, start + n < keys, scale, highest, total,
+                HD, D0, D1, PRECISION, False,
+            )  # fmt: skip
     lse_ptr += (image * tl.num_programs(1) + head) * M + first
     tl.store(lse_ptr + m, highest + tl.log2(total), mask=m < rows)
 
@@ -164,30 +199,38 @@ def column_mean(
     m = tl.arange(0, BM)
     q_ptr += (image * q_b + head * q_h) * UNIT
     k_ptr += (image * k_b + head * k_h) * UNIT
-    q0_ptrs = _places(q_ptr, first + m, q_m, q_d, 0, D0, UNIT)
-    q1_ptrs = q0_ptrs
-    lse_ptrs = lse_ptr + (image * tl.num_programs(1) + head) * M + first + m
-    step = tl.cast(q_m, tl.int64) * (BM * UNIT)
+    lse_ptr += (image * tl.num_programs(1) + head) * M + first
     k0 = _rows(_places(k_ptr, first + n, k_n, k_d, 0, D0, UNIT), n < keys, 0, D0, HD, False)
     k1 = k0
     if D1 > 0:
-        q1_ptrs = _places(q_ptr, first + m, q_m, q_d, D0, D1, UNIT)
         k1 = _rows(_places(k_ptr, first + n, k_n, k_d, D0, D1, UNIT), n < keys, D0, D1, HD, False)
     total = tl.zeros([BN], tl.float32)
-    whole = rows // BM * BM
-    for _ in tl.range(0, whole, BM):
-        lse = tl.load(lse_ptrs)  # before the product, which it then need not wait for
-        logits = _logits(k0, k1, q0_ptrs, q1_ptrs, m < rows, HD, D0, D1, PRECISION, True)
-        total += tl.sum(tl.exp2(logits * scale - lse[None, :]), axis=1)
-        q0_ptrs += step
-        q1_ptrs += step
-        lse_ptrs += BM
-    if whole < rows:
-        real = whole + m < rows
-        # Rows that are not there count exp2(-inf) = 0.
-        lse = tl.load(lse_ptrs, mask=real, other=float("inf"))
-        logits = _logits(k0, k1, q0_ptrs, q1_ptrs, real, HD, D0, D1, PRECISION, False)
-        total += tl.sum(tl.exp2(logits * scale - lse[None, :]), axis=1)
+    D: tl.constexpr = D1 if D1 > 0 else D0
+    if _halves(q_ptr):
+        q0_ptrs = _places(q_ptr, first + m, q_m, q_d, 0, D0, UNIT)
+        q1_ptrs = _places(q_ptr, first + m, q_m, q_d, D0, D, UNIT)
+        lse_ptrs = lse_ptr + m
+        step = tl.cast(q_m, tl.int64) * (BM * UNIT)
+        whole = rows // BM * BM
+        for _ in tl.range(0, whole, BM):
+            total += _of_queries(
+                k0, k1, q0_ptrs, q1_ptrs, lse_ptrs, m < rows, scale, HD, D0, D1, PRECISION, True
+            )  # fmt: skip
+            q0_ptrs += step
+            q1_ptrs += step
+            lse_ptrs += BM
+        if whole < rows:
+            total += _of_queries(
+                k0, k1, q0_ptrs, q1_ptrs, lse_ptrs, whole + m < rows, scale, HD, D0, D1, PRECISION, False
+            )  # fmt: skip
+    else:
+        for start in tl.range(0, rows, BM):
+            q0_ptrs = _places(q_ptr, first + start + m, q_m, q_d, 0, D0, UNIT)
+            q1_ptrs = _places(q_ptr, first + start + m, q_m, q_d, D0, D, UNIT)
+            total += _of_queries(
+                k0, k1, q0_ptrs, q1_ptrs, lse_ptr + start + m, start + m < rows, scale,
+                HD, D0, D1, PRECISION, False,
+            )  # fmt: skip
     means_ptr += (image * tl.num_programs(1) + head) * N + first
     tl.store(means_ptr + n, total / tl.maximum(rows, 1), mask=n < keys)  # a program too many has none
 
