@@ -48,12 +48,6 @@ def _segment(program, bounds_ptr, S, BLOCK: tl.constexpr, SP: tl.constexpr):
 
 
 @triton.jit
-def _halves(ptr):
-    """Whether numbers have 16 bits."""
-    return ptr.dtype.element_ty.primitive_bitwidth == 16
-
-
-@triton.jit
 def _places(
     ptr, row, stride_row, stride_d, FIRST: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr
 ):  # fmt: skip
@@ -149,7 +143,7 @@ def row_lse(
     highest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     D: tl.constexpr = D1 if D1 > 0 else D0
-    if _halves(q_ptr):
+    if q_ptr.dtype.element_ty.primitive_bitwidth == 16:
         k0_ptrs = _places(k_ptr, first + n, k_n, k_d, 0, D0, UNIT)
         k1_ptrs = _places(k_ptr, first + n, k_n, k_d, D0, D, UNIT)
         step = tl.cast(k_n, tl.int64) * (BN * UNIT)
@@ -206,7 +200,7 @@ def column_mean(
         k1 = _rows(_places(k_ptr, first + n, k_n, k_d, D0, D1, UNIT), n < keys, D0, D1, HD, False)
     total = tl.zeros([BN], tl.float32)
     D: tl.constexpr = D1 if D1 > 0 else D0
-    if _halves(q_ptr):
+    if q_ptr.dtype.element_ty.primitive_bitwidth == 16:
         q0_ptrs = _places(q_ptr, first + m, q_m, q_d, 0, D0, UNIT)
         q1_ptrs = _places(q_ptr, first + m, q_m, q_d, D0, D, UNIT)
         lse_ptrs = lse_ptr + m
