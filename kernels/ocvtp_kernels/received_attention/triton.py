@@ -102,15 +102,18 @@ def _of_queries(
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What each key receives of a block of queries; of those that are not there exp2(-inf) = 0."""
-    # Before the product, which it then need not wait for.
-    lse = tl.load(lse_ptrs) if WHOLE else tl.load(lse_ptrs, mask=real, other=float("inf"))
-    logits = _logits(k0, k1, q0_ptrs, q1_ptrs, real, HD, D0, D1, PRECISION, WHOLE)
+    if WHOLE:  # before the product, which it then need not wait for
+        lse = tl.load(lse_ptrs)
+        logits = _logits(k0, k1, q0_ptrs, q1_ptrs, real, HD, D0, D1, PRECISION, True)
+    else:
+        logits = _logits(k0, k1, q0_ptrs, q1_ptrs, real, HD, D0, D1, PRECISION, False)
+        lse = tl.load(lse_ptrs, mask=real, other=float("inf"))
     return tl.sum(tl.exp2(logits * scale - lse[None, :]), axis=1)
 
 
 # -------------------------------------------------------------------------------------------------- kernels
-# A loop over whole blocks, whose pointers move on, and one more block with a mask. Of 32 bits, three products
-# take all registers, and code for two kinds of blocks spills: there, every block has the mask.
+# A loop over whole blocks, whose pointers move on, and one more block with a mask. That takes registers, which
+# three products of 32 bits, or an address for each number, leave none of: there, every block has the mask.
 
 
 @triton.jit(do_not_specialize=["M", "N", "S"])
@@ -143,7 +146,7 @@ def row_lse(
     highest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     D: tl.constexpr = D1 if D1 > 0 else D0
-    if q_ptr.dtype.element_ty.primitive_bitwidth == 16:
+    if UNIT > 1 and q_ptr.dtype.element_ty.primitive_bitwidth == 16:
         k0_ptrs = _places(k_ptr, first + n, k_n, k_d, 0, D0, UNIT)
         k1_ptrs = _places(k_ptr, first + n, k_n, k_d, D0, D, UNIT)
         step = tl.cast(k_n, tl.int64) * (BN * UNIT)
@@ -200,7 +203,7 @@ def column_mean(
         k1 = _rows(_places(k_ptr, first + n, k_n, k_d, D0, D1, UNIT), n < keys, D0, D1, HD, False)
     total = tl.zeros([BN], tl.float32)
     D: tl.constexpr = D1 if D1 > 0 else D0
-    if q_ptr.dtype.element_ty.primitive_bitwidth == 16:
+    if UNIT > 1 and q_ptr.dtype.element_ty.primitive_bitwidth == 16:
         q0_ptrs = _places(q_ptr, first + m, q_m, q_d, 0, D0, UNIT)
         q1_ptrs = _places(q_ptr, first + m, q_m, q_d, D0, D, UNIT)
         lse_ptrs = lse_ptr + m
