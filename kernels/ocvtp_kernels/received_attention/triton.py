@@ -112,8 +112,8 @@ def _of_queries(
 
 
 # -------------------------------------------------------------------------------------------------- kernels
-# A loop over whole blocks, whose pointers move on, and one more block with a mask. That takes registers, which
-# three products of 32 bits, or an address for each number, leave none of: there, every block has the mask.
+# A loop over whole blocks, whose pointers move on, and one more block with a mask. That takes registers, and
+# three products of 32 bits, or an address for each number, leave none: there, every block has the mask.
 
 
 @triton.jit(do_not_specialize=["M", "N", "S"])
