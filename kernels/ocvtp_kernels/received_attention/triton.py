@@ -83,17 +83,23 @@ def _logits(
 
 
 @triton.jit
+def _grown(logits, scale, highest, total):
+    """Each row's highest logit, and the sum of exponentials below it, with a block of keys more."""
+    higher = tl.maximum(highest, tl.max(logits, axis=1) * scale)
+    total = total * tl.exp2(highest - higher) + tl.sum(tl.exp2(logits * scale - higher[:, None]), axis=1)
+    return higher, total
+
+
+@triton.jit
 def _with_keys(
     q0, q1, k0_ptrs, k1_ptrs, real, scale, highest, total,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Each row's highest logit, and the sum of exponentials below it, with a block of keys more."""
+    """``_grown`` by the keys that are at these places."""
     logits = _logits(q0, q1, k0_ptrs, k1_ptrs, real, HD, D0, D1, PRECISION, WHOLE)
     if not WHOLE:
         logits = tl.where(real[None, :], logits, float("-inf"))
-    higher = tl.maximum(highest, tl.max(logits, axis=1) * scale)
-    total = total * tl.exp2(highest - higher) + tl.sum(tl.exp2(logits * scale - higher[:, None]), axis=1)
-    return higher, total
+    return _grown(logits, scale, highest, total)
 
 
 @triton.jit
@@ -102,12 +108,9 @@ def _of_queries(
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What each key receives of a block of queries; of those that are not there exp2(-inf) = 0."""
-    if WHOLE:  # before the product, which it then need not wait for
-        lse = tl.load(lse_ptrs)
-        logits = _logits(k0, k1, q0_ptrs, q1_ptrs, real, HD, D0, D1, PRECISION, True)
-    else:
-        logits = _logits(k0, k1, q0_ptrs, q1_ptrs, real, HD, D0, D1, PRECISION, False)
-        lse = tl.load(lse_ptrs, mask=real, other=float("inf"))
+    # Before the product, which it then need not wait for.
+    lse = tl.load(lse_ptrs) if WHOLE else tl.load(lse_ptrs, mask=real, other=float("inf"))
+    logits = _logits(k0, k1, q0_ptrs, q1_ptrs, real, HD, D0, D1, PRECISION, WHOLE)
     return tl.sum(tl.exp2(logits * scale - lse[None, :]), axis=1)
 
 
@@ -136,7 +139,6 @@ def row_lse(
         first, rows, block = _segment(block, bounds_ptr, S, BM, SP)
         keys = rows
     m = block * BM + tl.arange(0, BM)
-    n = tl.arange(0, BN)
     q_ptr += (image * q_b + head * q_h) * UNIT
     k_ptr += (image * k_b + head * k_h) * UNIT
     q0 = _rows(_places(q_ptr, first + m, q_m, q_d, 0, D0, UNIT), m < rows, 0, D0, HD, False)
@@ -147,6 +149,7 @@ def row_lse(
     total = tl.zeros([BM], tl.float32)
     D: tl.constexpr = D1 if D1 > 0 else D0
     if UNIT > 1 and q_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        n = tl.arange(0, BN)
         k0_ptrs = _places(k_ptr, first + n, k_n, k_d, 0, D0, UNIT)
         k1_ptrs = _places(k_ptr, first + n, k_n, k_d, D0, D, UNIT)
         step = tl.cast(k_n, tl.int64) * (BN * UNIT)
@@ -164,12 +167,16 @@ def row_lse(
             )  # fmt: skip
     else:
         for start in tl.range(0, keys, BN):
-            k0_ptrs = _places(k_ptr, first + start + n, k_n, k_d, 0, D0, UNIT)
-            k1_ptrs = _places(k_ptr, first + start + n, k_n, k_d, D0, D, UNIT)
-            highest, total = _with_keys(
-                q0, q1, k0_ptrs, k1_ptrs, start + n < keys, scale, highest, total,
-                HD, D0, D1, PRECISION, False,
-            )  # fmt: skip
+            n = start + tl.arange(0, BN)
+            k0_ptrs = _places(k_ptr, first + n, k_n, k_d, 0, D0, UNIT)
+            k0 = tl.trans(_rows(k0_ptrs, n < keys, 0, D0, HD, False))
+            logits = tl.dot(q0, k0, input_precision=PRECISION)
+            if D1 > 0:
+                k1_ptrs = _places(k_ptr, first + n, k_n, k_d, D0, D1, UNIT)
+                k1 = tl.trans(_rows(k1_ptrs, n < keys, D0, D1, HD, False))
+                logits = tl.dot(q1, k1, logits, input_precision=PRECISION)
+            logits = tl.where((n < keys)[None, :], logits, float("-inf"))
+            highest, total = _grown(logits, scale, highest, total)
     lse_ptr += (image * tl.num_programs(1) + head) * M + first
     tl.store(lse_ptr + m, highest + tl.log2(total), mask=m < rows)
 
@@ -193,7 +200,6 @@ def column_mean(
         first, keys, block = _segment(block, bounds_ptr, S, BN, SP)
         rows = keys
     n = block * BN + tl.arange(0, BN)
-    m = tl.arange(0, BM)
     q_ptr += (image * q_b + head * q_h) * UNIT
     k_ptr += (image * k_b + head * k_h) * UNIT
     lse_ptr += (image * tl.num_programs(1) + head) * M + first
@@ -204,6 +210,7 @@ def column_mean(
     total = tl.zeros([BN], tl.float32)
     D: tl.constexpr = D1 if D1 > 0 else D0
     if UNIT > 1 and q_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        m = tl.arange(0, BM)
         q0_ptrs = _places(q_ptr, first + m, q_m, q_d, 0, D0, UNIT)
         q1_ptrs = _places(q_ptr, first + m, q_m, q_d, D0, D, UNIT)
         lse_ptrs = lse_ptr + m
@@ -222,12 +229,16 @@ def column_mean(
             )  # fmt: skip
     else:
         for start in tl.range(0, rows, BM):
-            q0_ptrs = _places(q_ptr, first + start + m, q_m, q_d, 0, D0, UNIT)
-            q1_ptrs = _places(q_ptr, first + start + m, q_m, q_d, D0, D, UNIT)
-            total += _of_queries(
-                k0, k1, q0_ptrs, q1_ptrs, lse_ptr + start + m, start + m < rows, scale,
-                HD, D0, D1, PRECISION, False,
-            )  # fmt: skip
+            m = start + tl.arange(0, BM)
+            q0_ptrs = _places(q_ptr, first + m, q_m, q_d, 0, D0, UNIT)
+            q0 = tl.trans(_rows(q0_ptrs, m < rows, 0, D0, HD, False))
+            logits = tl.dot(k0, q0, input_precision=PRECISION)
+            if D1 > 0:
+                q1_ptrs = _places(q_ptr, first + m, q_m, q_d, D0, D1, UNIT)
+                q1 = tl.trans(_rows(q1_ptrs, m < rows, D0, D1, HD, False))
+                logits = tl.dot(k1, q1, logits, input_precision=PRECISION)
+            lse = tl.load(lse_ptr + m, mask=m < rows, other=float("inf"))
+            total += tl.sum(tl.exp2(logits * scale - lse[None, :]), axis=1)
     means_ptr += (image * tl.num_programs(1) + head) * N + first
     tl.store(means_ptr + n, total / tl.maximum(rows, 1), mask=n < keys)  # a program too many has none
 
