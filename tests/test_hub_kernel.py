@@ -191,17 +191,23 @@ def test_the_builder_needs_the_standard_library_alone(tmp_path: Path) -> None:
     assert 'get_kernel("me/it", version=0' in (tmp_path / "out/README.md").read_text()
 
 
-def test_only_its_own_folders_are_replaced(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    build(tmp_path / "out")
-    (tmp_path / "out" / "stale").touch()
-    build(tmp_path / "out")
-    assert not (tmp_path / "out" / "stale").exists()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.txt").touch()
-    with pytest.raises(FileExistsError, match="something else"):
-        build(tmp_path / "other")
-    assert (tmp_path / "other" / "thesis.txt").exists()
+def test_only_its_own_files_are_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    build(out)
+    (out / "build" / "stale").touch()
+    (out / ".git").mkdir()
+    build(out)
+    assert not (out / "build" / "stale").exists()
+    assert (out / ".git").exists()
+    for name, text in (("thesis.txt", ""), ("build.toml", '[general]\nname = "another-kernel"\n')):
+        other = tmp_path / name.partition(".")[0]
+        (other / "build").mkdir(parents=True)
+        (other / name).write_text(text)
+        with pytest.raises(FileExistsError, match="something else"):
+            build(other)
+        assert (other / name).read_text() == text
+        assert (other / "build").exists()
 
 
 # --------------------------------------------------------------------------------------------------- loaded

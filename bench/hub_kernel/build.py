@@ -63,17 +63,18 @@ __all__ = sys.modules[_name].__all__
 
 
 def build(out: Path, *, root: Path = ROOT, repo: str | None = None) -> dict[str, str]:
-    """Write the folder ``out``, in place of what was there; what is in one variant, by backend: its id.
+    """Write the folder ``out``, and tell each variant's id, by backend.
 
     Args:
-        out: a folder that is not there, is empty, or was made by this.
+        out: a folder that is not there, is empty, or was made by this: then its files are replaced, and what
+            else lies beside them, a repository's own for example, stays.
         root: of this repository.
         repo: ``owner/name`` on the hub, for the card and build.toml.
 
     Raises:
         FileExistsError: ``out`` holds something else.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "build.toml").is_file():
+    if out.exists() and any(out.iterdir()) and not _is_ours(out):
         raise FileExistsError(f"{out} holds something else")
     source = root / "kernels" / PACKAGE
     files = sources(source)
@@ -82,8 +83,9 @@ def build(out: Path, *, root: Path = ROOT, repo: str | None = None) -> dict[str,
         digest.update(f"{name}\n{len(content)}\n".encode() + content)
     short = digest.hexdigest()[:7]
     licensed = license_of(root)
-    if out.exists():
-        shutil.rmtree(out)
+    for name in ("build", "torch-ext"):
+        if (out / name).exists():
+            shutil.rmtree(out / name)
     _write(out / "torch-ext" / PACKAGE, files)
     architectures = architectures_of(source)
     identifiers = {}
@@ -119,6 +121,11 @@ def build(out: Path, *, root: Path = ROOT, repo: str | None = None) -> dict[str,
         },
     )
     return identifiers
+
+
+def _is_ours(out: Path) -> bool:
+    project = out / "build.toml"
+    return project.is_file() and f'name = "{NAME}"\n' in project.read_text()
 
 
 def sources(package: Path) -> dict[str, bytes]:
