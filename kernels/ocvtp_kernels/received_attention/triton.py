@@ -53,7 +53,11 @@ def _places(
 ):  # fmt: skip
     """Pointers ``[rows, D]`` into a head, from column FIRST on."""
     d = FIRST + tl.arange(0, D)
-    return ptr + (row.to(tl.int64) * stride_row * UNIT)[:, None] + d.to(tl.int64)[None, :] * stride_d
+    rows = (row.to(tl.int64) * stride_row * UNIT)[:, None]
+    columns = d.to(tl.int64)[None, :] * stride_d
+    if UNIT == 1:  # an address for each number: pointers to rows would take registers besides
+        return ptr + (rows + columns)
+    return ptr + rows + columns
 
 
 @triton.jit
