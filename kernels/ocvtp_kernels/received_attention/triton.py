@@ -172,14 +172,15 @@ def row_lse(
     else:
         for start in tl.range(0, keys, BN):
             n = start + tl.arange(0, BN)
+            real = n < keys  # before addresses: in the other order ptxas spills twice for sm_86
             k0_ptrs = _places(k_ptr, first + n, k_n, k_d, 0, D0, UNIT)
-            k0 = tl.trans(_rows(k0_ptrs, n < keys, 0, D0, HD, False))
+            k0 = tl.trans(_rows(k0_ptrs, real, 0, D0, HD, False))
             logits = tl.dot(q0, k0, input_precision=PRECISION)
             if D1 > 0:
                 k1_ptrs = _places(k_ptr, first + n, k_n, k_d, D0, D1, UNIT)
-                k1 = tl.trans(_rows(k1_ptrs, n < keys, D0, D1, HD, False))
+                k1 = tl.trans(_rows(k1_ptrs, real, D0, D1, HD, False))
                 logits = tl.dot(q1, k1, logits, input_precision=PRECISION)
-            logits = tl.where((n < keys)[None, :], logits, float("-inf"))
+            logits = tl.where(real[None, :], logits, float("-inf"))
             highest, total = _grown(logits, scale, highest, total)
     lse_ptr += (image * tl.num_programs(1) + head) * M + first
     tl.store(lse_ptr + m, highest + tl.log2(total), mask=m < rows)
