@@ -153,7 +153,7 @@ def row_lse(
     highest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     D: tl.constexpr = D1 if D1 > 0 else D0
-    if UNIT > 1 and SP <= 64 and q_ptr.dtype.element_ty.primitive_bitwidth == 16:
+    if (UNIT > 1 and SP <= 64) and q_ptr.dtype.element_ty.primitive_bitwidth == 16:
         n = tl.arange(0, BN)
         k0_ptrs = _places(k_ptr, first + n, k_n, k_d, 0, D0, UNIT)
         k1_ptrs = _places(k_ptr, first + n, k_n, k_d, D0, D, UNIT)
@@ -215,7 +215,7 @@ def column_mean(
         k1 = _rows(_places(k_ptr, first + n, k_n, k_d, D0, D1, UNIT), n < keys, D0, D1, HD, False)
     total = tl.zeros([BN], tl.float32)
     D: tl.constexpr = D1 if D1 > 0 else D0
-    if UNIT > 1 and SP <= 64 and q_ptr.dtype.element_ty.primitive_bitwidth == 16:
+    if (UNIT > 1 and SP <= 64) and q_ptr.dtype.element_ty.primitive_bitwidth == 16:
         m = tl.arange(0, BM)
         q0_ptrs = _places(q_ptr, first + m, q_m, q_d, 0, D0, UNIT)
         q1_ptrs = _places(q_ptr, first + m, q_m, q_d, D0, D, UNIT)
