@@ -18,6 +18,9 @@
 #   make serving requests a second and time to the first token of vLLM's server, unpruned and pruned, by a Python that
 #                has vLLM (SERVING_PYTHON; build/vllm's if it is there): 10 minutes on two cores
 #   make report  documents and pictures from bench/results; make guard compares counts with their snapshot
+#   make hub-kernel
+#                the kernels as Hugging Face's `kernels` loads them, in build/hub-kernel; needs no environment;
+#                REPO=owner/name puts that name on the card
 #   make accuracy
 #                what a small model still answers with fewer tokens, by who chooses them: 10 minutes on two cores
 # On a machine with a GPU, in .venv or, where there is none, in python3 with torch, triton and pytest-benchmark:
@@ -45,6 +48,7 @@ RESULTS ?= bench/results
 COMMIT ?=
 VERSIONS ?=
 TARGETS ?=
+REPO ?=
 CASES ?=
 STEPS ?=
 OF_THIS_TREE = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH}
@@ -60,7 +64,7 @@ RECORD = $(RECORDED) --deadline 400 $(TABLE)
 RESUMABLE = $(RECORDED) --minutes 6 || [ $$? -eq 3 ]
 
 .PHONY: demo test test-matrix test-serving test-vllm test-libraries test-thorough lint aot format bench e2e scaling \
-        serving report guard accuracy clean \
+        serving report guard accuracy hub-kernel clean \
         gpu gpu-check gpu-first gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
         gpu-micro-merge gpu-micro-diversity gpu-micro-slot-training gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner \
         gpu-micro-slots-compiled gpu-scaling gpu-tower gpu-accuracy gpu-testbed gpu-serving gpu-report
@@ -126,6 +130,9 @@ report: $(VENV)/.dev
 guard: $(VENV)/.dev
 	$(BIN)/python -m bench.guard
 	$(BIN)/python -m bench.flops
+
+hub-kernel:
+	$(PYTHON) -m bench.hub_kernel $(if $(REPO),--repo $(REPO))
 
 accuracy: $(VENV)/.dev
 	$(BIN)/python -m bench.accuracy

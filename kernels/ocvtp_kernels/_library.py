@@ -11,7 +11,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ocvtp_kernels._backend import BackendUnavailableError
 from ocvtp_kernels._launch import MAX_IMAGES
 
-_NAMESPACE = "ocvtp_kernels"
+# The package's name: from a kernel hub it has another one, and operators of both may be in one process.
+_NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 _library = torch.library.Library(_NAMESPACE, "DEF")
 
 #: Operator name -> count, for ``fvcore.nn.FlopCountAnalysis(...).set_op_handle(**fvcore_handles())``.

@@ -27,6 +27,7 @@ FEW_ROWS = 1024
 MANY_ROWS = 4096
 
 _trusted = False
+_PACKAGE = __name__.rpartition(".")[0]  # from a kernel hub, it has another name
 
 
 @functools.cache
@@ -96,4 +97,4 @@ def _triton() -> str:
 
 
 def _read(name: str) -> Any:
-    return json.loads(files("ocvtp_kernels").joinpath(name).read_text())
+    return json.loads(files(_PACKAGE).joinpath(name).read_text())
