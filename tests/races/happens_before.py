@@ -1,8 +1,8 @@
 """Tasks of one launch, handed out by tickets and ordered by counters: is every meeting at an address ordered?
 
 A kernel of this kind keeps counters in a tensor of int32, zero at the start. A program takes the next ticket,
-an ``atomic_add`` of 1 to word TICKET, and does the task that this ticket stands for; it ends when there are
-no more, and says so at word LEFT. Other words order tasks:
+an ``atomic_add`` of 1 to the word of tickets, and does the task that this ticket stands for; it ends when
+there are no more, and may say so at a word for those who left. Other words order tasks:
 
 * a wait is ``atomic_add(word, 0, sem="acquire")`` until the word is large enough,
 * a signal is ``atomic_add(word, 1, sem="release")`` when the task is done.
@@ -55,15 +55,20 @@ class Mark(NamedTuple):
 class Tickets:
     """What ``instrumented(log=True, watch=...)`` asks; one launch of one kernel."""
 
-    def __init__(self, sync: torch.Tensor, tasks: int) -> None:
+    def __init__(
+        self, sync: torch.Tensor, tasks: int, *, ticket: int = TICKET, left: int | None = LEFT
+    ) -> None:
         """
         Args:
             sync: int32, the words. All of them must be zero.
             tasks: how many tickets there are.
+            ticket: the word of tickets.
+            left: the word for those who left, if there is one.
         """
         if sync.dtype != torch.int32 or not sync.is_contiguous() or bool(sync.any()):
             raise ValueError("sync must be contiguous int32, all zeros")
         self.sync, self.tasks = sync, tasks
+        self._ticket, self._left = ticket, left
         self.waits: list[Mark] = []
         self.signals: list[Mark] = []
         self._task = _NOBODY
@@ -90,10 +95,10 @@ class Tickets:
         if words.size != 1 or values[0] not in (0, 1):
             raise ValueError("an atomic on the words must add 0 or 1 to one of them")
         word, at = int(words[0]), (epoch, len(launch.accesses))
-        if word == LEFT:
+        if word == self._left:
             self._task = _NOBODY
             return run()
-        if word == TICKET:
+        if word == self._ticket:
             given = run()
             number = int(np.asarray(given.data).ravel()[0])
             self._task = number if number < self.tasks else _NOBODY

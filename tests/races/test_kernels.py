@@ -42,6 +42,8 @@ ONCE = {
     "farthest": "the keys of a step lie where those of the last but one were",
     "volume": "what is left of each token's volume becomes less with every step",
 }
+#: Kernels whose programs wait for each other: test_slot_loop.py.
+BY_TICKETS = {"ocvtp_kernels.slot_attention.loop.slot_loop"}
 #: "twice" shuffles, too. All other tests run programs forward.
 FEW: tuple[Order, ...] = ("reversed", "twice")
 ALL: tuple[Order, ...] = ("forward", "reversed", "shuffled", "twice")
@@ -122,7 +124,7 @@ def test_no_kernel_is_left_out() -> None:
     kernels = set(functions) - set().union(*functions.values())
     assert len(kernels) > 20
     reached = set().union(*(launched(case) for case in CASES if not case.thorough))
-    assert reached == kernels
+    assert reached | BY_TICKETS == kernels
 
 
 @pytest.mark.parametrize(
