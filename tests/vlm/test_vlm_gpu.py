@@ -11,7 +11,7 @@ import torch
 
 import ocvtp
 from ocvtp.vlm.call.controller import controller_of
-from ocvtp.vlm.encode.encode import encode
+from ocvtp.vlm.encode.encode import encode, prune_rows
 from tests.vlm.family import Family, families
 from tests.vlm.tiny_llava import GREEDY, KEEP, llava, mixed, pixels, pruner
 
@@ -70,6 +70,31 @@ def test_the_vision_side_never_waits(capture: bool) -> None:
     with never_waiting():
         got = rows()
     assert torch.equal(got, want)
+    ocvtp.remove(model)
+
+
+@pytest.mark.parametrize("family", [pytest.param(family, id=family.name) for family in families()])
+@torch.no_grad()
+def test_images_of_two_sizes_never_wait(family: Family) -> None:
+    """All images of the family's rows at once, which are of several sizes where it tells them apart.
+
+    What says how big they are stays on the host, where processors make it.
+    """
+    model, names = family.model().half().cuda(), family.pixels["image"]
+    given = {name: value for name, value in family.batch().items() if name in names}
+    given[names[0]] = given[names[0]].half().cuda()
+    ocvtp.apply(model, family.pruner(), keep=family.keep, backend="triton")
+    controller = controller_of(model)
+
+    def kept() -> torch.Tensor:
+        vision = controller.adapter.vision("image", given, controller.settings)  # may ask how many are real
+        with never_waiting():
+            return prune_rows(vision, controller.settings).flat()
+
+    for _ in range(3):  # compiles, folds weights and captures, which may wait
+        encode(controller.adapter, given, controller.settings, None)
+    want = encode(controller.adapter, given, controller.settings, None)["image"].flat()
+    assert torch.equal(kept(), want)
     ocvtp.remove(model)
 
 

@@ -11,6 +11,7 @@ from ocvtp.vlm.contracts.adapter import Family, Vision
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
 from ocvtp.vlm.contracts.evidence import Evidence
 from ocvtp.vlm.contracts.fit import check_layers
+from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.families.witness import Witness
@@ -182,7 +183,7 @@ class Pictures:
         rows = [
             self.done.finish(indices, which)
             if layer == deepest
-            else gather_tokens(_of(output := self.done.outputs[layer], which), indices.to(output.device))
+            else gather_tokens(some_of(output := self.done.outputs[layer], which), indices.to(output.device))
             for layer in self._consumed
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
@@ -258,33 +259,33 @@ class _Images(Pictures):
 
     def features(self, which: Sequence[int]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        return _of(self.read, which)
+        return some_of(self.read, which)
 
     def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        return _of(self.received(backend), which)
+        return some_of(self.received(backend), which)
 
     def source(self, which: Sequence[int]) -> torch.Tensor | None:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         outputs = None if self.class_rows else self.outputs()
-        return None if outputs is None else _of(outputs, which)
+        return None if outputs is None else some_of(outputs, which)
 
     def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         slots = self._slots(indices)
         if indices.shape[1] == self.patches and not self.hold:  # as upstream does, to the bit
-            return [Piece(_of(self.all_projected(), which), slots)]
+            return [Piece(some_of(self.all_projected(), which), slots)]
         if taken is None:
             taken = self.taken(which, slots + (self.prefix - self.class_rows))
         return [Piece(self.run_projector(taken), slots)]
 
     def projected(self, which: Sequence[int]) -> Projected:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        return Projected(_of(self.all_projected(), which)[:, self.class_rows :])
+        return Projected(some_of(self.all_projected(), which)[:, self.class_rows :])
 
     def sources(self, which: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        return (_of(self.all_outputs(), which)[:, self.class_rows :],)
+        return (some_of(self.all_outputs(), which)[:, self.class_rows :],)
 
     def place(
         self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
@@ -304,9 +305,5 @@ class _Images(Pictures):
     def _class(self, which: Sequence[int]) -> torch.Tensor:
         """``[pictures, class rows, D]``."""
         if self._projected is not None:
-            return _of(self._projected, which)[:, : self.class_rows]
-        return self.run_projector(_of(self.all_outputs(), which)[:, : self.class_rows])
-
-
-def _of(tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
-    return tensor if len(which) == tensor.shape[0] else tensor[list(which)]
+            return some_of(self._projected, which)[:, : self.class_rows]
+        return self.run_projector(some_of(self.all_outputs(), which)[:, : self.class_rows])

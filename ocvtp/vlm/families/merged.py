@@ -18,11 +18,13 @@ from ocvtp.vlm.contracts.adapter import Family, Vision
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
 from ocvtp.vlm.contracts.fit import check_layers
 from ocvtp.vlm.contracts.layout import first
+from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.weights import inside
 from ocvtp.vlm.layouts import layout_for
 from ocvtp.vlm.layouts.squares import grouped, members
+from ocvtp_kernels._device import on_device
 from ocvtp_kernels.received_attention import received_attention
 
 
@@ -227,7 +229,7 @@ class Units:
         patches = self._of(self._last, which)[:, self._prefix :]
         index = indices.to(patches.device)
         if self._family.projects_tokens and indices.shape[1] < len(self._members):
-            members = self._members.to(patches.device, non_blocking=True)[index].flatten(1)
+            members = on_device(self._members, patches.device)[index].flatten(1)
             kept = patches.gather(1, members[:, :, None].expand(-1, -1, patches.shape[2]))
             units = self._family.norm(kept, self._arguments).unflatten(1, (index.shape[1], -1))
             return [Piece(self._family.project(units), indices)]
@@ -263,4 +265,4 @@ class Units:
         return grouped(hidden[:, self._prefix :], self._family.layout.side, self._family.layout.unit)
 
     def _of(self, tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
-        return tensor if len(which) == len(self.segments) else tensor[list(which)]
+        return some_of(tensor, which)

@@ -22,6 +22,7 @@ from ocvtp.vlm.layouts import layout_for
 from ocvtp.vlm.layouts.qwen_geometry import as_grids, patchify
 from ocvtp.vlm.layouts.units import full_blocks
 from ocvtp.vlm.towers.qwen import QwenTowerRun, run_qwen_tower
+from ocvtp_kernels._device import on_device
 
 
 class _Enough(Exception):
@@ -218,8 +219,8 @@ class _Units:
         assert self._run is not None
         if indices.shape[1] == self.segments[which[0]].tokens:  # as upstream does, to the bit
             return self.place(which, indices, self.projected(which), None)
-        starts = torch.tensor([self._starts[i] for i in which])
-        units = (indices + starts[:, None].to(indices.device, non_blocking=True)).flatten()
+        starts = on_device(torch.tensor([self._starts[i] for i in which]), indices.device)
+        units = (indices + starts[:, None]).flatten()
         rows = self._run.merged(units).unflatten(0, (len(which), -1))
         deep = tuple(deep.unflatten(0, (len(which), -1)) for deep in self._run.deepstack(units))
         return self.place(which, indices, Projected(rows, deep), None)
@@ -250,9 +251,8 @@ class _Units:
         self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
     ) -> list[Piece]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        offsets = torch.tensor([self._offsets[i] for i in which])
-        slots = indices + offsets[:, None].to(indices.device, non_blocking=True)
-        return [Piece(made.rows, slots, made.deep, mass)]
+        offsets = on_device(torch.tensor([self._offsets[i] for i in which]), indices.device)
+        return [Piece(made.rows, indices + offsets[:, None], made.deep, mass)]
 
     def of(self, units: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         """``[units, ...] -> [segments, N, ...]``; without a copy where they follow one another."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.contracts.weights import inside
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.selection import gather_tokens
@@ -54,7 +55,7 @@ class LayerInput:
 
     def of(self, which: Sequence[int]) -> LayerInput:
         """The same of some images only."""
-        return LayerInput(self._layer, self._input[list(which)])
+        return LayerInput(self._layer, some_of(self._input, which))
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, backend: str) -> torch.Tensor:
         """``[B, tokens]``, at least float32: what keys receive of queries, mean over heads and queries."""
@@ -283,9 +284,7 @@ def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _of(tensor: torch.Tensor, which: Sequence[int] | None) -> torch.Tensor:
     """Some images of a batch."""
-    if which is None or list(which) == list(range(tensor.shape[0])):
-        return tensor
-    return tensor[list(which)]
+    return tensor if which is None else some_of(tensor, which)
 
 
 def _flat_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
