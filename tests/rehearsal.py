@@ -11,16 +11,20 @@ from ocvtp_kernels.slot_attention import TopTokens
 
 
 class Rehearsal:
-    """What :class:`ocvtp.pruner.capture.CudaLane` does, on the CPU; ``log`` tells in which order."""
+    """What :class:`ocvtp.pruner.lane.CudaLane` does, on the CPU; ``log`` tells in which order."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.log: list[str] = []
         self.fails = False
+        self.held: list[torch.Tensor] = []
 
     def run(self, work: Callable[[], Any], reads: Sequence[torch.Tensor]) -> Any:
         self.log.append("run")
         return work()
+
+    def hold(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.held = [*tensors]
 
     def record(self, work: Callable[[], TopTokens]) -> tuple[TopTokens, Callable[[], None]]:
         if self.fails:

@@ -17,88 +17,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 
 from ocvtp.pruner.assignment import Assignment, Plan
+from ocvtp.pruner.lane import Lane, lane_for, recorded_by_others
 from ocvtp.pruner.pruner import OCPruner
 from ocvtp.pruner.topup import Fill
 from ocvtp_kernels.slot_attention import TopTokens
 
 _log = logging.getLogger("ocvtp")
 
-Made = TypeVar("Made")
-
 #: Shapes whose graphs are kept; the one not used for longest goes.
 MOST_GRAPHS = 8
 # Shapes remembered as seen once.
 _MOST_SEEN = 256
-
-
-class Lane(Protocol):
-    """A stream beside the caller's, and a way to record what runs on it."""
-
-    def run(self, work: Callable[[], Made], reads: Sequence[torch.Tensor]) -> Made:
-        """Do ``work`` after everything the caller's stream has been told to do. ``reads``: its inputs."""
-
-    def record(self, work: Callable[[], TopTokens]) -> tuple[TopTokens, Callable[[], None]]:
-        """Record ``work`` without doing it: its results' places, and what does it again."""
-
-    def mark(self) -> Any:
-        """A point to :meth:`join` at: everything that :meth:`run` was given so far."""
-
-    def join(self, mark: Any, results: Sequence[torch.Tensor]) -> None:
-        """Let the caller's stream wait for ``mark`` before it uses ``results``."""
-
-    def wait(self) -> None:
-        """Wait until nothing runs here."""
-
-
-class CudaLane:
-    """A side stream of one GPU. Graphs share a memory pool: they run on this stream, one after another."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def run(self, work: Callable[[], Made], reads: Sequence[torch.Tensor]) -> Made:
-        """See :class:`Lane`."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            made = work()
-        for tensor in reads:  # their memory is not given away before this stream has read them
-            tensor.record_stream(self._stream)
-        return made
-
-    def record(self, work: Callable[[], TopTokens]) -> tuple[TopTokens, Callable[[], None]]:
-        """See :class:`Lane`."""
-        graph = torch.cuda.CUDAGraph()
-        # Only this thread must abstain from what can't be captured; others may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            top = work()
-        return top, graph.replay
-
-    def mark(self) -> Any:
-        """See :class:`Lane`."""
-        return self._stream.record_event()
-
-    def join(self, mark: Any, results: Sequence[torch.Tensor]) -> None:
-        """See :class:`Lane`."""
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(mark)
-        for tensor in results:
-            tensor.record_stream(current)
-
-    def wait(self) -> None:
-        """See :class:`Lane`."""
-        self._stream.synchronize()
-
-
-def lane_for(device: torch.device) -> Lane | None:
-    """A lane on ``device``, or ``None`` where there is only one thing at a time."""
-    return CudaLane(device) if device.type == "cuda" else None
 
 
 @dataclass(frozen=True)
@@ -189,12 +123,13 @@ class SlotRunner:
             fill=fill,
             refine=refine,
         )
-        if plan.resolved != "triton" or pruner.training or _recorded_by_others():
+        if plan.resolved != "triton" or pruner.training or recorded_by_others(features.device):
             return Pending(plan.run(features))
         with self._lock:
             lane = None if self._closed else self._lane(features.device)
             if lane is None:
                 return Pending(plan.run(features))
+            lane.hold((*plan.weights, *plan.start))  # parameters may change before the lane is done
             graph = self._graph(plan, features, lane) if self._capture and not plan.needs_map else None
             run = plan.run if graph is None else functools.partial(graph.run, plan)
             work = functools.partial(run, features)
@@ -263,10 +198,3 @@ def _captured(plan: Plan, features: torch.Tensor, lane: Lane) -> _Graph:
 
         top, replay = lane.record(work)
     return _Graph(plan, x, top, replay)
-
-
-def _recorded_by_others() -> bool:
-    """Whether what runs now is being recorded as a whole by somebody else."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
