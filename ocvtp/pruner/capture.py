@@ -136,6 +136,34 @@ class SlotRunner:
             assignment = lane.run(work, [features])
             return Pending(assignment, lane, lane.mark())
 
+    def beside(
+        self, work: Callable[[], torch.Tensor], reads: Sequence[torch.Tensor]
+    ) -> Callable[[], torch.Tensor] | None:
+        """Start ``work`` beside the caller, who gets what it makes by calling what this returns.
+
+        ``None``, and nothing is started, where there is only one thing at a time.
+
+        Args:
+            work: is done without gradients.
+            reads: tensors that it reads and that the caller may give up meanwhile.
+        """
+        device = reads[0].device
+        if recorded_by_others(device):
+            return None
+        with self._lock:
+            lane = None if self._closed else self._lane(device)
+            if lane is None:
+                return None
+            with torch.no_grad():
+                made = lane.run(work, reads)
+            mark = lane.mark()
+
+        def get() -> torch.Tensor:
+            lane.join(mark, [made])
+            return made
+
+        return get
+
     def close(self) -> None:
         """Give the graphs and their memory back; later calls run uncaptured."""
         with self._lock:

@@ -15,6 +15,7 @@ import torch
 from ocvtp.serving.vllm.taps import Tap, Tower, tapped
 from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
+from ocvtp.vlm.contracts.selector import Beside
 from ocvtp.vlm.contracts.settings import Newlines
 from ocvtp.vlm.layouts.packing import Packing, ended_lines, packed_piece, packed_tokens
 from ocvtp.vlm.layouts.qwen_geometry import Geometry
@@ -49,8 +50,10 @@ class Encoded:
         self._scores: torch.Tensor | None = None
         self._tap: Tap | None = None
 
-    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
-        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+    def run(
+        self, read_layer: int | None, after: Callable[[], None] | None, beside: Beside | None = None
+    ) -> None:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; scores follow vLLM's encoder."""
 
         def read(output: torch.Tensor) -> None:
             self._read = self.candidates(output)

@@ -9,6 +9,7 @@ import torch
 
 from ocvtp.vlm.contracts.layout import Layout, TowerFacts
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
+from ocvtp.vlm.contracts.selector import Beside
 from ocvtp.vlm.contracts.settings import Settings
 
 
@@ -31,8 +32,16 @@ class Vision(Protocol):
     def device(self) -> torch.device:
         """Where the tower computes."""
 
-    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
-        """Run the tower; call ``after`` as soon as the output of ``read_layer`` is there."""
+    def run(
+        self, read_layer: int | None, after: Callable[[], None] | None, beside: Beside | None = None
+    ) -> None:
+        """Run the tower.
+
+        Args:
+            read_layer: a layer whose output will be asked for.
+            after: called as soon as that is there.
+            beside: starts :meth:`scores` as soon as what they are made of is there. They need not use it.
+        """
 
     def features(self, which: Sequence[int]) -> torch.Tensor:
         """``[segments, N, C]``: candidates as ``read_layer`` made them."""

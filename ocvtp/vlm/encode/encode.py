@@ -235,8 +235,10 @@ class _Run:
             self._begun = [self._begin(group, return_attention) for group in self.groups]
 
         with stage(clock, "vision tower", vision.device):
-            # While somebody measures, the stages follow one another.
-            vision.run(selector.read_layer, start if clock is None else None)
+            if clock is None:
+                vision.run(selector.read_layer, start, selector.beside if selector.reads_scores else None)
+            else:  # while somebody measures, the stages follow one another
+                vision.run(selector.read_layer, None)
         if not self._begun:
             with stage(clock, "pruner", vision.device):
                 start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from ocvtp.methods import attention_top_k, greedy_dpp, grid, k_medoids, random_t
 from ocvtp.pruner import OCPruner
 from ocvtp.pruner.capture import SlotRunner
 from ocvtp.selection import Selection
-from ocvtp.vlm.contracts.selector import Begun, Group, Rule, reads_features
+from ocvtp.vlm.contracts.selector import Begun, Group, Rule, Started, reads_features
 from ocvtp.vlm.contracts.weights import inside, is_minded
 from ocvtp_kernels._backend import resolve_backend
 from ocvtp_kernels.coverage import refine
@@ -100,6 +100,10 @@ class PrunerSelector:
             return Later(functools.partial(_inside_of_all, self.pruner, features.detach(), options))
         return Later(functools.partial(self.pruner, features.detach(), **options))
 
+    def beside(self, work: Callable[[], torch.Tensor], reads: Sequence[torch.Tensor]) -> Started | None:
+        """See :class:`Selector`; on the stream where slot loops run."""
+        return None if self.pruner.training else self.runner.beside(work, reads)
+
     def close(self) -> None:
         """See :class:`Selector`."""
         self.runner.close()
@@ -180,6 +184,9 @@ class RuleSelector:
             one = grid(blank, keep, shape=group.shape or (1, group.tokens))
         copies = len(group.which)
         return Selection(one.indices.expand(copies, -1), one.from_slots.expand(copies), tokens=one.tokens)
+
+    def beside(self, work: Callable[[], torch.Tensor], reads: Sequence[torch.Tensor]) -> None:
+        """See :class:`Selector`; nothing runs beside the tower."""
 
     def close(self) -> None:
         """See :class:`Selector`."""

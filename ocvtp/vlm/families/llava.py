@@ -13,10 +13,12 @@ from ocvtp.vlm.contracts.evidence import Evidence
 from ocvtp.vlm.contracts.fit import check_layers
 from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
+from ocvtp.vlm.contracts.selector import Beside, Started
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.families.witness import Witness
 from ocvtp.vlm.layouts import layout_for
-from ocvtp.vlm.towers.clip import TowerRun, root, run_tower
+from ocvtp.vlm.towers.ahead import ahead
+from ocvtp.vlm.towers.clip import LayerInput, TowerRun, root, run_tower
 from ocvtp_kernels.selection import gather_tokens
 
 
@@ -121,6 +123,7 @@ class Pictures:
         self.backend = settings.backend
         self._read: torch.Tensor | None = None
         self._received: torch.Tensor | None = None
+        self._started: Started | None = None
         self._run: TowerRun | None = None
         self._projected: torch.Tensor | None = None
         self.device = pixel_values.device
@@ -130,8 +133,10 @@ class Pictures:
         self.class_token: bool = adapter.layout.class_token
         check_layers(settings.selector.read_layer, self._consumed)
 
-    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
-        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+    def run(
+        self, read_layer: int | None, after: Callable[[], None] | None, beside: Beside | None = None
+    ) -> None:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; a layer that is held has its queries and keys."""
 
         def tapped(layer: int, output: torch.Tensor) -> None:
             if layer == read_layer:
@@ -140,7 +145,16 @@ class Pictures:
                     after()
 
         taps = {*self._consumed} if read_layer is None else {*self._consumed, read_layer}
-        self._run = run_tower(self._tower, self._pixels, taps, tapped, hold=self.hold, scored=self.blocks)
+
+        def deepest(one: LayerInput) -> None:
+            def scores() -> torch.Tensor:
+                return one.received_attention(self.backend)[:, self.prefix :]
+
+            self._started = ahead(beside, one.layer, [one.hidden], scores, self.backend)
+
+        self._run = run_tower(
+            self._tower, self._pixels, taps, tapped, hold=self.hold, scored=self.blocks, ahead=deepest
+        )
 
     @property
     def read(self) -> torch.Tensor:
@@ -157,7 +171,10 @@ class Pictures:
     def received(self, backend: str) -> torch.Tensor:
         """``[pictures, N]``: attention that candidates receive in the deepest consumed layer."""
         if self._received is None:
-            scores = self.done.received_attention(backend)[:, self.prefix :]
+            if self._started is None:
+                scores = self.done.received_attention(backend)[:, self.prefix :]
+            else:
+                scores = self._started()
             self._received = scores if self._read is None else scores.to(self._read.device)
         return self._received
 

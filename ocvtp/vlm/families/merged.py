@@ -20,10 +20,12 @@ from ocvtp.vlm.contracts.fit import check_layers
 from ocvtp.vlm.contracts.layout import first
 from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
+from ocvtp.vlm.contracts.selector import Beside, Started
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.weights import inside
 from ocvtp.vlm.layouts import layout_for
 from ocvtp.vlm.layouts.squares import grouped, members
+from ocvtp.vlm.towers.ahead import ahead
 from ocvtp_kernels._device import on_device
 from ocvtp_kernels.received_attention import received_attention
 
@@ -180,18 +182,25 @@ class Units:
         self._last: torch.Tensor | None = None
         self._last_input: torch.Tensor | None = None
         self._scores: torch.Tensor | None = None
+        self._started: Started | None = None
+        self._backend = settings.backend
         self.device = pixels.device
         count, tokens = len(pixels), len(self._members)
         self.segments: list[Segment] = family.layout.segments([1] * count)
         self.totals = [tokens] * count
         check_layers(settings.selector.read_layer, (self._consumed,))
 
-    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
+    def run(
+        self, read_layer: int | None, after: Callable[[], None] | None, beside: Beside | None = None
+    ) -> None:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         family = self._family
         hidden = family.embed(self._pixels)
         for index, layer in enumerate(itertools.islice(family.layers(), self._consumed + 1)):
             self._last_input = hidden
+            if index == self._consumed:
+                scores = functools.partial(self._received, layer, hidden, self._backend)
+                self._started = ahead(beside, layer, [hidden], scores, self._backend)
             hidden = family.run_layer(layer, hidden)
             if index == read_layer:
                 self._read = self._grouped(hidden).mean(2)
@@ -207,18 +216,25 @@ class Units:
     def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; a unit receives what its patches do."""
         if self._scores is None:
-            assert self._last_input is not None
-            layer = self._family.layers()[self._consumed]
-            attention = self._family.attention(layer)
-            with torch.no_grad():
-                project = functools.partial(self._family.query_key, layer)
-                query, key = inside((layer, attention), project, self._last_input)
-                heads = self._family.tower.config.num_attention_heads
-                query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
-                received = received_attention(query, key, attention.scale, backend=backend)
-                scores = self._grouped(received[:, :, None]).sum(2)[:, :, 0]
+            if self._started is None:
+                assert self._last_input is not None
+                layer = self._family.layers()[self._consumed]
+                scores = self._received(layer, self._last_input, backend)
+            else:
+                scores = self._started()
             self._scores = scores if self._read is None else scores.to(self._read.device)
         return self._of(self._scores, which)
+
+    def _received(self, layer: Any, hidden: torch.Tensor, backend: str) -> torch.Tensor:
+        """``[pictures, units]`` of a layer's input."""
+        attention = self._family.attention(layer)
+        with torch.no_grad():
+            project = functools.partial(self._family.query_key, layer)
+            query, key = inside((layer, attention), project, hidden)
+            heads = self._family.tower.config.num_attention_heads
+            query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+            received = received_attention(query, key, attention.scale, backend=backend)
+            return self._grouped(received[:, :, None]).sum(2)[:, :, 0]
 
     def source(self, which: Sequence[int]) -> None:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; tokens are merged from several rows."""

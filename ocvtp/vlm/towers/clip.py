@@ -49,6 +49,16 @@ class LayerInput:
         self._layer = layer
         self._input = hidden
 
+    @property
+    def layer(self) -> Any:
+        """The layer."""
+        return self._layer
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """``[B, tokens, C]`` that it got."""
+        return self._input
+
     def received_attention(self, backend: str) -> torch.Tensor:
         """See :meth:`TowerRun.received_attention`."""
         return _received(self._layer.self_attn, *self.query_key(), backend)
@@ -236,6 +246,7 @@ def run_tower(
     *,
     hold: bool = False,
     scored: Collection[int] = (),
+    ahead: Callable[[LayerInput], None] | None = None,
 ) -> TowerRun:
     """Run the tower up to its deepest tapped layer.
 
@@ -248,6 +259,7 @@ def run_tower(
         hold: stop in the middle of the deepest layer; :meth:`TowerRun.finish` computes the rows that are
             wanted (:class:`HeldLayer`). Of several consumed layers the others run whole.
         scored: earlier layers whose attention will be asked for.
+        ahead: called with the deepest layer's input before that layer runs, unless it is held.
     """
     body = root(tower)
     hidden = embedded(body, pixel_values)
@@ -261,6 +273,8 @@ def run_tower(
             return TowerRun(outputs, held, {**inputs, index: held})
         if index in scored:
             inputs[index] = LayerInput(layer, hidden)
+        if ahead is not None and index == deepest:
+            ahead(LayerInput(layer, hidden))
         layer_input, hidden = hidden, layer(hidden, None)
         if isinstance(hidden, tuple):  # some releases return (hidden, weights)
             hidden = hidden[0]
