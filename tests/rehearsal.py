@@ -16,7 +16,8 @@ class Rehearsal:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.log: list[str] = []
-        self.fails = False
+        self.attempts = 0
+        self.error: RuntimeError | None = None
         self.held: list[torch.Tensor] = []
 
     def run(self, work: Callable[[], Any], reads: Sequence[torch.Tensor]) -> Any:
@@ -27,8 +28,9 @@ class Rehearsal:
         self.held = [*tensors]
 
     def record(self, work: Callable[[], TopTokens]) -> tuple[TopTokens, Callable[[], None]]:
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        self.attempts += 1
+        if self.error is not None:
+            raise self.error
         self.log.append("record")
         places = work()
         for place in places:  # recording computes nothing: results are there after a replay only

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ocvtp.pruner import lane
 from ocvtp.vlm.call.weighing import KEY, Weights
 
 #: Prompts are filled up to multiples of this many tokens.
@@ -34,9 +35,7 @@ def record_graph(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     with torch.cuda.stream(stream):  # lazy initialisations can't be captured
         work()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = work()
+    results, graph = lane.record_graph(work, stream)
     return results, graph.replay
 
 

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 
 from bench.micro.gates import Outputs
+from ocvtp.pruner.lane import record_graph
 
 Call = Callable[[], Outputs]
 Mode = Literal["graph", "eager"]
@@ -79,6 +80,7 @@ class GraphRound:
     """
 
     def __init__(self, calls: Sequence[Call], device: torch.device, seconds: float = _ROUND) -> None:
+        self._device = device
         eager = EagerRound(calls, device, 0.0)()
         repeats = math.ceil(_enough(eager, seconds) / len(calls))
         self._capture(calls, repeats)
@@ -90,9 +92,10 @@ class GraphRound:
             self._capture(calls, repeats * more)
 
     def _capture(self, calls: Sequence[Call], repeats: int) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.outputs = [call() for _ in range(repeats) for call in calls]
+        def work() -> list[Outputs]:
+            return [call() for _ in range(repeats) for call in calls]
+
+        self.outputs, self._graph = record_graph(work, torch.cuda.Stream(self._device))
         self.calls = len(self.outputs)
         self.replay()  # the first replay uploads the graph
 

@@ -14,7 +14,16 @@ from ocvtp_kernels._alike import image_by_image, laid_out
 from ocvtp_kernels._checks import require, require_shape
 from ocvtp_kernels._device import without_autocast
 from ocvtp_kernels.selection import gather_tokens, select_from_keys, select_rows, select_tokens
-from ocvtp_kernels.slot_attention import FoldedWeights, SlotStart, TopTokens, slot_assignment, top_tokens
+from ocvtp_kernels.slot_attention import (
+    FoldedWeights,
+    Places,
+    SlotStart,
+    TopTokens,
+    normalise_tokens,
+    slot_assignment,
+    top_tokens,
+    top_tokens_into,
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +100,37 @@ class Plan:
             self.topup,
         )
 
+    def places(self, features: torch.Tensor) -> Places:
+        """Memory for what :meth:`find` finds for such features."""
+        images, tokens, _ = features.shape
+        slots, dtype = self.start.slots.shape[1], self.weights.query_weight.dtype
+        return Places.empty(images, tokens, slots, features.device, dtype)
+
+    def normalise(self, features: torch.Tensor, out: torch.Tensor) -> None:
+        """Put ``features`` where :meth:`find` reads them, ``[B, N, in_dim]`` in the dtype of the products."""
+        normalise_tokens(_at_most_32_bits(features), out.dtype, out=out, backend="triton")
+
+    def find(self, normalised: torch.Tensor, places: Places) -> TopTokens:
+        """:meth:`run` in Triton from what :meth:`normalise` left, bit for bit, to ``places``."""
+        with torch.no_grad(), without_autocast(normalised.device):
+            found = top_tokens_into(
+                places,
+                normalised,
+                self.start,
+                self.weights,
+                num_iters=self.num_iters,
+                eps=self.eps,
+                backend="triton",
+                tf32=self.tf32,
+            )
+            require(found.finite.all(), NOT_FINITE)
+            return found
+
     def _triton(self, features: torch.Tensor) -> tuple[TopTokens | None, torch.Tensor | None]:
         """Top tokens or, if it is wanted, the map: both name the same tokens, bit for bit."""
-        x = features.float() if features.dtype == torch.float64 else features
         function = slot_assignment if self.needs_map else top_tokens
         found = function(
-            x,
+            _at_most_32_bits(features),
             self.start,
             self.weights,
             num_iters=self.num_iters,
@@ -127,6 +161,11 @@ class Plan:
             return (found,)
 
         return (image_by_image(assign, x, *self.start) if self.batch_invariant else assign(x, *self.start))[0]
+
+
+def _at_most_32_bits(features: torch.Tensor) -> torch.Tensor:
+    """Kernels take no more."""
+    return features.float() if features.dtype == torch.float64 else features
 
 
 @dataclass(frozen=True)

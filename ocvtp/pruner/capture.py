@@ -1,8 +1,10 @@
-"""Slot Attention off the critical path: on a stream of its own, and from the second time on as a CUDA graph.
+"""Slot Attention off the critical path: on a stream of its own, as a CUDA graph for shapes that come often.
 
 A pruner reads an early encoder layer, so its slot loop can run beside the layers that follow.
 :class:`SlotRunner` starts it (:meth:`SlotRunner.begin`), and whoever needs the result joins
-(:meth:`Pending.get`). Shapes that come back are captured: 17 launches become one.
+(:meth:`Pending.get`). Shapes that come back are captured (:mod:`ocvtp.pruner.admission`): 17 launches become
+three, since the first kernel takes the features from where they are to where the graph reads them, and a copy
+takes the results out.
 
 The graph ends where the slots' top tokens are known. Selection and the rows' gather follow in one launch, on
 the caller's stream: they wait for the consumed layer, whose output is somewhere else in memory every time,
@@ -14,25 +16,29 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections import OrderedDict
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ocvtp.pruner.admission import Admission
 from ocvtp.pruner.assignment import Assignment, Plan
-from ocvtp.pruner.lane import Lane, lane_for, recorded_by_others
+from ocvtp.pruner.lane import CaptureBusyError, Lane, can_never_record, lane_for, recorded_by_others
 from ocvtp.pruner.pruner import OCPruner
 from ocvtp.pruner.topup import Fill
-from ocvtp_kernels.slot_attention import TopTokens
+from ocvtp_kernels.slot_attention import Places
 
 _log = logging.getLogger("ocvtp")
 
-#: Shapes whose graphs are kept; the one not used for longest goes.
+#: Shapes whose graphs are kept.
 MOST_GRAPHS = 8
-# Shapes remembered as seen once.
-_MOST_SEEN = 256
+#: Tokens of all images of a call, up to which it is captured. Launching 17 kernels takes less time than
+#: running them on more.
+MOST_ROWS = 8192
+
+Shape = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -52,29 +58,48 @@ class Pending:
         return self.assignment
 
 
+class _Same:
+    """A tensor, not its values: equal to any other of the same tensor while that lives."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._hash = id(tensor)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        mine = self._tensor()
+        return isinstance(other, _Same) and mine is not None and mine is other._tensor()
+
+
 @dataclass(frozen=True)
 class _Graph:
     """One captured shape. It holds its plan: the kernels read those very tensors."""
 
     plan: Plan
-    x: torch.Tensor
-    top: TopTokens
+    x: torch.Tensor  # [B, N, C], normalised
+    places: Places
     replay: Callable[[], None]
 
     def run(self, plan: Plan, features: torch.Tensor) -> Assignment:
-        """The assignment of ``features``; results are copies, which the next replay leaves alone."""
-        self.x.copy_(features)
+        """The assignment of ``features``; results are a copy, which the next replay leaves alone."""
+        plan.normalise(features, self.x)
         self.replay()
-        return plan.assignment(features, TopTokens(*(tensor.clone() for tensor in self.top)))
+        return plan.assignment(features, self.places.clone().top)
 
 
 class SlotRunner:
     """Runs :meth:`OCPruner.assign` beside the caller, for one model and its threads.
 
-    A shape is run as it is the first time (which also compiles its kernels), captured the second time, and
-    replayed from then on. Results are copies: they stay what they are. Without a GPU, under
-    ``torch.compile``, inside someone else's capture, in training mode, and where PyTorch computes instead of
-    kernels, it simply assigns.
+    A shape is run as it is at first (which also compiles its kernels), captured at its third call among the
+    last 64, and replayed from then on; :class:`~ocvtp.pruner.admission.Admission` has the rest. Results are
+    copies: they stay what they are. Without a GPU, under ``torch.compile``, inside someone else's capture, in
+    training mode, and where PyTorch computes instead of kernels, it simply assigns.
+
+    A capture that fails is tried again later, unless CUDA says that it can't be.
 
     Args:
         capture: capture graphs; ``False`` only uses the side stream.
@@ -84,8 +109,9 @@ class SlotRunner:
         self._capture = capture
         self._lock = threading.Lock()
         self._lanes: dict[torch.device, Lane | None] = {}
-        self._graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
-        self._seen: OrderedDict[tuple[object, ...], None] = OrderedDict()
+        self._graphs: dict[Shape, _Graph] = {}
+        self._admission: Admission[Shape] = Admission(MOST_GRAPHS)
+        self._refused = False
         self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -130,7 +156,8 @@ class SlotRunner:
             if lane is None:
                 return Pending(plan.run(features))
             lane.hold((*plan.weights, *plan.start))  # parameters may change before the lane is done
-            graph = self._graph(plan, features, lane) if self._capture and not plan.needs_map else None
+            capture = self._capture and not plan.needs_map and features.shape[:2].numel() <= MOST_ROWS
+            graph = self._graph(plan, features, lane) if capture else None
             run = plan.run if graph is None else functools.partial(graph.run, plan)
             work = functools.partial(run, features)
             assignment = lane.run(work, [features])
@@ -177,34 +204,53 @@ class SlotRunner:
         return self._lanes[device]
 
     def _graph(self, plan: Plan, features: torch.Tensor, lane: Lane) -> _Graph | None:
-        """The graph for such features; made the second time it is asked for."""
-        shape = (features.device, features.dtype, tuple(features.shape), *plan.key())
+        """The graph for such features, if there is one or it is time to make it."""
+        same = _Same(plan.weights.query_weight), _Same(plan.start.queries)
+        shape = (features.device, tuple(features.shape), *plan.key(), *same)
+        self._admission.note(shape)
         graph = self._graphs.get(shape)
         if graph is not None:
-            if graph.plan.weights is plan.weights and graph.plan.start is plan.start:
-                self._graphs.move_to_end(shape)
-                return graph
-            self._drop([shape])  # the pruner's parameters changed
-        if shape not in self._seen:
-            self._seen[shape] = None
-            while len(self._seen) > _MOST_SEEN:
-                self._seen.popitem(last=False)
+            return graph
+        self._drop(
+            [old for old in self._admission.unseen() if self._graphs[old].plan.weights is not plan.weights]
+        )
+        if not self._admission.due(shape):
             return None
         try:
-            self._graphs[shape] = graph = _captured(plan, features, lane)
-        except RuntimeError as error:
-            self._capture = False
-            _log.warning("the pruner runs without CUDA graphs, capturing one failed: %s", error)
+            graph = _captured(plan, features, lane)
+        except CaptureBusyError:
+            self._admission.busy()
             return None
-        self._drop(list(self._graphs)[:-MOST_GRAPHS])
+        except RuntimeError as error:
+            self._failed(error)
+            return None
+        self._refused = False
+        gone = self._admission.admit(shape)
+        if gone is not None:
+            self._drop([gone])
+        self._graphs[shape] = graph
         return graph
 
-    def _drop(self, shapes: Sequence[tuple[object, ...]]) -> None:
+    def _failed(self, error: RuntimeError) -> None:
+        """Try again later; but not if it can't be, which takes saying twice in a row.
+
+        Somebody else's capture in PyTorch's usual mode makes CUDA refuse ours in the very same words.
+        """
+        refused, self._refused = self._refused, can_never_record(error)
+        if refused and self._refused:
+            self._capture = False
+            _log.warning("the pruner runs without CUDA graphs, which can't be captured here: %s", error)
+        else:
+            self._admission.failed()
+            _log.info("a CUDA graph of the pruner could not be captured now: %s", error)
+
+    def _drop(self, shapes: Sequence[Shape]) -> None:
         if shapes:  # what is dropped may still be running
             for lane in self._lanes.values():
                 if lane is not None:
                     lane.wait()
         for shape in shapes:
+            self._admission.dismiss(shape)
             del self._graphs[shape]
 
 
@@ -212,17 +258,12 @@ def _captured(plan: Plan, features: torch.Tensor, lane: Lane) -> _Graph:
     # Outside of a surrounding inference mode, whose tensors nobody could write to later.
     with torch.inference_mode(False), torch.no_grad():
 
-        def warmed() -> torch.Tensor:
-            x = torch.zeros_like(features, memory_format=torch.contiguous_format)
-            plan.run(x)  # what it has to compile or load can't be captured
-            return x
+        def warmed() -> tuple[torch.Tensor, Places]:
+            x = torch.zeros(features.shape, dtype=plan.weights.query_weight.dtype, device=features.device)
+            places = plan.places(features)
+            plan.find(x, places)  # what it has to compile or load can't be captured
+            return x, places
 
-        x = lane.run(warmed, [])
-
-        def work() -> TopTokens:
-            top = plan.run(x).top
-            assert top is not None
-            return top
-
-        top, replay = lane.record(work)
-    return _Graph(plan, x, top, replay)
+        x, places = lane.run(warmed, [])
+        _, replay = lane.record(lambda: plan.find(x, places))
+    return _Graph(plan, x, places, replay)

@@ -118,6 +118,22 @@ class CudaLane:
         self._stream.synchronize()
 
 
+# What CUDA and HIP say of work that can't be recorded: 801, 900, 902, 904 and 905 of cudaError_t. Not 901,
+# which follows from anything, another thread's doing too.
+_NEVER = (
+    "operation not supported",
+    "operation not permitted when stream is capturing",
+    "merge of separate capture sequences",
+    "capturing stream has unjoined work",
+    "dependency created on uncaptured work in another stream",
+)
+
+
+def can_never_record(error: BaseException) -> bool:
+    """Whether an error of :func:`record_graph` is about the work, and not about the moment."""
+    return any(words in str(error) for words in _NEVER)
+
+
 def lane_for(device: torch.device) -> Lane | None:
     """A lane on ``device``, or ``None`` where there is only one thing at a time."""
     return CudaLane(device) if device.type == "cuda" else None

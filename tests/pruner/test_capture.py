@@ -16,12 +16,18 @@ pytest.importorskip("triton")
 
 from ocvtp import OCPruner
 from ocvtp.pruner import capture
-from ocvtp.pruner.assignment import Assignment
+from ocvtp.pruner.admission import SIGHTINGS, WINDOW
+from ocvtp.pruner.assignment import Assignment, Plan
 from ocvtp.pruner.capture import SlotRunner
+from ocvtp.pruner.lane import CaptureBusyError
+from ocvtp_kernels.slot_attention import Places, TopTokens
 from tests.conftest import SMALL, make_pruner
+from tests.fake_cuda import CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED
+from tests.kernels.test_slot_attention_triton import few_programs
 from tests.kernels.triton_device import DEVICE, ON_GPU, needs_gpu
 from tests.rehearsal import Rehearsal
 
+__all__ = ["few_programs"]
 KEEP = 4
 
 
@@ -49,33 +55,68 @@ def assert_same(got: Assignment, pruner: OCPruner, x: torch.Tensor, keep: int = 
 
 @pytest.fixture
 def small() -> OCPruner:
+    return make_pruner(replace(SMALL, num_iters=1)).to(DEVICE)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> OCPruner:
+    """Computes nothing: for tests of what is done when."""
+
+    def find(plan: Plan, normalised: torch.Tensor, places: Places) -> TopTokens:
+        places.packed.fill_(7)
+        return places.top
+
+    def run(plan: Plan, features: torch.Tensor) -> Assignment:
+        return plan.assignment(features, find(plan, features, plan.places(features)))
+
+    monkeypatch.setattr(Plan, "find", find)
+    monkeypatch.setattr(Plan, "run", run)
+    monkeypatch.setattr(Plan, "normalise", lambda plan, features, out: out.copy_(features))
     return make_pruner(replace(SMALL, num_iters=2)).to(DEVICE)
 
 
-def test_once_plain_then_captured_then_replayed(lanes: list[Rehearsal], small: OCPruner) -> None:
-    runner = SlotRunner()
-    for seed, graphs in enumerate((0, 1, 1, 1)):
+def test_plain_at_first_then_captured_then_replayed(lanes: list[Rehearsal]) -> None:
+    runner, small = SlotRunner(), make_pruner(replace(SMALL, num_iters=2)).to(DEVICE)
+    for seed, graphs in enumerate((0, 0, 1, 1)):
         x = features(seed=seed)
         assert_same(begin(runner, small, x), small, x)
         assert runner.graphs == graphs
     (lane,) = lanes
-    first = ["run", "mark", "join"]
-    second = ["run", "record", "run", "replay", "mark", "join"]
+    plain = ["run", "mark", "join"]
+    captured = ["run", "record", "run", "replay", "mark", "join"]
     again = ["run", "replay", "mark", "join"]
-    assert lane.log == first + second + again + again
+    assert lane.log == plain + plain + captured + again
 
 
-def test_shapes_and_dtypes_have_their_own_graphs(lanes: list[Rehearsal], small: OCPruner) -> None:
+def test_shapes_have_their_own_graphs(lanes: list[Rehearsal], small: OCPruner) -> None:
     runner = SlotRunner()
-    inputs = [features(1), features(3), features(1, 33), features(dtype=torch.float16)]
-    for _ in range(3):
+    inputs = [features(1), features(2, 33)]
+    for _ in range(SIGHTINGS):
         for x in inputs:
-            assert_same(begin(runner, small, x), small, x)
-        assert_same(begin(runner, small, inputs[0], keep=7), small, inputs[0], keep=7)
-    assert runner.graphs == 5
+            begin(runner, small, x)
+    assert runner.graphs == 2
     strided = torch.cat([inputs[0].new_zeros(1, 1, SMALL.in_dim), inputs[0]], dim=1)[:, 1:]
-    assert_same(begin(runner, small, strided), small, inputs[0])
-    assert runner.graphs == 5
+    for x, like in ((inputs[1], inputs[1]), (strided, inputs[0])):
+        assert_same(begin(runner, small, x), small, like)
+    half = features(dtype=torch.float16)
+    assert_same(begin(runner, small, half), small, half)  # the products' dtype is what counts
+    double = inputs[0].double()
+    assert_same(begin(runner, small, double), small, double)
+    assert runner.graphs == 2
+    assert lanes[0].log.count("replay") == 6
+
+
+def test_products_and_budgets_have_their_own_graphs(lanes: list[Rehearsal], quick: OCPruner) -> None:
+    runner, x = SlotRunner(), features()
+    for _ in range(SIGHTINGS):
+        begin(runner, quick, x)
+        begin(runner, quick, x, keep=7)
+        begin(runner, quick, x, precision="fp16")
+        begin(runner, quick, x, seed=1)
+    assert runner.graphs == 4
+    for seed in (0, 1, 0, 1):  # one seed's graph is not the other's
+        begin(runner, quick, x, seed=seed)
+    assert lanes[0].log.count("record") == 4
 
 
 def test_results_are_the_callers_own(lanes: list[Rehearsal], small: OCPruner) -> None:
@@ -86,48 +127,104 @@ def test_results_are_the_callers_own(lanes: list[Rehearsal], small: OCPruner) ->
         assert_same(got, small, x)
 
 
-def test_the_least_recently_used_graph_goes(
-    lanes: list[Rehearsal], small: OCPruner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(capture, "MOST_GRAPHS", 2)
+def test_no_storm_when_shapes_are_more_than_graphs(lanes: list[Rehearsal], quick: OCPruner) -> None:
+    """A capture for each call is what takes longest of all."""
     runner = SlotRunner()
-    for tokens in (10, 11, 10, 11, 10):
-        begin(runner, small, features(tokens=tokens))
-    assert runner.graphs == 2
-    for _ in range(2):
-        begin(runner, small, features(tokens=12))
-    assert runner.graphs == 2
-    assert lanes[0].log[-1] == "join"
-    assert "wait" in lanes[0].log  # it may still have been running
-    recorded = lanes[0].log.count("record")
-    begin(runner, small, features(tokens=10))  # used last before 12: still there
-    assert lanes[0].log.count("record") == recorded
-    begin(runner, small, features(tokens=11))
-    assert lanes[0].log.count("record") == recorded + 1
+    shapes = [features(tokens=8 + extra) for extra in range(10)]
+    for turn in range(20):
+        for x in shapes:
+            begin(runner, quick, x)
+        if turn == 5:
+            lanes[0].log.clear()
+    assert lanes[0].log.count("record") == lanes[0].log.count("wait") == 0
+    assert lanes[0].log.count("replay") == 14 * capture.MOST_GRAPHS
+    assert runner.graphs == capture.MOST_GRAPHS
+
+
+def test_a_graph_gives_way_to_what_comes_more_often(
+    lanes: list[Rehearsal], quick: OCPruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "MOST_GRAPHS", 1)
+    runner, old, new = SlotRunner(), features(tokens=10), features(tokens=11)
+    for _ in range(SIGHTINGS):
+        begin(runner, quick, old)
+    for _ in range(2 * SIGHTINGS - 1):
+        begin(runner, quick, new)
+    assert lanes[0].log.count("record") == 1
+    begin(runner, quick, new)
+    assert lanes[0].log.count("record") == 2
+    assert lanes[0].log.count("wait") == 1  # it may still have been running
+    assert runner.graphs == 1
+    for _ in range(SIGHTINGS):
+        begin(runner, quick, old)
+    assert lanes[0].log.count("record") == 2  # not back at once
+
+
+def test_large_calls_are_not_captured(lanes: list[Rehearsal], quick: OCPruner) -> None:
+    """The GPU takes longer for them than Python does."""
+    runner = SlotRunner()
+    images = capture.MOST_ROWS // 256
+    for _ in range(SIGHTINGS):
+        begin(runner, quick, features(images + 1, 256))
+    assert runner.graphs == 0
+    for _ in range(SIGHTINGS):
+        begin(runner, quick, features(images, 256))
+    assert runner.graphs == 1
 
 
 def test_new_parameters_get_a_new_graph(lanes: list[Rehearsal], small: OCPruner) -> None:
     runner, x = SlotRunner(), features()
-    before = [begin(runner, small, x) for _ in range(3)][-1]
+    before = [begin(runner, small, x) for _ in range(SIGHTINGS)][-1]
     with torch.no_grad():
         small.slot_mean.add_(1.0)
-    after = begin(runner, small, x)
+    after = [begin(runner, small, x) for _ in range(SIGHTINGS)][-1]
+    assert lanes[0].log.count("record") == 2
     assert not torch.equal(before.top.keys, after.top.keys)  # type: ignore[union-attr]
     assert_same(after, small, x)
-    assert runner.graphs == 1
-    other = make_pruner(replace(SMALL, num_iters=2), seed=5).to(DEVICE)
-    assert_same(begin(runner, other, x), other, x)
 
 
-def test_closing_gives_graphs_back_and_calls_still_work(lanes: list[Rehearsal], small: OCPruner) -> None:
+def test_parameters_that_change_all_the_time_are_not_captured(
+    lanes: list[Rehearsal], quick: OCPruner
+) -> None:
     runner, x = SlotRunner(), features()
-    for _ in range(2):
-        begin(runner, small, x)
+    for _ in range(12):
+        with torch.no_grad():
+            quick.slot_mean.add_(1.0)
+        begin(runner, quick, x)
+    assert runner.graphs == 0
+
+
+def test_graphs_of_old_parameters_go(lanes: list[Rehearsal], quick: OCPruner) -> None:
+    runner, x = SlotRunner(), features()
+    for _ in range(SIGHTINGS):
+        begin(runner, quick, x)
+    with torch.no_grad():
+        quick.slot_mean.add_(1.0)
+    big = features(capture.MOST_ROWS // 256, 256)
+    for tokens in range(WINDOW):  # shapes that come once
+        begin(runner, quick, big[:1, : 10 + tokens])
+    assert runner.graphs == 0
+    assert "wait" in lanes[0].log
+
+
+def test_what_the_lane_reads_outlives_its_parameters(lanes: list[Rehearsal], quick: OCPruner) -> None:
+    """Should the caller never join."""
+    runner, x = SlotRunner(), features()
+    runner.begin(quick, x, KEEP, backend="triton", precision="fp32")
+    plan = quick.prepare(x, KEEP, backend="triton", precision="fp32")
+    held = {id(tensor) for tensor in lanes[0].held}
+    assert held >= {id(tensor) for tensor in (*plan.weights, *plan.start)}
+
+
+def test_closing_gives_graphs_back_and_calls_still_work(lanes: list[Rehearsal], quick: OCPruner) -> None:
+    runner, x = SlotRunner(), features()
+    for _ in range(SIGHTINGS):
+        begin(runner, quick, x)
     runner.close()
     assert runner.graphs == 0
     assert lanes[0].log[-1] == "wait"
-    for _ in range(3):
-        assert_same(begin(runner, small, x), small, x)
+    for _ in range(SIGHTINGS):
+        begin(runner, quick, x)
     assert runner.graphs == 0
 
 
@@ -149,23 +246,65 @@ def test_what_is_not_captured(lanes: list[Rehearsal], small: OCPruner, why: str)
     assert (got.attention is not None) == (why in ("map wanted", "torch"))
 
 
-def test_a_failed_capture_is_said_once_and_costs_nothing(
-    lanes: list[Rehearsal], small: OCPruner, caplog: pytest.LogCaptureFixture
+def test_a_capture_that_is_refused_twice_is_given_up_and_said_once(
+    lanes: list[Rehearsal], quick: OCPruner, caplog: pytest.LogCaptureFixture
 ) -> None:
     runner, x = SlotRunner(), features()
-    begin(runner, small, x)
-    lanes[0].fails = True
+    begin(runner, quick, x)
+    lanes[0].error = RuntimeError(CAPTURE_UNSUPPORTED)
     with caplog.at_level(logging.WARNING, logger="ocvtp"):
-        for _ in range(3):
-            assert_same(begin(runner, small, x), small, x)
+        for _ in range(2 * WINDOW):
+            begin(runner, quick, x)
+    assert lanes[0].attempts == 2
     assert len(caplog.records) == 1
     assert "not permitted" in caplog.text
+    lanes[0].error = None
+    for _ in range(4 * WINDOW):
+        begin(runner, quick, x)
     assert runner.graphs == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError(CAPTURE_INVALIDATED),
+        CaptureBusyError("another CUDA graph is being recorded"),
+        RuntimeError(CAPTURE_UNSUPPORTED),  # once: somebody else's capture makes CUDA say so
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_a_capture_that_fails_is_tried_again_later(
+    lanes: list[Rehearsal], quick: OCPruner, error: RuntimeError, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner, x = SlotRunner(), features()
+    begin(runner, quick, x)
+    begin(runner, quick, x)
+    lanes[0].error = error
+    with caplog.at_level(logging.WARNING, logger="ocvtp"):
+        assert begin(runner, quick, x).select().indices.shape == (1, KEEP)
+        lanes[0].error = None
+        begin(runner, quick, x)
+        assert runner.graphs == 0  # not at once
+        for _ in range(WINDOW):
+            begin(runner, quick, x)
+    assert runner.graphs == 1
+    assert lanes[0].attempts == 2
+    assert caplog.records == []
+
+
+def test_failures_are_tried_again_ever_more_rarely(lanes: list[Rehearsal], quick: OCPruner) -> None:
+    runner, x = SlotRunner(), features()
+    begin(runner, quick, x)
+    lanes[0].error = torch.OutOfMemoryError("CUDA out of memory")
+    for _ in range(500):
+        begin(runner, quick, x)
+    assert lanes[0].attempts == 5
 
 
 def test_bad_input_is_refused_before_and_after_capture(lanes: list[Rehearsal], small: OCPruner) -> None:
     runner, x = SlotRunner(), features()
-    for _ in range(3):
+    for _ in range(SIGHTINGS):
         with pytest.raises(ValueError, match="between 1 and 20"):
             begin(runner, small, x, keep=21)
         if not ON_GPU:  # there, an asynchronous assertion
@@ -188,7 +327,7 @@ def test_threads_get_their_own_answers(lanes: list[Rehearsal], small: OCPruner) 
 def test_inference_mode_does_not_stick(lanes: list[Rehearsal], small: OCPruner) -> None:
     runner = SlotRunner()
     with torch.inference_mode():
-        for seed in range(2):
+        for seed in range(SIGHTINGS):
             begin(runner, small, features(seed=seed))
     x = features(seed=3)
     assert_same(begin(runner, small, x), small, x)
@@ -197,10 +336,10 @@ def test_inference_mode_does_not_stick(lanes: list[Rehearsal], small: OCPruner) 
     assert_same(got, small, x)
 
 
-def test_copies_start_empty(lanes: list[Rehearsal], small: OCPruner) -> None:
+def test_copies_start_empty(lanes: list[Rehearsal], quick: OCPruner) -> None:
     runner = SlotRunner()
-    for _ in range(2):
-        begin(runner, small, features())
+    for _ in range(SIGHTINGS):
+        begin(runner, quick, features())
     for other in (copy.deepcopy(runner), pickle.loads(pickle.dumps(runner))):
         assert other.graphs == 0
     assert runner.graphs == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ocvtp_kernels._backend import BackendUnavailableError, resolve_backend
@@ -13,17 +11,21 @@ from ocvtp_kernels._transforms import differentiated, transformed
 from ocvtp_kernels.slot_attention import folded, op, reference, shapes, training
 from ocvtp_kernels.slot_attention.folded import FoldedWeights, SlotStart, fold, start_from_slots
 from ocvtp_kernels.slot_attention.reference import SlotAttentionWeights
+from ocvtp_kernels.slot_attention.shapes import Places, TopTokens
 
 __all__ = [
     "FoldedWeights",
+    "Places",
     "SlotAttentionWeights",
     "SlotStart",
     "TopTokens",
     "fold",
+    "normalise_tokens",
     "slot_assignment",
     "slot_attention",
     "start_from_slots",
     "top_tokens",
+    "top_tokens_into",
     "why_no_kernel",
 ]
 
@@ -83,21 +85,6 @@ def slot_attention(
         return training.slot_attention(features, slots, weights, num_iters, eps, truncate, dropout)
     encoded = reference.encode(features, weights)
     return reference.slot_attention(encoded, slots, weights, num_iters, eps, truncate, dropout)
-
-
-class TopTokens(NamedTuple):
-    """Every slot's top token, and what selection needs besides; made by :func:`top_tokens`.
-
-    Attributes:
-        keys: ``[B, T, K]`` int64. The largest of a slot's T keys names its top token: the upper 32 bits order
-            like its attention, the lower ones are 0x7FFFFFFF - token, so that ties go to the lowest token.
-        largest: ``[B, N]`` float32, each token's largest attention.
-        finite: ``[B, N]`` bool, false where NaN or Inf got in.
-    """
-
-    keys: torch.Tensor
-    largest: torch.Tensor
-    finite: torch.Tensor
 
 
 def slot_assignment(
@@ -163,6 +150,90 @@ def top_tokens(
         found = op.assign(features, start, weights, num_iters, eps, tf32, False)
         return TopTokens(found.keys, found.largest, found.finite)
     return TopTokens(*folded.top_tokens(folded.slot_assignment(features, start, weights, num_iters, eps)))
+
+
+def normalise_tokens(
+    features: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor | None = None, backend: str = "auto"
+) -> torch.Tensor:
+    """The first step of :func:`top_tokens`: LayerNorm over channels, without affine part.
+
+    With :func:`top_tokens_into` for a CUDA graph of what follows: features, which are somewhere else every
+    time, go straight to where the graph reads. Not an operator: nothing can trace or differentiate it.
+
+    Args:
+        features: ``[B, N, C]`` floating point, any strides, up to 32 bits for Triton.
+        dtype: of the result: that of the weights.
+        out: where to put it, ``[B, N, C]`` contiguous; ``None`` makes a place.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        TypeError, ValueError: a wrong type or shape.
+        BackendUnavailableError: an explicit backend that can't run.
+    """
+    require_floating("features", features)
+    require_shape("features", features, (None, None, None), "[B, N, C]")
+    features = features.detach()
+    if out is None:
+        out = torch.empty(features.shape, dtype=dtype, device=features.device)
+    require_shape("out", out, tuple(features.shape), "of features")
+    if out.dtype != dtype or out.device != features.device or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, {dtype} and on {features.device}")
+
+    def unsupported() -> str | None:
+        if features.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"it takes features in float32, float16 and bfloat16, not {features.dtype}"
+        return why_no_kernel(features.shape[0], features.shape[2])
+
+    if resolve_backend(backend, "slot_attention", features.device, unsupported) == "triton":
+        from ocvtp_kernels.slot_attention import triton as kernels
+
+        kernels.normalise_into(features, out)
+        return out
+    return out.copy_(folded.normalise(features, dtype))
+
+
+def top_tokens_into(
+    places: Places,
+    normalised: torch.Tensor,
+    start: SlotStart,
+    weights: FoldedWeights,
+    *,
+    num_iters: int = 3,
+    eps: float = 1e-5,
+    backend: str = "auto",
+    tf32: bool = False,
+) -> TopTokens:
+    """:func:`top_tokens` of what :func:`normalise_tokens` made, into memory that is there: the same bits.
+
+    Args:
+        places: where results go, from :meth:`Places.empty`.
+        normalised: ``[B, N, C]`` contiguous, in the dtype of the weights.
+        start, weights, num_iters, eps, backend, tf32: as for :func:`top_tokens`.
+
+    Returns:
+        ``places.top``.
+
+    Raises:
+        TypeError, ValueError: a wrong type or shape.
+        BackendUnavailableError: an explicit backend, or a precision, that can't run.
+    """
+    resolved, num_iters = _resolve(backend, normalised, start, weights, num_iters, tf32)
+    if normalised.dtype != weights.query_weight.dtype or not normalised.is_contiguous():
+        raise ValueError(f"normalised must be contiguous and {weights.query_weight.dtype}")
+    top = places.top
+    if resolved == "triton":
+        from ocvtp_kernels.slot_attention import triton as kernels
+
+        detached = (SlotStart(*(t.detach() for t in start)), FoldedWeights(*(t.detach() for t in weights)))
+        kernels.assign(normalised.detach(), *detached, num_iters, eps, tf32, False, normalised=True, into=top)
+        return top
+    attention = folded.slot_assignment(normalised, start, weights, num_iters, eps, normalised=True)
+    for place, found in zip(top, folded.top_tokens(attention), strict=True):
+        place.copy_(found)
+    return top
 
 
 def why_no_kernel(images: int, width: int) -> str | None:

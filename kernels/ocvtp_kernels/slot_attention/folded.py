@@ -130,11 +130,23 @@ def start_from_slots(slots: torch.Tensor, w: FoldedWeights) -> SlotStart:
     return SlotStart(*image_by_image(start, slots))
 
 
+def normalise(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What :func:`slot_assignment` does first, ``[B, N, C]``: in at least float32, and then in ``dtype``."""
+    return layer_norm(features.to(torch.promote_types(features.dtype, torch.float32))).to(dtype)
+
+
 def slot_assignment(
-    features: torch.Tensor, start: SlotStart, w: FoldedWeights, num_iters: int, eps: float
+    features: torch.Tensor,
+    start: SlotStart,
+    w: FoldedWeights,
+    num_iters: int,
+    eps: float,
+    normalised: bool = False,
 ) -> torch.Tensor:
-    """``features`` ``[B, N, C]`` -> the last iteration's attention ``[B, K, N]``."""
-    hidden = F.gelu(F.linear(layer_norm(features), w.encoder_fc1_weight, w.encoder_fc1_bias))
+    """``features`` ``[B, N, C]``, or what :func:`normalise` makes of them -> the last iteration's attention
+    ``[B, K, N]``."""
+    normed = features if normalised else layer_norm(features)
+    hidden = F.gelu(F.linear(normed, w.encoder_fc1_weight, w.encoder_fc1_bias))
     tokens = layer_norm(F.linear(hidden, w.encoder_fc2_weight, w.encoder_fc2_bias))
     batch = tokens.shape[0]
     slots, queries, bias, gates_hidden = (tensor.expand(batch, *[-1] * (tensor.ndim - 1)) for tensor in start)

@@ -29,7 +29,7 @@ from ocvtp_kernels._launch import launch
 from ocvtp_kernels._tiles import tile
 from ocvtp_kernels.slot_attention.folded import FoldedWeights, SlotStart
 from ocvtp_kernels.slot_attention.reference import NORM_EPS
-from ocvtp_kernels.slot_attention.shapes import Assigned, slot_class, token_tiles
+from ocvtp_kernels.slot_attention.shapes import Assigned, TopTokens, slot_class, token_tiles
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
@@ -381,12 +381,18 @@ def assign(
     eps: float,
     tf32: bool,
     return_attention: bool,
+    *,
+    normalised: bool = False,
+    into: TopTokens | None = None,
 ) -> Assigned:
-    """``features`` ``[B, N, C]`` -> every slot's best token of each tile, and what else is known by then."""
+    """``features`` ``[B, N, C]`` -> every slot's best token of each tile, and what else is known by then.
+
+    With ``normalised`` features are what :func:`normalise_into` left. ``into``: memory for the results.
+    """
     cut = arithmetic(features.device, w.query_weight.dtype, tf32)
     start = SlotStart(*(tensor.contiguous() for tensor in start))
     w = FoldedWeights(*(tensor.contiguous() for tensor in w))
-    z = _encode(features, w, cut)
+    z = _encode(features, w, cut, normalised)
     queries, bias = start.queries, start.query_bias
     slots = start.slots
     for iteration in range(num_iters - 1):
@@ -394,7 +400,15 @@ def assign(
         gates = start.gates_hidden if iteration == 0 else None
         slots = _update(weights, sums, z, slots, gates, w, eps, cut)
         queries, bias = _queries(slots, w, cut)
-    return _assign(z, queries, bias, return_attention, cut)
+    return _assign(z, queries, bias, return_attention, cut, into)
+
+
+def normalise_into(features: torch.Tensor, out: torch.Tensor) -> None:
+    """What :func:`assign` does first: ``features`` ``[B, N, C]``, normalised, into ``out``, contiguous.
+
+    Its dtype is that of the products.
+    """
+    _normalise(features, out, arithmetic(out.device, out.dtype, False))
 
 
 def arithmetic(device: torch.device, dtype: torch.dtype, tf32: bool) -> Cut:
@@ -409,7 +423,7 @@ def arithmetic(device: torch.device, dtype: torch.dtype, tf32: bool) -> Cut:
     return Cut(arch, "32bit", dtype, device, "tf32" if tf32 else precise, 1.0)
 
 
-def _encode(features: torch.Tensor, w: FoldedWeights, cut: Cut) -> torch.Tensor:
+def _encode(features: torch.Tensor, w: FoldedWeights, cut: Cut, normalised: bool = False) -> torch.Tensor:
     """Normalised encoder MLP, ``[B, N, C] -> [B, N, D]``, in groups of images that bound the hidden layer."""
     batch, tokens, width = features.shape
     hidden_width, slot_width = w.encoder_fc1_weight.shape[0], w.encoder_fc2_weight.shape[0]
@@ -418,8 +432,10 @@ def _encode(features: torch.Tensor, w: FoldedWeights, cut: Cut) -> torch.Tensor:
     for first in range(0, batch, step):
         group = features[first : first + step]
         rows = group.shape[0] * tokens
-        x = torch.empty(group.shape[0], tokens, width, dtype=cut.dtype, device=cut.device)
-        _normalise(group, x, cut)
+        x = group
+        if not normalised:
+            x = torch.empty(group.shape[0], tokens, width, dtype=cut.dtype, device=cut.device)
+            _normalise(group, x, cut)
         hidden = torch.empty(rows, hidden_width, dtype=cut.dtype, device=cut.device)
         _linear("encode-1", x, w.encoder_fc1_weight, w.encoder_fc1_bias, hidden, cut, GELU=True)
         encoded = torch.empty(group.shape[0], tokens, slot_width, dtype=cut.dtype, device=cut.device)
@@ -495,7 +511,12 @@ def attention_weights(
 
 
 def _assign(
-    z: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor, return_attention: bool, cut: Cut
+    z: torch.Tensor,
+    queries: torch.Tensor,
+    bias: torch.Tensor,
+    return_attention: bool,
+    cut: Cut,
+    into: TopTokens | None = None,
 ) -> Assigned:
     """The last iteration."""
     batch, tokens, _ = z.shape
@@ -505,12 +526,13 @@ def _assign(
     if return_attention:  # to look at; not worth kernels of its own
         weights, _ = attention_weights(z, queries, bias, cut, plain=True)
         attention = weights[:, :, :slots].transpose(1, 2).contiguous()
-    found = Assigned(
-        keys=torch.empty(batch, tiles, slots, dtype=torch.int64, device=cut.device),
-        largest=torch.empty(batch, tokens, dtype=torch.float32, device=cut.device),
-        finite=torch.empty(batch, tokens, dtype=torch.uint8, device=cut.device),
-        attention=attention,
-    )
+    if into is None:
+        into = TopTokens(
+            keys=torch.empty(batch, tiles, slots, dtype=torch.int64, device=cut.device),
+            largest=torch.empty(batch, tokens, dtype=torch.float32, device=cut.device),
+            finite=torch.empty(batch, tokens, dtype=torch.uint8, device=cut.device).view(torch.bool),
+        )
+    found = Assigned(into.keys, into.largest, into.finite.view(torch.uint8), attention)
     _launch_attend(z, queries, bias, cut, found=found)
     return found._replace(finite=found.finite.view(torch.bool))
 
