@@ -179,6 +179,15 @@ class Adapter(Protocol):
     def picture_features(self, pictures: torch.Tensor, layer: int) -> torch.Tensor:
         """``[b, 3, side, side] -> [b, N, C]``: what a pruner reads of square pictures, to train one."""
 
+    @property
+    def vision_parts(self) -> Sequence[Any]:
+        """All modules that a vision side runs."""
+
+    @property
+    def unsteady(self) -> str | None:
+        """Why its vision side can't be recorded and replayed; ``None`` where it is a
+        :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+
     def output(self, kept: KeptRows, modality: str) -> Any:
         """The kept rows as the model's own encoder would return them."""
 
@@ -215,6 +224,7 @@ class Family:
     projects_tokens = True
     told_blocks: tuple[int, ...] = ()
     class_token = False
+    unsteady: str | None = None
 
     def __init__(self, model: Any, layout: Layout) -> None:
         self.model = model
@@ -249,6 +259,12 @@ class Family:
     def around(self, arguments: Mapping[str, Any], settings: Settings) -> Sequence[Any]:
         """See :class:`Adapter`."""
         return [self.model, self.model.model, self.tower]
+
+    @property
+    def vision_parts(self) -> Sequence[Any]:
+        """See :class:`Adapter`: all of the inner model but its language model."""
+        inner, language = self.model.model, self.model.get_decoder()
+        return [part for part in inner.children() if part is not language]
 
     def output(self, kept: KeptRows, modality: str) -> Any:
         """See :class:`Adapter`."""

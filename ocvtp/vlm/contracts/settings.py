@@ -9,6 +9,7 @@ from ocvtp.methods.in_llm import Method
 from ocvtp.vlm.contracts.budgets import Budget
 from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.contracts.selector import Selector
+from ocvtp.vlm.contracts.steady import Replays
 
 Positions = Literal["compact", "original"]
 Route = Literal["mm_encoder_outputs", "inputs_embeds"]
@@ -40,6 +41,7 @@ class Settings:
         weigh: whether the language model knows how many tokens a kept one stands for.
         before: whether tokens are dropped before the language model.
         inside: what drops tokens inside it, if anything does.
+        graphs: of the whole vision side, if it is recorded.
     """
 
     selector: Selector | Reducer
@@ -57,6 +59,13 @@ class Settings:
     weigh: bool = False
     before: bool = True
     inside: Method | None = None
+    graphs: Replays | None = None
+
+    def close(self) -> None:
+        """Free what is held on a device."""
+        self.selector.close()
+        if self.graphs is not None:
+            self.graphs.close()
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -51,12 +51,12 @@ def is_minded(module: torch.nn.Module) -> bool:
 
 
 def is_plain(module: torch.nn.Module) -> bool:
-    """Whether all parts of a module are PyTorch's or transformers' own: weights and a forward, nothing else.
+    """Whether all parts of a module are PyTorch's, transformers' or ours: weights and a ``forward``.
 
     Others may keep what they make of their weights, or compute otherwise from call to call.
     """
     return all(
-        type(part).__module__.partition(".")[0] in ("torch", "transformers")
+        type(part).__module__.partition(".")[0] in ("torch", "transformers", "ocvtp")
         and "forward" not in part.__dict__
         for part in module.modules()
     )

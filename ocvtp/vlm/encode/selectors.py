@@ -74,6 +74,11 @@ class PrunerSelector:
         config: Any = self.pruner.config
         return config.layer
 
+    @property
+    def runs_alone(self) -> bool:
+        """Whether nobody else has a part in what the pruner does, so that the runner may run it."""
+        return isinstance(self.pruner, OCPruner) and not is_minded(self.pruner) and _is_its_own(self.pruner)
+
     def begin(
         self,
         group: Group,

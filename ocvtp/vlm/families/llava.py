@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from typing_extensions import Self
 
 from ocvtp.vlm.contracts.adapter import Family, Vision
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
@@ -155,6 +157,22 @@ class Pictures:
         self._run = run_tower(
             self._tower, self._pixels, taps, tapped, hold=self.hold, scored=self.blocks, ahead=deepest
         )
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+        return self._pixels
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+        return (self._consumed, self.prefix, self.class_rows, self.patches)
+
+    def on(self, pixels: torch.Tensor) -> Self:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+        twin = copy.copy(self)
+        twin._pixels = pixels
+        return twin
 
     @property
     def read(self) -> torch.Tensor:

@@ -105,6 +105,12 @@ class Tiled(Pictures):
         if self._official:
             self._check_room(settings)
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`: sizes decide how an image is cut and packed."""
+        sizes = ((one.tiles, one.grid, one.stitched, one.shrunk, one.total) for one in self.packings)
+        return (super().key, *sizes)
+
     def _candidates(self, one: Packing) -> int:
         return one.tiles * self.patches if self._official else len(one.slots)
 

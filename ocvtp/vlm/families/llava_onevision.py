@@ -119,6 +119,11 @@ class _Videos(Pictures):
         self.segments = [Segment(i, part, shape) for i in range(videos) for _ in range(self._parts)]
         self.totals = [frames * self._tokens + 1] * videos
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+        return (super().key, len(self.segments), *self.totals)
+
     def features(self, which: Sequence[int]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         return self._of(self.read, which)

@@ -7,12 +7,14 @@ patches in raster order; the language model consumes the end of the tower.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from typing_extensions import Self
 
 from ocvtp.vlm.contracts.adapter import Family, Vision
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
@@ -177,7 +179,7 @@ class Units:
         self._arguments = arguments
         self._consumed = family.layout.consumed(arguments)
         self._prefix = family.layout.prefix(arguments)
-        self._members = members(family.layout.side, family.layout.unit)
+        self._members = on_device(members(family.layout.side, family.layout.unit), pixels.device)
         self._read: torch.Tensor | None = None
         self._last: torch.Tensor | None = None
         self._last_input: torch.Tensor | None = None
@@ -207,6 +209,22 @@ class Units:
                 if after is not None:
                     after()
         self._last = hidden
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+        return self._pixels
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`; the layer as it was asked for tells of a norm."""
+        return (self._consumed, self._prefix, str(self._arguments.get("vision_feature_layer")))
+
+    def on(self, pixels: torch.Tensor) -> Self:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+        twin = copy.copy(self)
+        twin._pixels = pixels
+        return twin
 
     def features(self, which: Sequence[int]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
@@ -245,7 +263,7 @@ class Units:
         patches = self._of(self._last, which)[:, self._prefix :]
         index = indices.to(patches.device)
         if self._family.projects_tokens and indices.shape[1] < len(self._members):
-            members = on_device(self._members, patches.device)[index].flatten(1)
+            members = self._members.to(patches.device)[index].flatten(1)
             kept = patches.gather(1, members[:, :, None].expand(-1, -1, patches.shape[2]))
             units = self._family.norm(kept, self._arguments).unflatten(1, (index.shape[1], -1))
             return [Piece(self._family.project(units), indices)]

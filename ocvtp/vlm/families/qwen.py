@@ -43,6 +43,7 @@ class QwenAdapter(Family):
     pixel_keys: Mapping[str, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
     vision_keys = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     mrope = True
+    unsteady = "images of Qwen-VL differ in size, and the host tells its tower where their patches are"
 
     def __init__(self, model: Any) -> None:
         inner: Any = getattr(model, "model", None)
