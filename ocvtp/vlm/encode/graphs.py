@@ -204,6 +204,7 @@ class VisionGraphs:
         reason = why_unsteady([*self._parts, *([] if self._pruner is None else [self._pruner])])
         if reason is not None:
             self._say(reason)
+            self._admission.failed()  # to look at all modules takes longer than a call may
             return None
         try:
             graph = self._recorded(vision, prune, lane, side)

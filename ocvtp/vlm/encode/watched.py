@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -37,7 +39,9 @@ def why_unsteady(parts: Sequence[torch.nn.Module], *, training: bool = False) ->
 
 
 class Watched:
-    """Modules as they are now. Values of their weights don't matter: a graph reads them where they are.
+    """Modules as they are now, of which :func:`why_unsteady` finds nothing to say.
+
+    Values of their weights don't matter: a graph reads them where they are.
 
     Args:
         parts: modules with all that is in them.
@@ -51,37 +55,37 @@ class Watched:
         alone: Sequence[torch.nn.Module] = (),
         folded: Sequence[torch.nn.Module] = (),
     ) -> None:
-        self._modules = [module for part in (*parts, *folded) for module in part.modules()]
-        self._alone = list(alone)
-        self._tensors = [
-            tensor
-            for module in (*self._modules, *self._alone)
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None
-        ]
+        modules = [module for part in (*parts, *folded) for module in part.modules()]
+        # Dictionaries of the modules, not copies of them.
+        self._states = [module.__dict__ for module in modules]
+        self._hooks = [hooks for one in modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        inside = [found for one in modules for found in (one._modules, one._parameters, one._buffers)]
+        self._inside: list[Mapping[str, object]] = [found for found in inside if found]
+        self._inside += [one._parameters for one in alone]
+        members = itertools.chain.from_iterable(found.values() for found in self._inside)
+        # Held, so that the ids of others are others.
+        self._members = list(members)
+        self._tensors = [one for one in self._members if isinstance(one, torch.Tensor)]
         self._folded = [tensor for part in folded for tensor in (*part.parameters(), *part.buffers())]
         self._then = self._now()
 
     def same(self) -> bool:
-        """Whether they are what they were, as far as it shows."""
-        return self._now() == self._then
+        """Whether they are what they were, as far as it shows, and nobody wants to be asked."""
+        return self._now() == self._then and not (
+            any(self._hooks)
+            or any(map(operator.itemgetter("training"), self._states))
+            or any("forward" in state for state in self._states)
+        )
 
     def wants_gradients(self) -> bool:
         """Whether any of their weights does."""
         return any(tensor.requires_grad for tensor in self._tensors)
 
-    def _now(self) -> list[object]:
-        # Ids are of objects that are held here, so that they don't come back. As little Python as possible:
-        # this is done for some hundred modules in every call.
-        found: list[object] = []
-        for module in self._modules:
-            state = module.__dict__
-            hooked = state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state
-            found.append(state["training"] or bool(hooked))
-            for name in ("_modules", "_parameters", "_buffers"):
-                found.extend(map(id, state[name].values()))
-        for module in self._alone:
-            found.extend(map(id, module._parameters.values()))
-        found.extend(tensor.data_ptr() for tensor in self._tensors)
-        found.extend(-1 if tensor.is_inference() else tensor._version for tensor in self._folded)
-        return found
+    def _now(self) -> tuple[object, ...]:
+        # Little of this is Python's own work, since it is done for some hundred modules in every call.
+        members = itertools.chain.from_iterable(found.values() for found in self._inside)
+        return (
+            list(map(id, members)),
+            list(map(torch.Tensor.data_ptr, self._tensors)),
+            [-1 if tensor.is_inference() else tensor._version for tensor in self._folded],
+        )
