@@ -21,6 +21,9 @@
 #   make accuracy
 #                what a small model still answers with fewer tokens, by who chooses them: 10 minutes on two cores
 # On a machine with a GPU, in .venv or, where there is none, in python3 with torch, triton and pytest-benchmark:
+#   make gpu-first
+#                the first eight minutes: is it right, same bits, and the measurements that decide what comes next;
+#                one page, and RESULTS/<device>/first.json as it goes; STEPS="bits graphs" chooses
 #   make gpu     everything that needs one, in parts of less than eight minutes that also run alone, and the report:
 #                gpu-tests, gpu-micro-selection, gpu-micro-received, gpu-micro-reconstruction, gpu-micro-coverage,
 #                gpu-micro-merge, gpu-micro-diversity,
@@ -43,6 +46,7 @@ COMMIT ?=
 VERSIONS ?=
 TARGETS ?=
 CASES ?=
+STEPS ?=
 OF_THIS_TREE = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH}
 GPU_RUN = $(OF_THIS_TREE) $(GPU_PYTHON)
 GPU_PYTEST = $(GPU_RUN) -m pytest
@@ -57,7 +61,7 @@ RESUMABLE = $(RECORDED) --minutes 6 || [ $$? -eq 3 ]
 
 .PHONY: demo test test-matrix test-serving test-vllm test-libraries test-thorough lint aot format bench e2e scaling \
         serving report guard accuracy clean \
-        gpu gpu-check gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
+        gpu gpu-check gpu-first gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
         gpu-micro-merge gpu-micro-diversity gpu-micro-slot-training gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner \
         gpu-micro-slots-compiled gpu-scaling gpu-tower gpu-accuracy gpu-testbed gpu-serving gpu-report
 
@@ -139,6 +143,9 @@ gpu: gpu-check
 gpu-check:
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "make gpu needs a CUDA GPU, and the torch of $(GPU_PYTHON) sees none. Without one: make bench"; exit 1; }
+
+gpu-first: gpu-check
+	$(GPU_RUN) -m bench.first $(RECORDED) $(addprefix --only ,$(STEPS))
 
 gpu-tests: gpu-check
 	$(GPU_PYTEST) tests/kernels tests/pruner tests/vlm/test_vlm_gpu.py tests/test_micro.py

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,7 +27,8 @@ from bench import aot_snapshot
 from bench.harness import package_version, provenance
 from bench.launches import launches
 from ocvtp_kernels._arch import interpreting
-from ocvtp_kernels._launch import OPTIONS, Launch
+from ocvtp_kernels._launch import Launch
+from ocvtp_kernels._launch import options as launch_options
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,8 @@ class Usage:
 
 def compile_launch(launch: Launch, target: str) -> Usage:
     """Compile one recorded launch for ``target`` and read its machine code."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     gpu = TARGETS[target]
-    signature, constants, attributes = _specialise(launch)
-    options = {name: launch.tile[name] for name in ("num_warps", "num_stages")} | OPTIONS
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=options)
+    compiled = compiled_for(launch, gpu)
     registers, spills, matrix = (_read_hip if gpu.backend == "hip" else _read_cuda)(compiled)
     shared = int(compiled.metadata.shared)
     faults = []
@@ -107,7 +101,19 @@ def compile_launch(launch: Launch, target: str) -> Usage:
     )
 
 
-def _specialise(
+def compiled_for(launch: Launch, gpu: Target) -> Any:
+    """What Triton makes of one recorded launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = specialise(launch)
+    options = {name: launch.tile[name] for name in ("num_warps", "num_stages")} | launch_options(launch.tile)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=options)
+
+
+def specialise(
     launch: Launch,
 ) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Types, constants and divisibilities that Triton's launcher would derive from the arguments."""
@@ -149,7 +155,24 @@ def _variant(launch: Launch) -> str:
     return f"{dtypes[0]} {numbers}"
 
 
-def _read_cuda(compiled: Any) -> tuple[int, int, str]:
+class Disassembly(NamedTuple):
+    """What NVIDIA's tools print of a compiled kernel: its resources, machine code and ELF sections."""
+
+    usage: str
+    sass: str
+    elf: str
+
+    @property
+    def registers(self) -> int:
+        """Of a thread."""
+        found = re.search(r"REG:(\d+)", self.usage)
+        if found is None or not self.sass:
+            raise RuntimeError("cuobjdump or nvdisasm printed nothing that could be read")
+        return int(found[1])
+
+
+def disassemble(compiled: Any, elf: bool = False) -> Disassembly:
+    """Take a kernel for NVIDIA apart; its ELF sections only if asked for."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -158,11 +181,13 @@ def _read_cuda(compiled: Any) -> tuple[int, int, str]:
         file.flush()
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
         sass = _output(tools / "nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+)", usage)
-    if found is None or not sass:
-        raise RuntimeError("cuobjdump or nvdisasm printed nothing that could be read")
-    matrix = [name for name in _MATRIX if re.search(rf"\b{name}\b", sass)]
-    return int(found[1]), len(re.findall(r"\b(?:STL|LDL)\b", sass)), " ".join(matrix)
+        return Disassembly(usage, sass, _output(tools / "cuobjdump", "-elf", file.name) if elf else "")
+
+
+def _read_cuda(compiled: Any) -> tuple[int, int, str]:
+    found = disassemble(compiled)
+    matrix = [name for name in _MATRIX if re.search(rf"\b{name}\b", found.sass)]
+    return found.registers, len(re.findall(r"\b(?:STL|LDL)\b", found.sass)), " ".join(matrix)
 
 
 def _read_hip(compiled: Any) -> tuple[int, int, str]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
 
 from ocvtp_kernels._arch import pretend
 from ocvtp_kernels._launch import Launch, recording
+from ocvtp_kernels._tiles import trusting_bits
 from ocvtp_kernels.coverage import triton as coverage
 from ocvtp_kernels.diversity import triton as diversity
 from ocvtp_kernels.merge import triton as merge
 from ocvtp_kernels.received_attention import triton as received_attention
 from ocvtp_kernels.reconstruction import triton as reconstruction
 from ocvtp_kernels.selection import triton as selection
-from ocvtp_kernels.slot_attention import FoldedWeights, SlotStart
+from ocvtp_kernels.slot_attention import FoldedWeights, SlotStart, loop
 from ocvtp_kernels.slot_attention import triton as slot_attention
 from ocvtp_kernels.slot_attention.training import triton as slot_training
 
@@ -130,7 +132,16 @@ def _slot_attention() -> None:
             for features in (torch.float16, torch.bfloat16, torch.float32) if slots == 64 else (operands,):
                 for return_attention in (False, True):
                     x = _empty(2, 577, 1024, dtype=features)[:, 1:]
-                    slot_attention.assign(x, start, weights, 3, 1e-5, tf32, return_attention)
+                    with loop.up_to(0):
+                        slot_attention.assign(x, start, weights, 3, 1e-5, tf32, return_attention)
+            if slots != 64 or operands != torch.float16:
+                continue
+            # In one launch; and by number of rows, where bits allow that: few, many.
+            for batch, tokens, looped in ((1, 576, 4), (1, 576, 0), (64, 576, 0)):
+                for trust in (False, True):
+                    with loop.up_to(looped), trusting_bits() if trust else contextlib.nullcontext():
+                        x = _empty(batch, tokens, 1024, dtype=torch.float16)
+                        slot_attention.assign(x, start, weights, 3, 1e-5, tf32, False)
 
 
 def _slot_training() -> None:

@@ -11,6 +11,7 @@ spill on the others of its architecture.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -32,13 +33,16 @@ from ocvtp_kernels.diversity import farthest_points, largest_volume
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.reconstruction import area_weighted_mse
 from ocvtp_kernels.selection import gather_tokens, select_rows
-from ocvtp_kernels.slot_attention import TopTokens, top_tokens
+from ocvtp_kernels.slot_attention import TopTokens, loop, top_tokens
 
 Call = Callable[[], torch.Tensor]
 
 #: A new tile must be this much faster, or the old one stays: two runs of one tile differ by about 2 %.
 MARGIN = 1.03
 _BATCHES = (1, 8, 64)
+# Images that the loop in one launch is for, and those that make many rows of 64 slots.
+_LOOPED = 4
+_MANY = 64
 
 # What is worth trying, by kernel: the cross product of these, checked against registers by measuring.
 _CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
@@ -124,6 +128,13 @@ _CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
         "BD": (32, 64, 128),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
+    },
+    "slot_attention.slot_loop": {
+        "BD": (32, 64),
+        "BJ": (16, 32),
+        "BO1": (32, 64),
+        "BO2": (16, 32),
+        "num_stages": (2, 3),
     },
     "slot_training.prepare": {"BR": (1, 2, 4, 8), "BC": (256, 512), "num_warps": (2, 4, 8)},
     "slot_training.attend_backward": {
@@ -326,6 +337,8 @@ class SlotKernel:
         self._row = kernel, shape
         self._device = features.device
         self._whole = functools.partial(top_tokens, features, start, weights, backend="triton", tf32=tf32)
+        # A tile for few or many rows counts only where its bits are trusted, and it is the one wanted.
+        self._bits = _tiles.trusting_bits if _kind(shape) else contextlib.nullcontext
         role = next((role for role in _ROLES if shape.startswith(role)), None)
         self._weight = None if role is None else getattr(weights, _ROLES[role]).data_ptr()
         self._own: list[Launch] = []
@@ -352,11 +365,17 @@ class SlotKernel:
         return self._own[-1].arguments[0]
 
     def _recorded(self) -> tuple[TopTokens, list[Launch]]:
-        with recording() as launches:
+        with self._bits(), loop.up_to(_LOOPED if self._is_loop else 0), recording() as launches:
             found = self._whole()
         self._own = [each for each in launches if self._is_own(each)]
+        if self._is_loop:  # with the launch before it, which sets its counters to zero
+            self._own = launches[launches.index(self._own[0]) - 1 :]
         self._tile = self._present()
         return found, launches
+
+    @property
+    def _is_loop(self) -> bool:
+        return self._row[0] == "slot_attention.slot_loop"
 
     def _present(self) -> Tile:
         kernel, shape = self._row
@@ -376,18 +395,29 @@ class SlotKernel:
 def _slot_attention(kernel: str, shape: str, device: torch.device) -> Iterator[SlotKernel]:
     """One image and many, and for float32 weights products of both kinds, which share their tiles."""
     sizes = [size for name, size in _SLOT_SIZES.items() if shape.startswith(name)]
+    kind = _kind(shape)
     slots, tokens, most = (sizes or [_SLOT_SIZES["K<=64"]])[0]
     if kernel == "slot_attention.update" and shape.startswith("any K"):  # there, more than 64
         slots, tokens, most = _SLOT_SIZES["K<=256"]
     models = _models(slots, device)
-    for batch in dict.fromkeys((_BATCHES[0], min(_BATCHES[-1], most))):
+    batches: tuple[int, ...] = (_BATCHES[0], min(_BATCHES[-1], most))
+    if kernel == "slot_attention.slot_loop":
+        batches = (1, _LOOPED)
+    elif kind:
+        batches = (1,) if kind == "few rows" else (_MANY,)
+    for batch in dict.fromkeys(batches):
         generator = torch.Generator(device).manual_seed(0)
         features = random_features(batch, tokens, Widths().features, torch.float16, generator)
-        if shape.endswith("32bit"):
+        if "32bit" in shape:
             yield SlotKernel(kernel, shape, features, models.folded, tf32=False)
             yield SlotKernel(kernel, shape, features, models.folded, tf32=True)
         else:
             yield SlotKernel(kernel, shape, features, models.mixed, tf32=False)
+
+
+def _kind(shape: str) -> str:
+    """``"few rows"``, ``"many rows"`` or nothing."""
+    return shape.partition(", ")[2]
 
 
 @functools.lru_cache(maxsize=4)

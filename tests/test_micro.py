@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -11,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +61,7 @@ from ocvtp_kernels.slot_attention import (
     folded,
     slot_attention,
 )
+from tests.fake_cuda import FakeCuda
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -756,11 +756,12 @@ def test_graph_rounds_hold_all_sets_and_last_long_enough(monkeypatch: pytest.Mon
         def replay(self) -> None:
             replayed.append(captured[-1])
 
-    @contextlib.contextmanager
-    def capture(graph: Graph) -> Iterator[None]:
+    def record(work: Callable[[], Any], stream: str) -> tuple[Any, Graph]:
+        assert stream == "a side stream of cpu"
         before = len(order)
-        yield
+        outputs = work()
         captured.append(len(order) - before)
+        return outputs, Graph()
 
     class Event:
         def __init__(self, **_: Any) -> None:
@@ -774,8 +775,8 @@ def test_graph_rounds_hold_all_sets_and_last_long_enough(monkeypatch: pytest.Mon
         def elapsed_time(self, end: Event) -> float:
             return 0.05 * replayed[-1]  # 50 us a call
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr("bench.micro.timing.record_graph", record)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a side stream of {device}")
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr("bench.micro.timing._enough", lambda each, seconds: 4)  # as if Python took long
@@ -788,6 +789,20 @@ def test_graph_rounds_hold_all_sets_and_last_long_enough(monkeypatch: pytest.Mon
     assert timed.calls == len(timed.outputs) == 42
     assert [int(output[0]) for output in timed.outputs] == [0, 1, 2] * 14
     assert timed() == pytest.approx(50e-6)
+
+
+def test_a_graph_round_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+
+    def call() -> Any:
+        if cuda.capturing:
+            raise RuntimeError("CUDA out of memory")
+
+    cuda.fails = ["end"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        GraphRound([call], CPU, seconds=1e-6)
+    assert cuda.left() == []
 
 
 @pytest.mark.gpu

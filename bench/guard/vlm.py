@@ -38,12 +38,34 @@ def rows() -> dict[str, dict[str, Any]]:
 
 def vision_side(images: int) -> Callable[[], object]:
     """Tower, choice of 64 of 576 tokens, projector: CLIP-L/14-336, the published pruner."""
-    with torch.device("meta"):
-        model = _llava(CLIPVisionConfig(**CLIP_L_336))
-        pruner = ocvtp.OCPruner().eval()
-        pixels = torch.empty(images, 3, 336, 336)
-    ocvtp.apply(model, pruner, keep=64)
+    return vision_call(vision_model(), images)
+
+
+def vision_model(
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "meta",
+    *,
+    vision: CLIPVisionConfig | None = None,
+    pruner: ocvtp.PrunerConfig | None = None,
+    keep: int = 64,
+    **options: Any,
+) -> Any:
+    """A LLaVA-1.5 whose vision side is as published, unless said, patched, and a small language model.
+
+    ``options`` are those of :func:`ocvtp.apply`. On ``meta`` it is without data, elsewhere random.
+    """
+    with torch.device(device):
+        model = _llava(vision or CLIPVisionConfig(**CLIP_L_336)).to(dtype)
+        chooser = ocvtp.OCPruner(pruner).eval()
+    ocvtp.apply(model, chooser, keep=keep, **options)
+    return model
+
+
+def vision_call(model: Any, images: int) -> Callable[[], object]:
+    """The vision side of a patched ``model``, on so many images, wherever it lies."""
     controller = controller_of(model)
+    side = model.config.vision_config.image_size
+    pixels = torch.zeros(images, 3, side, side, dtype=model.dtype, device=model.device)
 
     @torch.no_grad()
     def call() -> object:

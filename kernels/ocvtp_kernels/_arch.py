@@ -23,6 +23,7 @@ _CUDA = {
     (12, 1): "sm86",
 }
 _HIP = ("gfx942",)
+_DEPENDENT_LAUNCHES = ("sm90", "sm100")
 #: Whose tiles the interpreter runs: those of the GPU that this project is tuned on.
 _INTERPRETED = "sm90"
 _PROCESSORS = 132
@@ -79,6 +80,21 @@ def why_no_kernels(device: torch.device) -> str | None:
     if architecture(device) is None:
         return f"no tiles were made for {torch.cuda.get_device_name(device)}; run python -m bench.tune on it"
     return None
+
+
+@functools.cache
+def _can_depend() -> bool:
+    from triton.language.extra import cuda
+
+    return hasattr(cuda, "gdc_wait")
+
+
+def has_dependent_launches(device: torch.device) -> bool:
+    """Whether a kernel can be put in place while the one before still runs (programmatic dependent launch):
+    CUDA from compute capability 9.0 on, with a Triton that knows of it."""
+    if interpreting() or not has_triton():
+        return False
+    return architecture(device) in _DEPENDENT_LAUNCHES and _can_depend()
 
 
 def processors(device: torch.device) -> int:

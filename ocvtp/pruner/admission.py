@@ -29,6 +29,9 @@ class Admission(Generic[Key]):
 
     Args:
         places: how many there are.
+
+    Attributes:
+        calls: how many were noted.
     """
 
     def __init__(self, places: int) -> None:
@@ -36,14 +39,14 @@ class Admission(Generic[Key]):
         self._recent: deque[Key] = deque()
         self._count: Counter[Key] = Counter()
         self._inside: dict[Key, None] = {}
-        self._calls = 0
+        self.calls = 0
         self._not_before = 0
         self._credit = places * WINDOW  # calls; a replacement takes WINDOW of them
         self._failures = 0
 
     def note(self, key: Key) -> None:
         """A call of this key."""
-        self._calls += 1
+        self.calls += 1
         self._credit = min(self._credit + 1, self._places * WINDOW)
         self._recent.append(key)
         self._count[key] += 1
@@ -52,7 +55,7 @@ class Admission(Generic[Key]):
 
     def due(self, key: Key) -> bool:
         """Whether to capture a key, which is not inside, now."""
-        if self._calls < self._not_before or self._count[key] < SIGHTINGS:
+        if self.calls < self._not_before or self._count[key] < SIGHTINGS:
             return False
         if len(self._inside) < self._places:
             return True
@@ -83,11 +86,11 @@ class Admission(Generic[Key]):
         """A capture failed, for a reason that may pass: not again for a while."""
         pause = min(_PAUSE << self._failures, _LONGEST_PAUSE)
         self._failures = min(self._failures + 1, 16)
-        self._not_before = self._calls + pause
+        self._not_before = self.calls + pause
 
     def busy(self) -> None:
         """Another capture was under way."""
-        self._not_before = self._calls + _SHORT_PAUSE
+        self._not_before = self.calls + _SHORT_PAUSE
 
     def _coldest(self) -> Key:
         """Of those inside, the one seen least; of several, the one that is in for longest."""

@@ -123,7 +123,7 @@ class Plan:
                 backend="triton",
                 tf32=self.tf32,
             )
-            require(found.finite.all(), NOT_FINITE)
+            _look(found)
             return found
 
     def _triton(self, features: torch.Tensor) -> tuple[TopTokens | None, torch.Tensor | None]:
@@ -139,7 +139,7 @@ class Plan:
             tf32=self.tf32,
         )
         if isinstance(found, TopTokens):
-            require(found.finite.all(), NOT_FINITE)
+            _look(found)
             return found, None
         require_finite(found, NOT_FINITE)
         return None, found
@@ -161,6 +161,11 @@ class Plan:
             return (found,)
 
         return (image_by_image(assign, x, *self.start) if self.batch_invariant else assign(x, *self.start))[0]
+
+
+def _look(found: TopTokens) -> None:
+    """Raise for what is not finite."""
+    require(found.finite.all(), NOT_FINITE)
 
 
 def _at_most_32_bits(features: torch.Tensor) -> torch.Tensor:

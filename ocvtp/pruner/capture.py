@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ocvtp.pruner.admission import Admission
+from ocvtp.pruner.admission import WINDOW, Admission
 from ocvtp.pruner.assignment import Assignment, Plan
 from ocvtp.pruner.lane import CaptureBusyError, Lane, can_never_record, lane_for, recorded_by_others
 from ocvtp.pruner.pruner import OCPruner
@@ -36,8 +36,8 @@ _log = logging.getLogger("ocvtp")
 
 #: Shapes whose graphs are kept.
 MOST_GRAPHS = 8
-#: Tokens of all images of a call, up to which it is captured. Launching 17 kernels takes less time than
-#: running them on more.
+#: Tokens of all images of a call, up to which it is captured. The time to run 17 kernels grows with them,
+#: that to launch them does not; and a graph keeps its memory. Where the two meet was estimated, not measured.
 MOST_ROWS = 8192
 
 Shape = tuple[object, ...]
@@ -85,6 +85,10 @@ class _Graph:
     x: torch.Tensor  # [B, N, C], normalised
     places: Places
     replay: Callable[[], None]
+
+    def serves(self, plan: Plan) -> bool:
+        """Whether it was made of the same parameters."""
+        return self.plan.weights.query_weight is plan.weights.query_weight
 
     def run(self, plan: Plan, features: torch.Tensor) -> Assignment:
         """The assignment of ``features``; results are a copy, which the next replay leaves alone."""
@@ -209,12 +213,11 @@ class SlotRunner:
         same = _Same(plan.weights.query_weight), _Same(plan.start.queries)
         shape = (features.device, tuple(features.shape), *plan.key(), *same)
         self._admission.note(shape)
+        if self._admission.calls % WINDOW == 0:
+            self._drop([old for old in self._admission.unseen() if not self._graphs[old].serves(plan)])
         graph = self._graphs.get(shape)
         if graph is not None:
             return graph
-        self._drop(
-            [old for old in self._admission.unseen() if self._graphs[old].plan.weights is not plan.weights]
-        )
         if not self._admission.due(shape):
             return None
         try:
@@ -227,9 +230,9 @@ class SlotRunner:
             return None
         self._refused = False
         gone = self._admission.admit(shape)
+        self._graphs[shape] = graph
         if gone is not None:
             self._drop([gone])
-        self._graphs[shape] = graph
         return graph
 
     def _failed(self, error: RuntimeError) -> None:
@@ -246,13 +249,13 @@ class SlotRunner:
             _log.info("a CUDA graph of the pruner could not be captured now: %s", error)
 
     def _drop(self, shapes: Sequence[Shape]) -> None:
-        if shapes:  # what is dropped may still be running
+        for shape in shapes:
+            self._admission.dismiss(shape)
+        going = [self._graphs.pop(shape) for shape in shapes]
+        if going:  # and may still be running
             for lane in self._lanes.values():
                 if lane is not None:
                     lane.wait()
-        for shape in shapes:
-            self._admission.dismiss(shape)
-            del self._graphs[shape]
 
 
 @torch.no_grad()

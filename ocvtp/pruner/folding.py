@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from ocvtp.pruner.lane import recorded_by_others
 from ocvtp_kernels.slot_attention import FoldedWeights, SlotStart
 
 _CACHED_STARTS = 16  # (num_slots, seed) pairs whose first-iteration constants are kept
@@ -19,8 +20,9 @@ class FoldedState:
     In up to two dtypes: that of PyTorch and of float32 kernels, and float16.
     """
 
-    def __init__(self, fingerprint: tuple[object, ...]) -> None:
+    def __init__(self, fingerprint: tuple[object, ...], device: torch.device) -> None:
         self.fingerprint = fingerprint
+        self._device = device
         self._weights: dict[torch.dtype, FoldedWeights] = {}
         self._starts: OrderedDict[tuple[torch.dtype, int, int], SlotStart] = OrderedDict()
 
@@ -32,7 +34,7 @@ class FoldedState:
         """The folded weights, made on first use."""
         found = self.known_weights(dtype)
         if found is None:
-            found = self._weights.setdefault(dtype, settled(make))
+            found = self._weights.setdefault(dtype, settled(make, self._device))
         return found
 
     def known_start(self, dtype: torch.dtype, num_slots: int, seed: int) -> SlotStart | None:
@@ -45,7 +47,7 @@ class FoldedState:
         """The constants of seeded noise, made on first use; the oldest go when there are many."""
         found = self.known_start(dtype, num_slots, seed)
         if found is None:
-            found = self._starts[dtype, num_slots, seed] = settled(make)
+            found = self._starts[dtype, num_slots, seed] = settled(make, self._device)
             while len(self._starts) > _CACHED_STARTS:
                 self._starts.popitem(last=False)
         return found
@@ -69,17 +71,17 @@ def fingerprint(parameters: Iterable[torch.Tensor]) -> tuple[object, ...]:
 _Made = TypeVar("_Made", FoldedWeights, SlotStart)
 
 
-def settled(make: Callable[[], _Made]) -> _Made:
-    """``make()``, finished on its device, so that any stream may read the result from now on.
+def settled(make: Callable[[], _Made], device: torch.device) -> _Made:
+    """``make()``, finished on its ``device``, so that any stream may read the result from now on.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, which would own what outlives it.
     """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if recorded_by_others(device):
         raise RuntimeError(
             "call the pruner once with the same num_slots and seed before capturing it in a CUDA graph"
         )
     made = make()
-    if made[0].is_cuda:
-        torch.cuda.current_stream(made[0].device).synchronize()
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
     return made

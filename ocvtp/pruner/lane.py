@@ -19,6 +19,8 @@ Made = TypeVar("Made")
 
 # PyTorch records one graph at a time in a process (torch/cuda/graphs.py); a second one breaks both.
 _recording = threading.Lock()
+_choosing = threading.Lock()
+_streams: weakref.WeakSet[torch.cuda.Stream] = weakref.WeakSet()  # of lanes
 # Graphs whose recording failed. PyTorch's allocators may go on asking them which memory is theirs.
 _wrecks: list[torch.cuda.CUDAGraph] = []
 
@@ -61,11 +63,11 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Streams are lent from pools of 32, and there is one for each priority: few others ask for this one.
-        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._stream = _stream_of_its_own(device)
         self._pool: Any = None
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._held: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._most_held = 128
 
     def run(self, work: Callable[[], Made], reads: Sequence[torch.Tensor]) -> Made:
         """See :class:`Lane`."""
@@ -84,8 +86,9 @@ class CudaLane:
             if held is None or held() is not tensor:
                 tensor.record_stream(self._stream)  # looked at when its memory is freed, not now
                 self._held[id(tensor)] = weakref.ref(tensor)
-        if len(self._held) > 4 * len(tensors) + 64:
+        if len(self._held) > self._most_held:
             self._held = {key: held for key, held in self._held.items() if held() is not None}
+            self._most_held = 2 * len(self._held) + 128
 
     def record(self, work: Callable[[], Made]) -> tuple[Made, Callable[[], None]]:
         """See :class:`Lane`."""
@@ -116,6 +119,20 @@ class CudaLane:
     def wait(self) -> None:
         """See :class:`Lane`."""
         self._stream.synchronize()
+
+
+def _stream_of_its_own(device: torch.device) -> torch.cuda.Stream:
+    """One of high priority, that no other lane has: it would record what the other one runs.
+
+    PyTorch lends streams from a pool of 32 for each priority, in turn. Few others ask for this one.
+    """
+    with _choosing:
+        for _ in range(32):
+            stream = torch.cuda.Stream(device, priority=-1)
+            if stream not in _streams:
+                break
+        _streams.add(stream)
+        return stream
 
 
 # What CUDA and HIP say of work that can't be recorded: 801, 900, 902, 904 and 905 of cudaError_t. Not 901,

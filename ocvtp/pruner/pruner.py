@@ -716,7 +716,7 @@ class OCPruner(
                 state = None
                 if keeps:
                     assert current is not None
-                    state = self._folded_state = FoldedState(current)
+                    state = self._folded_state = FoldedState(current, self.slot_mean.device)
 
         def make_weights() -> FoldedWeights:
             return fold(self.weights(), dtype)

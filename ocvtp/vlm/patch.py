@@ -66,11 +66,12 @@ def apply(
         model: a ``...ForConditionalGeneration`` of a family in ``docs/models.md``, or a PEFT or
             ``torch.compile`` wrapper around one.
         pruner: an :class:`~ocvtp.OCPruner` for the tower's width and token unit, moved to the tower's device
-            on use; or a rule without training: ``"attention"``, ``"random"``, ``"grid"``, or one that
-            compares ``features``: ``"farthest_point"`` or ``"greedy_dpp"``. The last answered best of all
-            where we could measure it (``docs/accuracy.md``), so it is the default. Or a method of others:
-            ``"visionzip"``, ``"hiprune"``, ``"tome"`` and the rest of ``docs/methods.md``, by name, or as an
-            instance with other settings (:mod:`ocvtp.vlm.rivals`), on LLaVA-1.5, LLaVA-NeXT and Qwen2.5-VL.
+            on use, so models on two devices need a copy each; or a rule without training: ``"attention"``,
+            ``"random"``, ``"grid"``, or one that compares ``features``: ``"farthest_point"`` or
+            ``"greedy_dpp"``. The last answered best of all where we could measure it (``docs/accuracy.md``),
+            so it is the default. Or a method of others: ``"visionzip"``, ``"hiprune"``, ``"tome"`` and the
+            rest of ``docs/methods.md``, by name, or as an instance with other settings
+            (:mod:`ocvtp.vlm.rivals`), on LLaVA-1.5, LLaVA-NeXT and Qwen2.5-VL.
             They do what was published: nothing is merged or weighed unless ``merge`` and ``weigh`` say so,
             and of a tiled image each tile keeps its share (``layout="official"``). ``"fastv"``,
             ``"sparsevlm"``, ``"sparsevlm2"``, ``"pyramiddrop"`` and ``"dart"`` drop tokens inside the
@@ -89,14 +90,15 @@ def apply(
         seed: of the pruner's slots, or of ``"random"``.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``, for fused operations.
         precision: of the pruner, see :class:`~ocvtp.pruner.OCPruner`.
-        capture: on a GPU, replay the pruner's slot loop as a CUDA graph for shapes that come often: from
-            their third call among the last 64 on. In any case it runs beside the layers of the tower that
-            follow, and scores are computed beside the last one. ``"vision"`` replays the whole vision side
-            so, tower and choice and projector; of pruners and rules of our own but ``"random"`` and
-            ``"grid"``, and not of Qwen-VL. Up to 4 shapes are kept; :func:`remove` frees them. Weights may be
-            written to in place, or replaced; after any other change to modules, say of a setting that their
-            code reads, apply again. Calls that want gradients, under autocast, in training mode, or with
-            forward hooks on the tower's layers are run as ever, and the log says so once.
+        capture: on a GPU, replay the pruner's slot loop as a CUDA graph for shapes that come often: from the
+            third call at one among the last 64, of at most 8192 tokens. A few shapes are kept; :func:`remove`
+            frees them. In any case the loop runs beside the layers of the tower that follow it, and scores
+            are computed beside the last one. ``"vision"`` replays the whole vision side so, tower and choice
+            and projector, whatever their size; of pruners and rules of our own but ``"random"`` and
+            ``"grid"``, and not of Qwen-VL. Weights may be written to in place, or replaced; after any other
+            change to modules, say of a setting that their code reads, apply again. Calls that want gradients,
+            under autocast, in training mode, or with forward hooks on the tower's layers are run as ever, and
+            the log says so once.
         refine: rounds that move kept tokens to where they cover more, see :class:`~ocvtp.pruner.OCPruner`;
             after rules that compare features as well, which makes ``"farthest_point"`` k-medoids.
             ``docs/accuracy.md`` on what they do to answers.

@@ -13,7 +13,7 @@ import torch
 import ocvtp
 from bench.e2e import __main__ as command
 from bench.e2e import gate
-from bench.e2e.captured import BUCKET, captured_prefill, record_nothing
+from bench.e2e.captured import BUCKET, captured_prefill, record_graph, record_nothing
 from bench.e2e.measure import measure
 from bench.e2e.memory import extra_bytes, held_bytes
 from bench.e2e.methods import (
@@ -36,6 +36,7 @@ from bench.micro.gates import GateError
 from bench.official import official_attention, official_selection
 from ocvtp import OCPruner
 from tests.conftest import Golden, relative_error
+from tests.fake_cuda import FakeCuda
 from tests.vlm import tiny_llava
 from tests.vlm.family import families
 
@@ -326,6 +327,24 @@ def test_captured_prefill_computes_the_same(family: str) -> None:
                 assert relative_error(one, other) <= 1e-5
             assert captured.graphs == len({-(-(n + method_rows(method, tokens)) // BUCKET) for n in (11, 18)})
     assert "forward" not in model.model.language_model.__dict__
+
+
+def test_a_prefill_that_cant_be_captured_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+
+    def work() -> int:
+        if cuda.capturing:
+            raise RuntimeError("CUDA out of memory")
+        return 3
+
+    cuda.fails = ["end"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        record_graph(work)
+    assert cuda.left() == []
+    result, replay = record_graph(lambda: 3)
+    replay()
+    assert result == 3
 
 
 def method_rows(method: Any, tokens: int) -> int:

@@ -20,6 +20,7 @@ from ocvtp_kernels.received_attention import triton as kernels
 from tests.conftest import relative_error
 from tests.kernels.triton_device import (
     DEVICE,
+    IN_ANOTHER_ORDER,
     NEEDS_GPU,
     ON_GPU,
     PoisonedTorch,
@@ -28,6 +29,7 @@ from tests.kernels.triton_device import (
     needs_gpu,
     randn,
     surrounded,
+    within,
 )
 
 #: Both backends round; this is how far from zero their errors may be before they are compared.
@@ -99,7 +101,7 @@ def assert_accurate(
     received = received_attention(q, k, scale, backend="triton", **options)
     assert received.dtype == torch.float32
     assert received.shape == (k.shape[0], k.shape[2])
-    assert relative_error(received, want) <= 2 * reference_error + FLOOR
+    assert relative_error(received, want) <= within(reference_error, FLOOR)
     return received
 
 
@@ -171,7 +173,7 @@ def test_sharp_attention(sharpness: float) -> None:
         relative_error(received_attention(q, k, scale, backend=backend), want)
         for backend in ("triton", "torch")
     )
-    assert error <= 2 * reference_error + FLOOR * max(1.0, sharpness)
+    assert error <= within(reference_error, FLOOR * max(1.0, sharpness))
 
 
 # ----------------------------------------------------------------------------------------------- strides
@@ -254,7 +256,7 @@ def test_given_log_sum_exp(dtype: torch.dtype) -> None:
     for same in (lse.double(), lse.mT.contiguous().mT, surrounded(lse)):
         assert torch.equal(received_attention(q, k, lse=same, backend="triton"), want)
     some = received_attention(q, k[:, :, 5:77:3], lse=lse, backend="triton")
-    assert relative_error(some, want[:, 5:77:3]) <= 1e-7
+    assert relative_error(some, want[:, 5:77:3]) <= (IN_ANOTHER_ORDER if ON_GPU else 1e-7)
     half = lse.half()
     assert torch.equal(
         received_attention(q, k, lse=half, backend="triton"),
@@ -387,7 +389,7 @@ def test_gradients(with_lse: bool, packed: bool, dtype: torch.dtype) -> None:
     for ours, theirs, exact, like in zip(got, allowed, want, (q, k, lse), strict=False):
         assert ours.dtype == like.dtype
         assert relative_error(theirs, exact) <= 16 * torch.finfo(like.dtype).eps
-        assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact) + FLOOR
+        assert relative_error(ours, exact) <= within(relative_error(theirs, exact), FLOOR)
 
 
 def test_gradients_of_queries_and_keys_of_different_number() -> None:
@@ -395,7 +397,8 @@ def test_gradients_of_queries_and_keys_of_different_number() -> None:
     q, k = surrounded(q), k[:, :1].expand(-1, 2, -1, -1)  # strided, and a key head shared
     want = gradients(oracle, q.double(), k.double())
     got = gradients(lambda **o: received_attention(**o, backend="triton"), q, k)
-    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) <= 1e-6
+    apart = max(relative_error(a, b) for a, b in zip(got, want, strict=True))
+    assert apart <= (IN_ANOTHER_ORDER if ON_GPU else 1e-6)
 
 
 def test_gradients_of_some_inputs() -> None:

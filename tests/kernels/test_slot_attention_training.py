@@ -22,18 +22,21 @@ from ocvtp_kernels._launch import recording
 from ocvtp_kernels._tiles import Tile, table
 from ocvtp_kernels._tiles import tile as table_row
 from ocvtp_kernels.slot_attention import SlotAttentionWeights, slot_attention, training
+from ocvtp_kernels.slot_attention import cut as cutting
 from ocvtp_kernels.slot_attention import triton as forward_kernels
 from ocvtp_kernels.slot_attention.training import op
 from ocvtp_kernels.slot_attention.training import triton as kernels
 from tests.conftest import DATA, make_pruner, read_golden, relative_error
 from tests.kernels.triton_device import (
     DEVICE,
+    IN_ANOTHER_ORDER,
     ON_GPU,
     PoisonedTorch,
     interpreter_only,
     needs_gpu,
     randn,
     surrounded,
+    within,
 )
 
 #: Both backends round; this is how far from zero their errors may be before they are compared. Over 24 draws
@@ -72,7 +75,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return row
 
     monkeypatch.setattr(kernels, "tile", tile)
-    monkeypatch.setattr(forward_kernels, "tile", tile)
+    monkeypatch.setattr(cutting, "tile", tile)
 
 
 class Problem(NamedTuple):
@@ -134,9 +137,9 @@ def assert_as_accurate(
         else:
             allowed = float((same[name].double() - want).norm())
             assert allowed <= 1e-1 * size, name
-            assert error <= 2 * allowed + floor * size, (name, error / size, allowed / size)
+            assert error <= within(allowed / size, floor) * size, (name, error / size, allowed / size)
             ratios.append((error + floor * size) / (allowed + floor * size))
-    assert math.prod(ratios) ** (1 / len(ratios)) <= 1.3
+    assert math.prod(ratios) ** (1 / len(ratios)) <= (4.0 if ON_GPU else 1.3)
 
 
 # --------------------------------------------------------------------------------------------- gradients
@@ -345,9 +348,9 @@ def test_starved_slots(slots: int, tokens: int, use_map: bool) -> None:
     exact, same, got = plain(s.to(torch.float64)), plain(s), fused(s)
     assert exact[1].sum(dim=2)[:, ::2].max() < 1e-4
     for want, theirs, ours in zip(exact, same, got, strict=True):
-        assert relative_error(ours, want) <= 2 * relative_error(theirs, want) + FLOOR
+        assert relative_error(ours, want) <= within(relative_error(theirs, want), FLOOR)
     starved = [t[:, ::2] for t in (exact[2], same[2], got[2])]  # of their queries
-    assert relative_error(starved[2], starved[0]) <= 2 * relative_error(starved[1], starved[0]) + 1e-6
+    assert relative_error(starved[2], starved[0]) <= within(relative_error(starved[1], starved[0]), 1e-6)
 
 
 @pytest.mark.parametrize("low", [0.0, 12.0])
@@ -476,7 +479,7 @@ def test_a_step_repeats_itself_and_images_do_not_mix() -> None:
     alone = p._replace(features=p.features[2:3], on_slots=p.on_slots[2:3], on_map=p.on_map[2:3])
     got = step(alone, torch.float32, "triton")
     for name in NAMES[:3]:
-        assert relative_error(got[name], want[name][2:3]) <= 1e-6
+        assert relative_error(got[name], want[name][2:3]) <= (IN_ANOTHER_ORDER if ON_GPU else 1e-6)
 
 
 @pytest.mark.parametrize("most", [1, 66, 100])
@@ -492,7 +495,8 @@ def test_groups_of_images_do_not_matter(most: int, monkeypatch: pytest.MonkeyPat
     with recording_too(monkeypatch) as backward:
         got = step(p, torch.float32, "triton")
     for name in NAMES:
-        assert relative_error(got[name], want[name]) <= 1e-6 or name == "slot_norm_bias"
+        apart = relative_error(got[name], want[name])
+        assert apart <= (IN_ANOTHER_ORDER if ON_GPU else 1e-6) or name == "slot_norm_bias"
     groups = {1: [1] * 5, 66: [2, 2, 1], 100: [3, 2]}[most]
     assert calls == groups + groups[::-1]  # once forward, once again backward
     assert backward == groups

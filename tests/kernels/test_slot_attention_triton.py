@@ -35,11 +35,13 @@ from ocvtp_kernels.slot_attention import (
     start_from_slots,
     top_tokens,
 )
+from ocvtp_kernels.slot_attention import cut as cutting
 from ocvtp_kernels.slot_attention import triton as kernels
 from ocvtp_kernels.slot_attention.reference import NORM_EPS, gru_gates, layer_norm
 from tests.conftest import make_pruner, relative_error
 from tests.kernels.triton_device import (
     DEVICE,
+    IN_ANOTHER_ORDER,
     ON_GPU,
     PoisonedTorch,
     bits,
@@ -47,6 +49,7 @@ from tests.kernels.triton_device import (
     interpreter_only,
     randn,
     surrounded,
+    within,
 )
 
 #: Both backends round; this is how far from zero their errors may be before they are compared.
@@ -65,6 +68,12 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(selection_kernels, "processors", lambda _: 1)
 
 
+def use_tiles(monkeypatch: pytest.MonkeyPatch, tile: Callable[[str, str, str], Tile]) -> None:
+    """Of all kernels of the inference path, whatever the number of rows."""
+    monkeypatch.setattr(cutting, "tile", tile)
+    monkeypatch.setattr(cutting, "tile_of_rows", lambda kernel, arch, shape, _: tile(kernel, arch, shape))
+
+
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tiles and long steps in the interpreter, whose time goes by their number."""
@@ -78,7 +87,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
         return row
 
     if not ON_GPU:
-        monkeypatch.setattr(kernels, "tile", tile)
+        use_tiles(monkeypatch, tile)
 
 
 @pytest.fixture
@@ -174,7 +183,9 @@ def emulated(p: Problem, num_iters: int = 3, eps: float = 1e-5) -> torch.Tensor:
     return (queries @ z.mT + bias[..., None]).softmax(dim=1)
 
 
-def assert_accurate(p: Problem, dtype: torch.dtype, num_iters: int = 3) -> torch.Tensor:
+def assert_accurate(
+    p: Problem, dtype: torch.dtype, num_iters: int = 3, ratio: float | None = None
+) -> torch.Tensor:
     """In float32 at most twice the error of PyTorch; in float16 what rounding the operands costs, no more."""
     want = exact(p, num_iters)
     got = slot_assignment(*p.arguments(dtype), num_iters=num_iters, backend="triton")
@@ -188,7 +199,7 @@ def assert_accurate(p: Problem, dtype: torch.dtype, num_iters: int = 3) -> torch
         assert allowed <= 1e-4
         # Iterations amplify what the first one rounded, by luck more here or there: at five the ratio of the
         # two errors lies between 0.6 and 1.5 over eight draws, one of them 2.2 in these coarse tiles.
-        assert error <= (2 if num_iters <= 3 else 3) * allowed + FLOOR
+        assert error <= within(allowed, FLOOR, ratio or (2 if num_iters <= 3 else 3))
     else:
         # Sums in another order round operands to their other neighbour now and then: rarely, but beside a
         # large mean so often that the two errors are independent, and sqrt(2) of one apart.
@@ -211,7 +222,7 @@ def tile_tokens(slots: int, dtype: torch.dtype) -> int:
 def assert_equal_features(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
     """What came of the same features in another layout or dtype: on a GPU a row's loads order its sum."""
     if ON_GPU:
-        assert relative_error(got, want) <= (1e-6 if dtype == torch.float32 else 1e-3)
+        assert relative_error(got, want) <= (IN_ANOTHER_ORDER if dtype == torch.float32 else 1e-3)
     else:
         assert torch.equal(got, want)
 
@@ -263,7 +274,9 @@ def test_outliers(offset: float, gain: float, dtype: torch.dtype) -> None:
     p = problem(1, 16, 49)
     features = p.features + offset
     features[..., 7] *= gain
-    assert_accurate(p._replace(features=features), dtype)
+    # Where so little of a row is left, luck decides: over six draws at each of the last two, the ratio lay
+    # between 0.5 and 2.5 (1.2 in the mean).
+    assert_accurate(p._replace(features=features), dtype, ratio=3)
 
 
 def test_the_plain_form_says_the_same() -> None:
@@ -317,7 +330,7 @@ def test_starved_slots_need_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     p = starved()
     want, arguments = exact(p, 2), p.arguments(torch.float16)
     scaled = relative_error(slot_assignment(*arguments, num_iters=2, backend="triton"), want)
-    monkeypatch.setattr(kernels, "_SCALE", 1.0)
+    monkeypatch.setattr(cutting, "_SCALE", 1.0)
     plain = relative_error(slot_assignment(*arguments, num_iters=2, backend="triton"), want)
     assert plain > 10 * scaled
 
@@ -363,7 +376,11 @@ def _tile_sets() -> list[tuple[str, torch.dtype, int]]:
                         name: value for name, value in row.items() if not name.startswith("num_")
                     }
                     for (kernel, of, shape), row in sorted(table().items())
-                    if of == arch and kernel.startswith("slot_attention.") and shape.endswith((size, "any"))
+                    if of == arch
+                    and kernel.startswith("slot_attention.")
+                    and shape.endswith((size, "any"))
+                    # Tested for itself: test_slot_loop.py.
+                    and kernel != "slot_attention.slot_loop"
                 }
                 attends = {key for key in roles if key[0].endswith(".attend")}
                 used = shapes.slot_class(slots)
@@ -636,6 +653,7 @@ def test_groups_of_images_do_not_matter(most: int, monkeypatch: pytest.MonkeyPat
     assert len(torch_with_guards.buffers) == 1 + 3 * groups + 4
 
 
+@pytest.mark.tiles
 @pytest.mark.usefixtures("equal_rows")
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
 def test_order_of_tiles_does_not_matter(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -647,13 +665,13 @@ def test_order_of_tiles_does_not_matter(group: int, monkeypatch: pytest.MonkeyPa
 
     arguments = problem(2, 4, 49, (24, 40, 20, 24)).arguments(torch.float32)
     want = top_tokens(*arguments, num_iters=2, backend="triton")
-    monkeypatch.setattr(kernels, "tile", tile)
+    use_tiles(monkeypatch, tile)
     torch_with_guards = PoisonedTorch()
     monkeypatch.setattr(kernels, "torch", torch_with_guards)
     got = top_tokens(*arguments, num_iters=2, backend="triton")
     torch_with_guards.assert_guards_intact()
     if ON_GPU:
-        assert relative_error(got.largest, want.largest) <= 1e-6
+        assert relative_error(got.largest, want.largest) <= IN_ANOTHER_ORDER
         assert got.finite.all()
     else:
         assert_same(got, want)
@@ -693,8 +711,10 @@ def test_every_output_is_written_and_nothing_else(
     assert_same(top_tokens(features, start, weights, num_iters=2, backend="triton"), found)
     torch_with_guards.assert_guards_intact()
     around.assert_guards_intact()
-    # Each time tokens, three of the encoder's, nine of an update's and four results; once the map as weights.
-    assert len(torch_with_guards.buffers) == 2 * (1 + 3 + 9 + 4) + 2
+    # Each time tokens, three of the encoder's, an update's (two of them what is left of rows, in float16 two
+    # copies) and four results; once the map as weights.
+    update = 11 if dtype == torch.float32 else 13
+    assert len(torch_with_guards.buffers) == 2 * (1 + 3 + update + 4) + 2
 
 
 def test_inputs_are_not_written() -> None:

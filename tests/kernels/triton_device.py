@@ -19,6 +19,12 @@ ON_GPU = DEVICE.type == "cuda"
 NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU"))
 interpreter_only = pytest.mark.skipif(ON_GPU, reason="a GPU runs the tiles of its own architecture")
 
+#: How far apart on a GPU two float32 results may be whose sums ran in another order: what :func:`within`
+#: allows each of them, where PyTorch's are a rounding or two from exact ones.
+IN_ANOTHER_ORDER = 4 * 2.0**-22 + 1e-6
+# Of :func:`within` on a GPU.
+_TIMES, _FLOOR = 4.0, 1e-6
+
 _GUARD = 1024  # elements; keeps any alignment
 
 
@@ -26,6 +32,17 @@ def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
     for mark in NEEDS_GPU:
         test = mark(test)
     return test
+
+
+def within(error_of_pytorch: float, floor: float, times: float = 2.0) -> float:
+    """How far from exact a float32 result may be, where PyTorch's is ``error_of_pytorch`` away.
+
+    ``times`` of that and a ``floor`` in the interpreter, whose products are numpy's. A GPU's are three of
+    TF32, which its tensor cores add up by cutting bits off, always towards zero, while PyTorch's are rounded:
+    there it is four times, and 1e-6.
+    """
+    tight = times * error_of_pytorch + floor
+    return max(tight, _TIMES * error_of_pytorch + _FLOOR) if ON_GPU else tight
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

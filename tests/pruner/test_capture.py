@@ -14,12 +14,15 @@ import torch
 
 pytest.importorskip("triton")
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from ocvtp import OCPruner
 from ocvtp.pruner import capture
 from ocvtp.pruner.admission import SIGHTINGS, WINDOW
 from ocvtp.pruner.assignment import Assignment, Plan
 from ocvtp.pruner.capture import SlotRunner
 from ocvtp.pruner.lane import CaptureBusyError
+from ocvtp_kernels._launch import recording
 from ocvtp_kernels.slot_attention import Places, TopTokens
 from tests.conftest import SMALL, make_pruner
 from tests.fake_cuda import CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED
@@ -160,6 +163,37 @@ def test_a_graph_gives_way_to_what_comes_more_often(
     assert lanes[0].log.count("record") == 2  # not back at once
 
 
+class Operations(TorchDispatchMode):
+    """Names of PyTorch's operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in ("as_strided", "view", "detach"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(ON_GPU, reason="counted in the interpreter")
+def test_what_a_captured_call_launches(lanes: list[Rehearsal], small: OCPruner) -> None:
+    """The first kernel, the graph, one copy; and the selection, which here is eager."""
+    runner, x = SlotRunner(), features(2).half()[:, 1:]
+    for _ in range(SIGHTINGS):
+        begin(runner, small, x, precision="fp16")
+    lanes[0].replays = False
+    with Operations() as operations, recording() as launches:
+        got = begin(runner, small, x, precision="fp16")
+    assert operations.names == ["clone"]
+    assert [launch.kernel.fn.__name__ for launch in launches] == ["normalise"]
+    assert lanes[0].log[-4:] == ["run", "replay", "mark", "join"]
+    with recording() as launches:
+        got.select_rows(None, x)
+    assert len(launches) == 1
+
+
 def test_large_calls_are_not_captured(lanes: list[Rehearsal], quick: OCPruner) -> None:
     """The GPU takes longer for them than Python does."""
     runner = SlotRunner()
@@ -200,11 +234,25 @@ def test_graphs_of_old_parameters_go(lanes: list[Rehearsal], quick: OCPruner) ->
         begin(runner, quick, x)
     with torch.no_grad():
         quick.slot_mean.add_(1.0)
-    big = features(capture.MOST_ROWS // 256, 256)
-    for tokens in range(WINDOW):  # shapes that come once
-        begin(runner, quick, big[:1, : 10 + tokens])
+    big = features(1, 256)
+    for tokens in range(2 * WINDOW):  # shapes that come once
+        begin(runner, quick, big[:, : 10 + tokens])
     assert runner.graphs == 0
     assert "wait" in lanes[0].log
+
+
+def test_graphs_of_old_parameters_go_while_others_are_used(lanes: list[Rehearsal], quick: OCPruner) -> None:
+    runner, x = SlotRunner(), features()
+    for changes in range(2):
+        with torch.no_grad():
+            quick.slot_mean.add_(1.0)
+        for _ in range(SIGHTINGS):
+            begin(runner, quick, x)
+        assert runner.graphs == 1 + changes
+    for _ in range(2 * WINDOW):
+        begin(runner, quick, x)
+    assert runner.graphs == 1
+    assert lanes[0].log[-4:] == ["run", "replay", "mark", "join"]
 
 
 def test_what_the_lane_reads_outlives_its_parameters(lanes: list[Rehearsal], quick: OCPruner) -> None:

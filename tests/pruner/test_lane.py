@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import pytest
 import torch
 
 from ocvtp.pruner import lane
+from ocvtp.pruner.folding import settled
 from ocvtp.pruner.lane import CaptureBusyError, CudaLane, record_graph, recorded_by_others
+from ocvtp_kernels.slot_attention import SlotStart
 from tests.fake_cuda import FakeCuda
 from tests.kernels.triton_device import needs_gpu
 
@@ -25,6 +29,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     fake.install(monkeypatch)
     monkeypatch.setattr(lane, "_wrecks", [])
+    monkeypatch.setattr(lane, "_streams", weakref.WeakSet())
     return fake
 
 
@@ -180,7 +185,7 @@ def test_what_is_held_is_noted_once(cuda: FakeCuda) -> None:
     for _ in range(200):  # an address may be another tensor's by now
         made.hold([torch.zeros(1)])
     assert cuda.log.count("kept for side 1") == 203
-    assert len(made._held) < 100
+    assert len(made._held) < 150
 
 
 def test_the_lane_is_of_high_priority_and_on_its_device(cuda: FakeCuda) -> None:
@@ -190,6 +195,16 @@ def test_the_lane_is_of_high_priority_and_on_its_device(cuda: FakeCuda) -> None:
     made.run(lambda: seen.append(cuda.current_device()), [])
     assert seen == [1]
     assert cuda.left() == []
+
+
+def test_no_two_lanes_have_a_stream_in_common(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has 32 of them, and lends them in turn."""
+    pool = [cuda.new_stream(priority=-1) for _ in range(32)]
+    lent = itertools.cycle(pool)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: next(lent))
+    first = CudaLane(DEVICE)
+    for _ in range(100):  # models come and go
+        assert CudaLane(DEVICE)._stream is not first._stream
 
 
 def test_whose_recording_is_asked_for(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,3 +281,15 @@ def test_real_recordings_that_fail(blocking: str) -> None:
     assert out.rstrip().endswith("same stream")
     if blocking == "0":
         assert "not recorded" not in out
+
+
+def test_weights_are_not_folded_into_somebody_elses_graph(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would own them: looked at on their own device."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: cuda.current_device() == 1)
+    with pytest.raises(RuntimeError, match="before capturing it"):
+        settled(lambda: SlotStart(*[torch.zeros(1)] * 4), torch.device("cuda", 1))
+    made = settled(lambda: SlotStart(*[torch.zeros(1)] * 4), torch.device("cuda", 0))
+    assert cuda.log == ["the host waits for stream 0 of 0"]
+    assert len(made) == 4

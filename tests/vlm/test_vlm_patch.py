@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 import ocvtp
+from ocvtp.vlm.encode.selectors import Home, PrunerSelector
 from ocvtp_kernels import BackendUnavailableError
 from tests.vlm.skips import NATIVE_ROUTE, needs_original
 from tests.vlm.tiny_llava import (
@@ -31,6 +32,8 @@ from tests.vlm.tiny_llava import (
     pruner,
     text_config,
 )
+
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 @pytest.fixture
@@ -347,15 +350,54 @@ def test_model_dtype_does_not_reach_the_pruner(
 
 
 def test_the_pruner_follows_the_features() -> None:
-    from ocvtp.vlm.encode.selectors import move_to
-
-    module = torch.nn.Linear(2, 2)
-    move_to(module, torch.device("cpu"))
+    module, home = torch.nn.Linear(2, 2), Home()
+    home.move(module, CPU)
     weight = module.weight
-    move_to(module, torch.device("meta"))
+    home.move(module, META)
     assert module.weight.device.type == "meta"
-    move_to(torch.nn.Identity(), torch.device("meta"))  # nothing to move
+    home.move(torch.nn.Identity(), META)  # nothing to move
     assert weight.device.type == "cpu"
+
+
+class Movable(torch.nn.Linear):
+    """Comes back from ``meta`` too."""
+
+    def to(self, device: Any) -> Any:
+        return self.to_empty(device=device)
+
+
+def test_one_pruner_does_not_serve_two_devices() -> None:
+    """It would go to and fro."""
+    module, first, second = Movable(2, 2), Home(), Home()
+    first.move(module, CPU)
+    second.move(module, CPU)
+    first.move(module, META)
+    second.move(module, META)  # two models that moved, one after the other
+    stays, goes = Home(), Home()
+    stays.move(module, META)
+    goes.move(module, CPU)  # perhaps all are on their way
+    with pytest.raises(ValueError, match=r"can't serve models on meta and cpu.*deepcopy"):
+        stays.move(module, META)
+    goes.move(module, CPU)
+    goes.leave(module)
+    stays.move(module, META)
+    module.to(CPU)  # by hand
+    stays.move(module, META)
+    assert module.weight.is_meta
+    other = copy.deepcopy(stays)
+    other.move(copy.deepcopy(module), CPU)
+    stays.move(module, META)
+
+
+def test_a_removed_model_gives_its_pruner_free() -> None:
+    module = Movable(2, 2)
+    stays, goes = (PrunerSelector(module, {}) for _ in range(2))
+    stays.home.move(module, META)
+    goes.home.move(module, CPU)
+    with pytest.raises(ValueError, match="serve"):
+        stays.home.move(module, META)
+    goes.close()
+    stays.home.move(module, META)
 
 
 def test_stage_times(model: Any, oc_pruner: Any, one: dict[str, torch.Tensor]) -> None:

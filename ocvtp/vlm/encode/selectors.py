@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,55 @@ from ocvtp_kernels.coverage import refine
 from ocvtp_kernels.selection import gather_tokens
 
 _moving = threading.Lock()
+
+
+class Home:
+    """Where one model needs a pruner, which follows it there.
+
+    One pruner can serve several models, but only on one device: between two it would move at every call, have
+    its weights folded anew each time, and be taken away from calls under way.
+    """
+
+    def __init__(self) -> None:
+        self._device: torch.device | None = None
+
+    def __reduce__(self) -> tuple[type[Home], tuple[()]]:
+        """Copies have a pruner of their own."""
+        return type(self), ()
+
+    def move(self, module: torch.nn.Module, device: torch.device) -> None:
+        """Move a module unless it is there: the vision tower may have moved since the last call.
+
+        Raises:
+            ValueError: another model took it away, while this one stayed where it was.
+        """
+        settled = self._device == device or torch.compiler.is_compiling()  # which can't trace what follows
+        if settled and not _is_elsewhere(module, device):
+            return
+        with _moving:  # another thread may be half-way
+            others = _homes.setdefault(module, weakref.WeakSet())
+            others.add(self)
+            if _is_elsewhere(module, device):
+                taken = next((p.device for p in module.parameters() if p.device != device), device)
+                if self._device == device and any(
+                    other is not self and other._device == taken for other in others
+                ):
+                    raise ValueError(
+                        f"one pruner can't serve models on {device} and {taken}: it would move at every "
+                        "call. Apply a copy, copy.deepcopy(pruner), to one of them"
+                    )
+                module.to(device)
+            self._device = device
+
+    def leave(self, module: torch.nn.Module) -> None:
+        """It is not needed any more."""
+        with _moving:
+            if module in _homes:
+                _homes[module].discard(self)
+            self._device = None
+
+
+_homes: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakSet[Home]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -55,6 +105,7 @@ class PrunerSelector:
         options: of its forward: seed, backend, precision, refine.
         runner: runs an OCPruner's slot loop beside the tower.
         max_error: for budgets to choose from.
+        home: where it was needed last.
     """
 
     pruner: torch.nn.Module
@@ -62,6 +113,7 @@ class PrunerSelector:
     runner: SlotRunner = field(default_factory=SlotRunner)
     max_error: float | None = None
     reads_scores: bool = True
+    home: Home = field(default_factory=Home, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -91,7 +143,7 @@ class PrunerSelector:
         assert features is not None
         minded = is_minded(self.pruner)
         if not minded:
-            move_to(self.pruner, features.device)
+            self.home.move(self.pruner, features.device)
         options = dict(self.options)
         if return_attention:
             options["return_attention"] = True
@@ -112,6 +164,7 @@ class PrunerSelector:
     def close(self) -> None:
         """See :class:`Selector`."""
         self.runner.close()
+        self.home.leave(self.pruner)
 
 
 @dataclass(frozen=True)
@@ -215,14 +268,6 @@ def _inside_of_all(
 
     inside(list(pruner.modules()), run, features)
     return made[0]
-
-
-def move_to(module: torch.nn.Module, device: torch.device) -> None:
-    """Move a module unless it is there: the vision tower may have moved since the last call."""
-    if _is_elsewhere(module, device):
-        with _moving:  # another thread may be half-way
-            if _is_elsewhere(module, device):
-                module.to(device)
 
 
 def _is_elsewhere(module: torch.nn.Module, device: torch.device) -> bool:

@@ -24,17 +24,9 @@ import triton.language as tl
 
 from ocvtp_kernels._launch import launch
 from ocvtp_kernels._tiles import tile
-from ocvtp_kernels.slot_attention.triton import (
-    Cut,
-    arithmetic,
-    attention_weights,
-    block,
-    exponential,
-    logits,
-    padded_slots,
-    product,
-    weighted_mean,
-)
+from ocvtp_kernels.slot_attention.cut import Cut, arithmetic, padded_slots
+from ocvtp_kernels.slot_attention.steps import block, exponential, logits, product
+from ocvtp_kernels.slot_attention.triton import attention_weights, weighted_mean
 
 # Elements of dL, and of P, in memory at a time: 134 MB each in float32.
 _MOST_SCRATCH = 1 << 25
@@ -48,12 +40,13 @@ _SLOT_CLASSES = (64, 128)
 @triton.jit
 def _map_gradient(
     v_ptr, g_ptr, rows_ptr, map_ptr, n, k, N, K, D, R,
-    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr, MAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of attention ``[tokens, slots]``; zero where there is no slot."""
     gain = tl.load(rows_ptr + k, mask=k < K, other=0.0)
     offset = tl.load(rows_ptr + R + k, mask=k < K, other=0.0)
-    grad = product(v_ptr, g_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
+    grad = product(v_ptr, g_ptr, n, k, N, K, D, BM, BK, BC, EVEN, PRECISION)
     grad = grad * gain[None, :] - offset[None, :]
     if MAP:
         inside = (n < N)[:, None] & (k < K)[None, :]
@@ -121,8 +114,8 @@ def prepare(
 @triton.jit(do_not_specialize=["N", "K", "R"])
 def attend_backward(
     z_ptr, v_ptr, q_ptr, g_ptr, bias_ptr, rows_ptr, map_ptr, dl_ptr, p_ptr, N, K, KS, D, R,
-    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr, MAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles, B): ``dL`` and ``P`` ``[B, N, KS]``, from keys ``z`` and values ``v`` ``[B, N, D]``,
     queries ``q`` and ``g`` ``[B, K, D]``, ``rows`` ``[3, R]``, and, with MAP, a gradient of the attention
@@ -142,11 +135,11 @@ def attend_backward(
     p_ptr += image * N * KS
     if ONE:
         k = tl.arange(0, BK)
-        p = logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
+        p = logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, EVEN, PRECISION)
         p = exponential(p - tl.max(p, axis=1)[:, None])
         p = p * (1.0 / tl.sum(p, axis=1))[:, None]
         grad = _map_gradient(
-            v_ptr, g_ptr, rows_ptr, map_ptr, n, k, N, K, D, R, BM, BK, BC, MAP, PRECISION
+            v_ptr, g_ptr, rows_ptr, map_ptr, n, k, N, K, D, R, BM, BK, BC, EVEN, MAP, PRECISION
         )  # fmt: skip
         mean = tl.sum(p * grad, axis=1)
         _store(p, grad, mean, rows_ptr, dl_ptr, p_ptr, n, k, N, K, KS, R)
@@ -156,12 +149,12 @@ def attend_backward(
         mean = tl.zeros([BM], tl.float32)
         for first in tl.range(0, K, BK):
             k = first + tl.arange(0, BK)
-            p = logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
+            p = logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, EVEN, PRECISION)
             higher = tl.maximum(highest, tl.max(p, axis=1))
             shrink = exponential(highest - higher)
             p = exponential(p - higher[:, None])
             grad = _map_gradient(
-                v_ptr, g_ptr, rows_ptr, map_ptr, n, k, N, K, D, R, BM, BK, BC, MAP, PRECISION
+                v_ptr, g_ptr, rows_ptr, map_ptr, n, k, N, K, D, R, BM, BK, BC, EVEN, MAP, PRECISION
             )  # fmt: skip
             total = total * shrink + tl.sum(p, axis=1)
             mean = mean * shrink + tl.sum(p * grad, axis=1)
@@ -169,10 +162,10 @@ def attend_backward(
         mean = mean / total
         for first in tl.range(0, K, BK):
             k = first + tl.arange(0, BK)
-            p = logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, PRECISION)
+            p = logits(z_ptr, q_ptr, bias_ptr, n, k, N, K, D, BM, BK, BC, EVEN, PRECISION)
             p = exponential(p - highest[:, None]) * (1.0 / total)[:, None]
             grad = _map_gradient(
-                v_ptr, g_ptr, rows_ptr, map_ptr, n, k, N, K, D, R, BM, BK, BC, MAP, PRECISION
+                v_ptr, g_ptr, rows_ptr, map_ptr, n, k, N, K, D, R, BM, BK, BC, EVEN, MAP, PRECISION
             )  # fmt: skip
             _store(p, grad, mean, rows_ptr, dl_ptr, p_ptr, n, k, N, K, KS, R)
 
@@ -188,7 +181,7 @@ def slot_update(
     cut = arithmetic(queries.device, queries.dtype, False)
     batch, slots, width = queries.shape
     tokens = keys.shape[1]
-    bias = torch.zeros(1, slots, dtype=torch.float32, device=cut.device)
+    bias = torch.zeros(batch, slots, dtype=torch.float32, device=cut.device)
     p, sums = attention_weights(keys, queries, bias, cut)
     mean = torch.empty(batch, slots, width, dtype=torch.float32, device=cut.device)
     mass = torch.empty(batch, slots, dtype=torch.float32, device=cut.device)
@@ -266,7 +259,8 @@ def map_gradients(
         attend_backward, (triton.cdiv(tokens, size["BM"]), batch), cut.device,
         keys, values, queries, g, bias, rows, keys if grad_map is None else grad_map, dl, p,
         tokens, slots, padded, width, batch * slots,
-        ONE=slots <= size["BK"], MAP=grad_map is not None, PRECISION=cut.precision, **size,
+        EVEN=width % size["BC"] == 0, ONE=slots <= size["BK"], MAP=grad_map is not None,
+        PRECISION=cut.precision, **size,
     )  # fmt: skip
     return dl, p, g
 

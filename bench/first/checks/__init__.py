@@ -1,0 +1,1 @@
+"""What steps find out; each yields its findings one by one."""
