@@ -155,11 +155,12 @@ class SlotRunner:
             fill=fill,
             refine=refine,
         )
-        if plan.resolved != "triton" or pruner.training:
-            return Pending(plan.run(features))
         fork = _fork.get()
         if fork is not None:
             fork.held.append(plan)
+        if plan.resolved != "triton" or pruner.training:
+            return Pending(plan.run(features))
+        if fork is not None:
             assignment = fork.lane.run(functools.partial(plan.run, features), [features])
             return Pending(assignment, fork.lane, fork.lane.mark())
         if recorded_by_others(features.device):

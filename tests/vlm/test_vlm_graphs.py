@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +14,8 @@ import pytest
 import torch
 
 import ocvtp
+from ocvtp.pruner.assignment import Plan
+from ocvtp.pruner.lane import CudaLane
 from ocvtp.vlm.call.controller import controller_of
 from ocvtp.vlm.contracts.rows import KeptRows
 from ocvtp.vlm.encode import graphs
@@ -19,6 +23,7 @@ from ocvtp.vlm.encode.encode import encode, prune_rows
 from ocvtp.vlm.encode.graphs import VisionGraphs
 from ocvtp.vlm.encode.watched import Watched
 from ocvtp.vlm.towers.clip import root
+from tests.fake_cuda import FakeCuda
 from tests.rehearsal import Rehearsal
 from tests.vlm.family import Family, by_name, families, made
 from tests.vlm.tiny_llava import GREEDY, KEEP, LAYERS, ONE, llava, pixels, prompt, pruner
@@ -100,6 +105,8 @@ def test_run_then_recorded_then_replayed(rehearsed: list[Rehearsal]) -> None:
         "join",
         *["run", "replay", "mark", "join"] * 2,
     ]
+    (graph,) = graphs_of(model)._graphs.values()
+    assert any(isinstance(one, Plan) for one in graph.held)  # folded weights, which caches may give up
     for seed, got in results:  # earlier results are what they were
         assert_same(got, eager(model, pixels(2, seed)))
 
@@ -215,6 +222,10 @@ def test_per_call_arguments_and_strides_are_kept_apart(rehearsed: list[Rehearsal
         ):
             assert_same(kept(model, images, **beside), eager(model, images, **beside))
     assert graphs_of(model).graphs == 3
+    replays = rehearsed[0].log.count("replay")
+    model.set_attn_implementation("eager")
+    assert_same(kept(model, strided), eager(model, strided))
+    assert rehearsed[0].log.count("replay") == replays
 
 
 @pytest.mark.parametrize(
@@ -517,3 +528,43 @@ def test_what_is_watched() -> None:
     with torch.no_grad():
         folded.weight.add_(1.0)
     assert not watched.same()
+
+
+@pytest.mark.parametrize("fails", [[], ["begin"], ["end"], ["instantiate"]])
+def test_streams_fork_and_join_in_one_recording(monkeypatch: pytest.MonkeyPatch, fails: list[str]) -> None:
+    """On the real lanes over a fake of torch.cuda: what a failed recording leaves behind is nothing."""
+    pytest.importorskip("triton")
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    monkeypatch.setattr("ocvtp.pruner.lane._wrecks", [])
+    monkeypatch.setattr("ocvtp.pruner.lane._streams", weakref.WeakSet())
+    monkeypatch.setattr("ocvtp.vlm.encode.graphs.lane_for", CudaLane)
+    monkeypatch.setattr("ocvtp.vlm.capturing.lane_for", Rehearsal)
+    monkeypatch.setattr("ocvtp.pruner.admission.SIGHTINGS", 1)
+    model = llava()
+    kernels = {} if fails else {"backend": "triton", "precision": "fp32"}  # which take a second to interpret
+    ocvtp.apply(model, pruner(layer=1), **{**OPTIONS, **kernels})
+    want = eager(model, pixels(1))
+    cuda.log.clear()
+    cuda.fails = list(fails)
+    got = kept(model, pixels(1))
+    assert_same(got, want)
+    assert cuda.left() == []
+    assert graphs_of(model).graphs == (not fails)
+    streams = [line for line in cuda.log if not line.startswith("kept")]
+    ocvtp.remove(model)
+    gc.collect()  # the graph, while its fake is there
+    if fails:
+        assert not any(line.startswith("the host waits") for line in streams)
+        return
+    branch = ["side 2 waits for side 1"] * 2 + ["side 1 waits for mark of side 2"] * 2  # slots and scores
+    assert streams == [
+        "side 1 waits for stream 0 of 0",  # once to compile and load
+        *branch,
+        "record on side 1",
+        *branch,
+        "recorded",
+        "side 1 waits for stream 0 of 0",
+        "replay on side 1",
+        "stream 0 of 0 waits for mark of side 1",
+    ]

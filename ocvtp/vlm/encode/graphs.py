@@ -191,7 +191,10 @@ class VisionGraphs:
         """The graph for such a call, if there is one or it is time to make it."""
         pixels = vision.pixels
         shape = (pixels.shape, pixels.stride(), pixels.dtype, pixels.device)
-        key = (type(vision), vision.key, *shape, _numerics())
+        attention = (
+            getattr(getattr(part, "config", None), "_attn_implementation", None) for part in self._parts
+        )
+        key = (type(vision), vision.key, *shape, *attention, _numerics())
         self._admission.note(key)
         graph = self._graphs.get(key)
         if graph is not None:
@@ -222,7 +225,7 @@ class VisionGraphs:
         return graph
 
     def _recorded(self, vision: Steady, prune: Callable[[Any], KeptRows], lane: Lane, side: Lane) -> _Graph:
-        held: list[object] = [vision]
+        held: list[object] = []
         likes: list[_Like] = []
 
         def work(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -240,6 +243,7 @@ class VisionGraphs:
         with torch.inference_mode(False), torch.no_grad():
             watched = Watched(self._parts, [self._inner], [] if self._pruner is None else [self._pruner])
             pixels = lane.run(warmed, [vision.pixels])
+            held.append(vision.on(pixels))  # constants of its layout
             made, replay = lane.record(functools.partial(work, pixels))
         return _Graph(watched, pixels, made, replay, likes[-1], tuple(held))
 

@@ -53,7 +53,8 @@ class Packing:
         """The packing of the host on a device, by one copy that nobody waits for."""
         if device.type == "cpu":
             return self
-        parts = on_device(self._pinned if device.type == "cuda" else self._joined(), device)
+        pinned = device.type == "cuda" and not torch.compiler.is_compiling()
+        parts = on_device(self._pinned if pinned else self._joined(), device)
         names = ("tokens", "slots", "newlines", "rows")
         sizes = [len(getattr(self, name)) for name in names]
         return dataclasses.replace(self, **dict(zip(names, parts.split(sizes), strict=True)))
