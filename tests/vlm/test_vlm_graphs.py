@@ -147,7 +147,11 @@ def test_every_family_that_can(rehearsed: list[Rehearsal], family: Family) -> No
     """Same bits for other pixels; and none of its host data is of an earlier call."""
     model = copy.deepcopy(made(family))
     ocvtp.apply(model, family.pruner(), **{**OPTIONS, "keep": family.keep})
-    names = family.pixels["image"]
+    parts = controller_of(model).adapter.vision_parts
+    names = [name for name, part in model.model.named_children() if any(part is one for one in parts)]
+    assert len(names) == len(list(model.model.children())) - 1
+    assert not any("language" in name or "text" in name for name in names)
+    names = list(family.pixels["image"])
     rows = [row for row in family.rows().values() if "pixel_values" in row]
     given = [{name: row[name] for name in names if name in row} for row in rows]
     for beside in given:
@@ -262,6 +266,20 @@ def test_changed_weights_are_seen(rehearsed: list[Rehearsal], change: str) -> No
     assert (rehearsed[0].log.count("replay") > replays) == (change == "in place")
     assert_same(captured(model, **given), after)  # and it is recorded anew
     assert graphs_of(model).graphs == 1
+
+
+def test_no_graph_keeps_weights_that_were_replaced(rehearsed: list[Rehearsal]) -> None:
+    model = llava()
+    ocvtp.apply(model, pruner(), **OPTIONS)
+    for images in (1, 2):
+        captured(model, pixels(images))
+    layer = root(model.model.vision_tower).encoder.layers[0].mlp.fc1
+    before = weakref.ref(layer.weight)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    kept(model, pixels(1))
+    gc.collect()
+    assert before() is None
+    assert graphs_of(model).graphs == 0
 
 
 def test_threads_get_their_own_answers(rehearsed: list[Rehearsal]) -> None:

@@ -130,7 +130,9 @@ class VisionGraphs:
             self._say(reason)
             return None
         with self._lock:
-            lanes = None if self._closed else self._lanes_on(vision.pixels.device)
+            if self._closed:
+                return None
+            lanes = self._lanes_on(vision.pixels.device)
             if lanes is None:
                 self._say(f"the pixels are on {vision.pixels.device}")
                 return None
@@ -200,7 +202,8 @@ class VisionGraphs:
         if graph is not None:
             if graph.watched.same():
                 return graph
-            self._drop([key])  # some weight is another tensor, a module was replaced, a hook was put on
+            # Some weight is another tensor, a module was replaced, a hook was put on: the others' as well.
+            self._drop([one for one, graph in self._graphs.items() if not graph.watched.same()])
             self._admission.note(key)
         if not self._capture or not self._admission.due(key):
             return None

@@ -263,7 +263,7 @@ class Units:
         patches = self._of(self._last, which)[:, self._prefix :]
         index = indices.to(patches.device)
         if self._family.projects_tokens and indices.shape[1] < len(self._members):
-            members = self._members.to(patches.device)[index].flatten(1)
+            members = self._members.to(patches.device, non_blocking=True)[index].flatten(1)
             kept = patches.gather(1, members[:, :, None].expand(-1, -1, patches.shape[2]))
             units = self._family.norm(kept, self._arguments).unflatten(1, (index.shape[1], -1))
             return [Piece(self._family.project(units), indices)]
