@@ -142,7 +142,17 @@ def test_variants(rehearsed: list[Rehearsal], name: str) -> None:
     assert rehearsed[0].log.count("replay") == 2
 
 
-@pytest.mark.parametrize("family", [pytest.param(one, id=one.name) for one in families() if not one.mrope])
+ALIKE = {"paligemma", "smolvlm"}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(one, id=one.name, marks=[pytest.mark.thorough] if one.name in ALIKE else [])
+        for one in families()
+        if not one.mrope
+    ],
+)
 def test_every_family_that_can(rehearsed: list[Rehearsal], family: Family) -> None:
     """Same bits for other pixels; and none of its host data is of an earlier call."""
     model = copy.deepcopy(made(family))
@@ -500,6 +510,7 @@ def test_a_model_on_the_cpu_is_refused() -> None:
         ocvtp.apply(llava(), pruner(), **OPTIONS)
 
 
+@pytest.mark.thorough
 def test_the_slot_loop_is_a_branch_of_the_graph(rehearsed: list[Rehearsal], lanes: list[Rehearsal]) -> None:
     """It forks off where its layer is done, scores follow it, and both join: on a lane of the recording."""
     pytest.importorskip("triton")

@@ -21,7 +21,7 @@ from tests.vlm.family import Family, families, made
 from tests.vlm.skips import needs_mm_route
 
 #: Much like another one of the suite.
-ALIKE = {"smolvlm", "qwen2_vl", "qwen3_vl_moe"}
+ALIKE = {"smolvlm", "paligemma", "internvl", "qwen2_vl", "qwen3_vl_moe"}
 CASES = [
     pytest.param(family, id=family.name, marks=[pytest.mark.thorough] if family.name in ALIKE else [])
     for family in families()
@@ -121,11 +121,11 @@ KNOWN: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 }
 
 
-SLOW = {"tome", "prumerge+"}
+ALIKE_TOO = KNOWN.keys() - {"random", "grid", "greedy_dpp", "visionzip", "newlines of rows", "auto"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.thorough] if name in SLOW else []) for name in KNOWN]
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] if name in ALIKE_TOO else []) for name in KNOWN]
 )
 @torch.no_grad()
 def test_what_waits_and_why(name: str) -> None:
