@@ -155,7 +155,7 @@ class SlotRunner:
             fill=fill,
             refine=refine,
         )
-        fork = _fork.get()
+        fork = _branch()
         if fork is not None:
             fork.held.append(plan)
         if plan.resolved != "triton" or pruner.training:
@@ -188,7 +188,7 @@ class SlotRunner:
             work: is done without gradients.
             reads: tensors that it reads and that the caller may give up meanwhile.
         """
-        fork, device = _fork.get(), reads[0].device
+        fork, device = _branch(), reads[0].device
         if fork is not None:
             return _begun(fork.lane, work, reads)
         if recorded_by_others(device):
@@ -282,6 +282,11 @@ class _Fork:
 
 
 _fork: contextvars.ContextVar[_Fork | None] = contextvars.ContextVar("_fork", default=None)
+
+
+def _branch() -> _Fork | None:
+    """Of what this thread records."""
+    return None if torch.compiler.is_compiling() else _fork.get()  # which torch.compile can't trace
 
 
 @contextlib.contextmanager
