@@ -176,12 +176,13 @@ def _chosen(on: Registers, one: Instruction) -> bool:
 
 
 def _extreme(on: Registers, one: Instruction) -> bool:
-    """``IMNMX``: the smaller, or with a false predicate the larger."""
-    target, a, b, predicate = one.operands
-    values, least = _values(on, (a, b)), on.predicate(predicate)
+    """``IMNMX``: the smaller, or with a false predicate the larger; ``VIADDMNMX``: of a sum and a number."""
+    target, *numbers, predicate = one.operands
+    values, least = _values(on, numbers), on.predicate(predicate)
     if values is None or least is None:
         return False
-    x, y = values
+    *x, y = values
+    x = integers.word(sum(x))
     below = x < y if "U32" in one.options else integers.signed(x) < integers.signed(y)
     smaller, larger = integers.choose(below, x, y), integers.choose(below, y, x)
     on.set(target, integers.choose(least, smaller, larger))
@@ -344,6 +345,7 @@ KNOWN: dict[str, _Known] = {
     "SEL": _chosen,
     "IMNMX": _extreme,
     "VIMNMX": _extreme,
+    "VIADDMNMX": _extreme,
     "MOV": _moved,
     "R2UR": _moved,
     "LDC": _constant,

@@ -201,7 +201,7 @@ def _counts(
         stored=sum(counted.stored.values()) * share,
         dram=min(float(touched), l2) if not counted.unknown else l2,
         followed=followed,
-        dependent=bool(launch.tile.get("launch_pdl", False)),
+        dependent=bool(launch.tile.get("PDL", False)),
         notes=tuple(notes),
         outputs={number: nbytes * share for number, nbytes in counted.stored.items()},
     )

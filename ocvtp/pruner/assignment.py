@@ -19,7 +19,7 @@ from ocvtp_kernels.slot_attention import (
     Places,
     SlotStart,
     TopTokens,
-    normalise_tokens,
+    normalise_into,
     slot_assignment,
     top_tokens,
     top_tokens_into,
@@ -107,8 +107,8 @@ class Plan:
         return Places.empty(images, tokens, slots, features.device, dtype)
 
     def normalise(self, features: torch.Tensor, out: torch.Tensor) -> None:
-        """Put ``features`` where :meth:`find` reads them, ``[B, N, in_dim]`` in the dtype of the products."""
-        normalise_tokens(_at_most_32_bits(features), out.dtype, out=out, backend="triton")
+        """Put ``features`` where :meth:`find` reads them: ``[B, N, in_dim]`` in the dtype of the products."""
+        normalise_into(_at_most_32_bits(features), out)
 
     def find(self, normalised: torch.Tensor, places: Places) -> TopTokens:
         """:meth:`run` in Triton from what :meth:`normalise` left, bit for bit, to ``places``."""

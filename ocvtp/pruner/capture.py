@@ -2,9 +2,9 @@
 
 A pruner reads an early encoder layer, so its slot loop can run beside the layers that follow.
 :class:`SlotRunner` starts it (:meth:`SlotRunner.begin`), and whoever needs the result joins
-(:meth:`Pending.get`). Shapes that come back are captured (:mod:`ocvtp.pruner.admission`): 17 launches become
-three, since the first kernel takes the features from where they are to where the graph reads them, and a copy
-takes the results out.
+(:meth:`Pending.get`). Shapes that come often are captured (:mod:`ocvtp.pruner.admission`), and what is then
+launched is three things: the first kernel, which takes the features from where they are to where the graph
+reads them; the graph; and a copy, which takes the results out.
 
 The graph ends where the slots' top tokens are known. Selection and the rows' gather follow in one launch, on
 the caller's stream: they wait for the consumed layer, whose output is somewhere else in memory every time,
@@ -36,7 +36,7 @@ _log = logging.getLogger("ocvtp")
 
 #: Shapes whose graphs are kept.
 MOST_GRAPHS = 8
-#: Tokens of all images of a call, up to which it is captured. The time to run 17 kernels grows with them,
+#: Tokens of all images of a call, up to which it is captured. The time to run the kernels grows with them,
 #: that to launch them does not; and a graph keeps its memory. Where the two meet was estimated, not measured.
 MOST_ROWS = 8192
 
@@ -60,21 +60,21 @@ class Pending:
         return self.assignment
 
 
-class _Same:
-    """A tensor, not its values: equal to any other of the same tensor while that lives."""
+class _Parameters:
+    """Names the tensors that a plan reads, while they live: compared and hashed at no cost."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._hash = id(tensor)
+    def __init__(self, plan: Plan) -> None:
+        self._first = weakref.ref(plan.weights.query_weight), weakref.ref(plan.start.queries)
 
-    def __hash__(self) -> int:
-        return self._hash
+    def are_of(self, plan: Plan) -> bool:
+        """Whether the plan reads these."""
+        weight, queries = self._first
+        return weight() is plan.weights.query_weight and queries() is plan.start.queries
 
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        mine = self._tensor()
-        return isinstance(other, _Same) and mine is not None and mine is other._tensor()
+    @property
+    def alive(self) -> bool:
+        """Whether there may be such a plan again."""
+        return all(tensor() is not None for tensor in self._first)
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ class SlotRunner:
         self._lanes: dict[torch.device, Lane | None] = {}
         self._graphs: dict[Shape, _Graph] = {}
         self._admission: Admission[Shape] = Admission(MOST_GRAPHS)
+        self._parameters: list[_Parameters] = []
+        self._last: tuple[Plan, _Parameters] | None = None
         self._refused = False
         self._closed = False
 
@@ -169,9 +171,9 @@ class SlotRunner:
             lane = None if self._closed else self._lane(features.device)
             if lane is None:
                 return Pending(plan.run(features))
-            lane.hold((*plan.weights, *plan.start))  # parameters may change before the lane is done
+            parameters = self._known(plan, lane)
             capture = self._capture and not plan.needs_map and features.shape[:2].numel() <= MOST_ROWS
-            graph = self._graph(plan, features, lane) if capture else None
+            graph = self._graph(plan, parameters, features, lane) if capture else None
             run = plan.run if graph is None else functools.partial(graph.run, plan)
             work = functools.partial(run, features)
             assignment = lane.run(work, [features])
@@ -203,16 +205,32 @@ class SlotRunner:
             self._closed = True
             self._drop(list(self._graphs))
             self._lanes.clear()
+            self._last = None
 
     def _lane(self, device: torch.device) -> Lane | None:
         if device not in self._lanes:
             self._lanes[device] = lane_for(device)
         return self._lanes[device]
 
-    def _graph(self, plan: Plan, features: torch.Tensor, lane: Lane) -> _Graph | None:
+    def _known(self, plan: Plan, lane: Lane) -> _Parameters:
+        """A name for what the plan reads; the lane will have read it before its memory is given away."""
+        if self._last is not None:  # nearly always the same
+            last, parameters = self._last
+            if last.weights is plan.weights and last.start is plan.start:
+                return parameters
+        lane.hold((*plan.weights, *plan.start))
+        found = next((one for one in self._parameters if one.are_of(plan)), None)
+        if found is None:
+            found = _Parameters(plan)
+            self._parameters = [*(one for one in self._parameters if one.alive), found]
+        self._last = plan, found
+        return found
+
+    def _graph(
+        self, plan: Plan, parameters: _Parameters, features: torch.Tensor, lane: Lane
+    ) -> _Graph | None:
         """The graph for such features, if there is one or it is time to make it."""
-        same = _Same(plan.weights.query_weight), _Same(plan.start.queries)
-        shape = (features.device, tuple(features.shape), *plan.key(), *same)
+        shape = (features.device, tuple(features.shape), *plan.key(), parameters)
         self._admission.note(shape)
         if self._admission.calls % WINDOW == 0:
             self._drop([old for old in self._admission.unseen() if not self._graphs[old].serves(plan)])

@@ -92,7 +92,8 @@ def apply(
         precision: of the pruner, see :class:`~ocvtp.pruner.OCPruner`.
         capture: on a GPU, replay the pruner's slot loop as a CUDA graph for shapes that come often: from the
             third call at one among the last 64, of at most 8192 tokens. A few shapes are kept; :func:`remove`
-            frees them. In any case the loop runs beside the layers of the tower that follow it, and scores
+            frees them. While one is captured, some milliseconds, CUDA refuses ``torch.cuda.synchronize()`` in
+            other threads. In any case the loop runs beside the layers of the tower that follow it, and scores
             are computed beside the last one. ``"vision"`` replays the whole vision side so, tower and choice
             and projector, whatever their size; of pruners and rules of our own but ``"random"`` and
             ``"grid"``, and not of Qwen-VL. Weights may be written to in place, or replaced; after any other

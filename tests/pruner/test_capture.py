@@ -21,11 +21,11 @@ from ocvtp.pruner import capture
 from ocvtp.pruner.admission import SIGHTINGS, WINDOW
 from ocvtp.pruner.assignment import Assignment, Plan
 from ocvtp.pruner.capture import SlotRunner
-from ocvtp.pruner.lane import CaptureBusyError
+from ocvtp.pruner.lane import CaptureBusyError, CudaLane
 from ocvtp_kernels._launch import recording
 from ocvtp_kernels.slot_attention import Places, TopTokens
 from tests.conftest import SMALL, make_pruner
-from tests.fake_cuda import CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED
+from tests.fake_cuda import CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, FakeCuda
 from tests.kernels.test_slot_attention_triton import few_programs
 from tests.kernels.triton_device import DEVICE, ON_GPU, needs_gpu
 from tests.rehearsal import Rehearsal
@@ -192,6 +192,28 @@ def test_what_a_captured_call_launches(lanes: list[Rehearsal], small: OCPruner) 
     with recording() as launches:
         got.select_rows(None, x)
     assert len(launches) == 1
+
+
+@pytest.mark.parametrize("fails", [[], ["begin"], ["end"]])
+def test_a_cuda_lane_from_call_to_call(
+    quick: OCPruner, monkeypatch: pytest.MonkeyPatch, fails: list[str]
+) -> None:
+    """On a fake of torch.cuda: whatever a capture does, the caller's stream is the caller's."""
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    monkeypatch.setattr(capture, "lane_for", CudaLane)
+    runner, x = SlotRunner(), features()
+    for call in range(4 * WINDOW):
+        if call == SIGHTINGS - 1:
+            cuda.fails = list(fails)
+        begin(runner, quick, x)
+        assert cuda.left() == []
+    assert runner.graphs == 1
+    assert cuda.log.count("recorded") == 1 + len(fails)  # cleaning up records something
+    replays = cuda.log.count("replay on side 1")
+    assert replays == 4 * WINDOW - SIGHTINGS + 1 - (32 if fails else 0)
+    runner.close()
+    assert cuda.log[-1] == "the host waits for side 1"
 
 
 def test_large_calls_are_not_captured(lanes: list[Rehearsal], quick: OCPruner) -> None:
@@ -416,3 +438,33 @@ def test_real_graphs() -> None:
         assert torch.equal(got.indices, want.indices)
     assert runner.graphs == 1
     runner.close()
+
+
+def real_calls(device: torch.device, calls: int = 6) -> int:
+    """Of a pruner of its own, each as without a runner; how many graphs there are then."""
+    pruner, runner = make_pruner().to(device), SlotRunner()
+    for seed in range(calls):
+        x = features(1, 65, seed=seed).to(device)
+        got = runner.begin(pruner, x, 16, backend="triton", precision="fp16").get().select()
+        want = pruner.assign(x, 16, backend="triton", precision="fp16").select()
+        assert torch.equal(got.indices, want.indices)
+    graphs = runner.graphs
+    runner.close()
+    return graphs
+
+
+@needs_gpu
+def test_real_graphs_in_threads() -> None:
+    """One recording at a time: whoever is in the way of another tries again later."""
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(real_calls, [DEVICE] * 4, [40] * 4)) == [1] * 4
+    torch.rand(2, device=DEVICE)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@needs_gpu
+def test_real_graphs_on_another_gpu_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    assert real_calls(torch.device("cuda", 1)) == 1
+    assert torch.cuda.current_device() == 0

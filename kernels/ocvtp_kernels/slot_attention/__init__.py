@@ -20,6 +20,7 @@ __all__ = [
     "SlotStart",
     "TopTokens",
     "fold",
+    "normalise_into",
     "normalise_tokens",
     "slot_assignment",
     "slot_attention",
@@ -188,11 +189,16 @@ def normalise_tokens(
         return why_no_kernel(features.shape[0], features.shape[2])
 
     if resolve_backend(backend, "slot_attention", features.device, unsupported) == "triton":
-        from ocvtp_kernels.slot_attention import triton as kernels
-
-        kernels.normalise_into(features, out)
+        normalise_into(features, out)
         return out
     return out.copy_(folded.normalise(features, dtype))
+
+
+def normalise_into(features: torch.Tensor, out: torch.Tensor) -> None:
+    """:func:`normalise_tokens` in Triton, unchecked: for who calls it every time and has checked once."""
+    from ocvtp_kernels.slot_attention import triton as kernels
+
+    kernels.normalise_into(features, out)
 
 
 def top_tokens_into(

@@ -240,7 +240,7 @@ def assign(
     found: Assigned,
     cut: Cut,
 ) -> None:
-    """Fill ``found`` with what the last iteration over tokens ``z`` ``[B, N, D]`` leaves. ``counters``: zeros."""
+    """Fill ``found`` with what the last iteration over ``z`` ``[B, N, D]`` leaves; ``counters`` are zero."""
     batch, tokens, width = z.shape
     starts, slots, _ = start.queries.shape
     mlp, rows, padded = w.mlp_fc1_weight.shape[0], batch * slots, padded_slots(slots)
