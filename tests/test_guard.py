@@ -197,17 +197,24 @@ WAITS: dict[str, Callable[[torch.Tensor], object]] = {
     "aten::equal": lambda x: torch.equal(x, x + 0),
     "aten::repeat_interleave.Tensor": lambda x: torch.repeat_interleave(x.long()),
     "aten::_to_copy": lambda x: torch.ones(3).to(x.device),
+    "tensor": lambda x: torch.tensor([1.0, 2.0], device=x.device),
+    "new_tensor": lambda x: x.new_tensor([1, 2]),
+    "__getitem__": lambda x: x[None, [0, 2]],
+    "__setitem__": lambda x: x.clone().__setitem__(x.long(), 1.0),
+    "aten::index.Tensor ": lambda x: x[torch.tensor([0, 2])],
+    "aten::index_put_": lambda x: x.clone().__setitem__(torch.tensor([0, 2]), x[:2]),
 }
 
 
 @pytest.mark.parametrize("name", WAITS)
 def test_waiting_is_noticed(name: str) -> None:
     x = torch.tensor([1.0, 0.0, 2.0])
-    assert count(lambda: WAITS[name](x.to("meta", non_blocking=True))).waits == {name: 1}
+    noticed = {name.strip(): 1}
+    assert count(lambda: WAITS[name](x.to("meta", non_blocking=True))).waits == noticed
     remote = Remote(x)
     with remote_device() as waits:
         found = WAITS[name](remote)
-    assert waits == {name: 1}
+    assert waits == noticed
     expected = WAITS[name](x)
     assert (found.held if isinstance(found, Remote) else found).__repr__() == expected.__repr__()
 
@@ -218,6 +225,10 @@ def test_waiting_is_noticed(name: str) -> None:
         lambda x: torch.ones(3).to(x.device, non_blocking=True),
         lambda x: x[x.long()],
         lambda x: x.masked_fill(x > 0, 1.0),
+        lambda x: x[:, None][1:, 0],
+        lambda x: x.clone().__setitem__(slice(1), 1.0),
+        lambda x: x.clone().__setitem__(x > 0, 1.0),
+        lambda x: x.clone().index_fill_(0, x.long(), 1.0),
         lambda x: torch.repeat_interleave(x.long(), output_size=3),
         lambda x: torch._assert_async(x.sum() > 0, "message"),
     ],

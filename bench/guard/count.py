@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.guard.watch import Allocation, HostSyncError, Watch
+from bench.guard.watch import Allocation, Functions, HostSyncError, Watch
 from ocvtp_kernels._arch import pretend
 from ocvtp_kernels._launch import recording
 
@@ -68,7 +68,8 @@ def count(call: Callable[[], object], arch: str = ARCH) -> Counts:
 def _counted(call: Callable[[], object]) -> Counts:
     with recording() as launches, Watch() as watch, FlopCounterMode(display=False) as flops:
         try:
-            call()
+            with Functions(watch.waits):
+                call()
         except HostSyncError:
             assert watch.waits
     by_operator = {str(packet): n for packet, n in flops.get_flop_counts().get("Global", {}).items()}

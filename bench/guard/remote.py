@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from bench.guard.watch import copies_and_waits, needs_value
+from bench.guard.watch import copies_and_waits, copies_from_host, needs_value
 
 _DEVICE = torch.device("meta")
 _HOST = torch.device("cpu")
@@ -63,7 +63,9 @@ class RemoteDevice(TorchDispatchMode):
         tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         remote = any(isinstance(tensor, Remote) for tensor in tensors)
         result = _run(func, args, kwargs)
-        if (remote and needs_value(func, args, kwargs)) or copies_and_waits(func, tensors, kwargs, result):
+        if (remote and needs_value(func, args, kwargs)) or copies_and_waits(
+            func, args, kwargs, tensors, result
+        ):
             self.waits[str(func.name()).removesuffix(".default")] += 1
         return result
 
@@ -89,7 +91,20 @@ class _Functions(TorchFunctionMode):
             made = func(*args, **{**kwargs, "device": _HOST})
             self._waits[func.__name__] += int(made.numel() > 0)
             return Remote(made)
+        if remote and copies_from_host(func, args, kwargs):
+            self._waits[func.__name__] += 1
+            if func is torch.Tensor.new_tensor:
+                return Remote(func(args[0].held, *args[1:], **kwargs))
+            args = (args[0], _on_device(args[1]), *args[2:])
         return func(*args, **kwargs)
+
+
+def _on_device(index: Any) -> Any:
+    """An index with its lists of numbers on the device."""
+    if isinstance(index, tuple):
+        return tuple(_on_device(part) for part in index)
+    plain = index is None or index is ... or isinstance(index, int | slice | torch.Tensor)
+    return index if plain else Remote(torch.as_tensor(index))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from ocvtp.pruner.noise import seeded_normal
 from ocvtp.selection import Selection
 from ocvtp.watch import OnInvalid
 from ocvtp_kernels._checks import as_int, require_count, require_floating, require_shape
+from ocvtp_kernels._device import on_device
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def random_tokens(features: torch.Tensor, keep: int, *, seed: int = 0) -> Select
     # The order of independent draws of one distribution is a uniformly random permutation.
     draws = [seeded_normal(1, tokens, (start + image) % 2**63) for image in range(batch)]
     order = torch.cat(draws).argsort(dim=1)
-    return chosen(order[:, :keep].to(features.device), tokens)
+    return chosen(on_device(order[:, :keep], features.device), tokens)
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def grid(features: torch.Tensor, keep: int, *, shape: tuple[int, int] | None = N
         y = (2 * row + 1) * height // (2 * down)
         across = keep * (row + 1) // down - keep * row // down
         places += [y * width + (2 * column + 1) * width // (2 * across) for column in range(across)]
-    return chosen(torch.tensor([places], device=features.device).expand(batch, -1), tokens)
+    return chosen(on_device(torch.tensor([places]), features.device).expand(batch, -1), tokens)
 
 
 @torch.no_grad()

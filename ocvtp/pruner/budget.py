@@ -10,6 +10,7 @@ import torch
 
 from ocvtp.selection import Selection
 from ocvtp_kernels._checks import as_int, as_number
+from ocvtp_kernels._device import on_device
 from ocvtp_kernels._transforms import is_traced
 
 __all__ = ["check_budgets", "share_of", "smallest_budget"]
@@ -88,7 +89,7 @@ def smallest_budget(
         ]
     )
     images = torch.arange(which.shape[0], device=which.device)
-    count = torch.tensor(budgets, device=which.device)[which]
+    count = on_device(torch.tensor(budgets), which.device)[which]
     looks = met.device.type == "cpu" and not torch.compiler.is_compiling() and not is_traced(met)
     if looks and not bool(met.all()):
         warnings.warn(

@@ -13,11 +13,13 @@ and a graph of one kernel saves nothing over its launch.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +160,15 @@ class SlotRunner:
             refine=refine,
             on_invalid=on_invalid,
         )
-        if plan.resolved != "triton" or pruner.training or recorded_by_others(features.device):
+        fork = _branch()
+        if fork is not None:
+            fork.held.append(plan)
+        if plan.resolved != "triton" or pruner.training:
+            return Pending(plan.run(features))
+        if fork is not None:
+            assignment = fork.lane.run(functools.partial(plan.run, features), [features])
+            return Pending(assignment, fork.lane, fork.lane.mark())
+        if recorded_by_others(features.device):
             return Pending(plan.run(features))
         with self._lock:
             lane = None if self._closed else self._lane(features.device)
@@ -171,6 +181,26 @@ class SlotRunner:
             work = functools.partial(run, features)
             assignment = lane.run(work, [features])
             return Pending(assignment, lane, lane.mark())
+
+    def beside(
+        self, work: Callable[[], torch.Tensor], reads: Sequence[torch.Tensor]
+    ) -> Callable[[], torch.Tensor] | None:
+        """Start ``work`` beside the caller, who gets what it makes by calling what this returns.
+
+        ``None``, and nothing is started, where there is only one thing at a time.
+
+        Args:
+            work: is done without gradients.
+            reads: tensors that it reads and that the caller may give up meanwhile.
+        """
+        fork, device = _branch(), reads[0].device
+        if fork is not None:
+            return _begun(fork.lane, work, reads)
+        if recorded_by_others(device):
+            return None
+        with self._lock:
+            lane = None if self._closed else self._lane(device)
+            return None if lane is None else _begun(lane, work, reads)
 
     def close(self) -> None:
         """Give the graphs and their memory back; later calls run uncaptured."""
@@ -248,6 +278,51 @@ class SlotRunner:
             for lane in self._lanes.values():
                 if lane is not None:
                     lane.wait()
+
+
+@torch.no_grad()
+def _begun(
+    lane: Lane, work: Callable[[], torch.Tensor], reads: Sequence[torch.Tensor]
+) -> Callable[[], torch.Tensor]:
+    made = lane.run(work, reads)
+    mark = lane.mark()
+
+    def get() -> torch.Tensor:
+        lane.join(mark, [made])
+        return made
+
+    return get
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """A branch of what somebody records."""
+
+    lane: Lane
+    held: list[object]
+
+
+_fork: contextvars.ContextVar[_Fork | None] = contextvars.ContextVar("_fork", default=None)
+
+
+def _branch() -> _Fork | None:
+    """Of what this thread records."""
+    return None if torch.compiler.is_compiling() else _fork.get()  # which torch.compile can't trace
+
+
+@contextlib.contextmanager
+def forking(lane: Lane, held: list[object]) -> Iterator[None]:
+    """Runners of this thread run beside it on ``lane``, without graphs: the caller records all of it in one.
+
+    Args:
+        lane: nobody else's.
+        held: filled with what has to live as long as the graph: weights and constants that it reads.
+    """
+    token = _fork.set(_Fork(lane, held))
+    try:
+        yield
+    finally:
+        _fork.reset(token)
 
 
 def _captured(plan: Plan, features: torch.Tensor, lane: Lane) -> _Graph:

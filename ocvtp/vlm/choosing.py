@@ -73,7 +73,7 @@ def selector_for(options: Options, consumed: tuple[int, ...]) -> Selector:
     if fill != "attention":
         passed["fill"] = fill
     return PrunerSelector(
-        pruner, passed, SlotRunner(options.capture), options.max_error, reads_scores=fill == "attention"
+        pruner, passed, SlotRunner(bool(options.capture)), options.max_error, reads_scores=fill == "attention"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -41,6 +42,9 @@ class Everything:
     ) -> Begun:
         """Nobody asks."""
         raise PatchError("nothing is chosen before the language model: ocvtp.apply(model, None, ...)")
+
+    def beside(self, work: Callable[[], torch.Tensor], reads: Sequence[torch.Tensor]) -> None:
+        """Nothing runs beside the tower."""
 
     def close(self) -> None:
         """It holds nothing."""

@@ -28,7 +28,7 @@ class Options:
     seed: int = 0
     backend: str = "auto"
     precision: str = "auto"
-    capture: bool = True
+    capture: bool | Literal["vision"] = True
     refine: int = 0
     max_error: float | None = None
     budgets: Sequence[int] | None = None
@@ -65,6 +65,8 @@ class Options:
             raise ValueError(f'merge must be one of {known} or "auto"; got {self.merge!r}')
         if not isinstance(self.weigh, bool) and self.weigh != "auto":
             raise ValueError(f'weigh must be True, False or "auto"; got {self.weigh!r}')
+        if not isinstance(self.capture, bool) and self.capture != "vision":
+            raise ValueError(f'capture must be True, False or "vision"; got {self.capture!r}')
         if self.keep == "auto" and isinstance(self.pruner, str | Reducer):
             raise ValueError(f'keep="auto" compares coverage, which needs a pruner, not {self.pruner!r}')
         self._check_inside()

@@ -37,7 +37,7 @@ def apply(
     seed: int = 0,
     backend: str = "auto",
     precision: str = "auto",
-    capture: bool = True,
+    capture: bool | Literal["vision"] = True,
     refine: int = 0,
     max_error: float | None = None,
     budgets: Sequence[int] | None = None,
@@ -92,11 +92,16 @@ def apply(
         seed: of the pruner's slots, or of ``"random"``.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``, for fused operations.
         precision: of the pruner, see :class:`~ocvtp.pruner.OCPruner`.
-        capture: where kernels compute, replay the pruner's slot loop as a CUDA graph for shapes that come
-            often: from the third call at one among the last 64, of at most 8192 tokens. A few shapes are
-            kept; :func:`remove` frees them. While one is captured, some milliseconds, CUDA refuses
-            ``torch.cuda.synchronize()`` in other threads. On a GPU the loop runs beside the tower's remaining
-            layers in either case.
+        capture: on a GPU, replay the pruner's slot loop as a CUDA graph for shapes that come often: from the
+            third call at one among the last 64, of at most 8192 tokens. A few shapes are kept; :func:`remove`
+            frees them. While one is captured, some milliseconds, CUDA refuses ``torch.cuda.synchronize()`` in
+            other threads. In any case the loop runs beside the layers of the tower that follow it, and scores
+            are computed beside the last one. ``"vision"`` replays the whole vision side so, tower and choice
+            and projector, whatever their size; of pruners and rules of our own but ``"random"`` and
+            ``"grid"``, and not of Qwen-VL. Weights may be written to in place, or replaced; after any other
+            change to modules, say of a setting that their code reads, apply again. Calls that want gradients,
+            under autocast, in training mode, or with forward hooks on the tower's layers are run as ever, and
+            the log says so once.
         refine: rounds that move kept tokens to where they cover more, see :class:`~ocvtp.pruner.OCPruner`;
             after rules that compare features as well, which makes ``"farthest_point"`` k-medoids.
             ``docs/accuracy.md`` on what they do to answers.
@@ -182,7 +187,7 @@ def apply(
     before = _settings_of(target)
     install(target, adapter, settings, _PATCHED)
     if before is not None:
-        before.selector.close()
+        before.close()
     return report
 
 
@@ -199,7 +204,7 @@ def remove(model: Any) -> None:
     settings = _settings_of(target)
     uninstall(target)
     if settings is not None:
-        settings.selector.close()
+        settings.close()
 
 
 @contextlib.contextmanager
@@ -237,7 +242,7 @@ def pruned(
             resettle(target, controller, before)
         else:
             install(target, adapter_for(target), before, _PATCHED)
-        settings.selector.close()
+        settings.close()
 
 
 def select(

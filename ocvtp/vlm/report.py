@@ -40,6 +40,7 @@ class PruneReport:
         farthest: whether farthest points top up a pruner's tokens, rather than those that receive attention.
         inside: what drops tokens inside the language model, and how many, in words; empty: nothing does.
         before: whether anything is dropped before the language model.
+        vision_captured: whether that is a graph of the whole vision side, rather than of the pruner.
         reasons: why merging or weights are off although ``"auto"`` would have them.
         method: of a rival method, its source, and what is our adaptation on this model.
         own_merge: whether a rival method merges tokens by its own rule.
@@ -71,13 +72,14 @@ class PruneReport:
     own_merge: bool = False
     inside: tuple[str, ...] = ()
     before: bool = True
+    vision_captured: bool = False
 
     def __str__(self) -> str:
         rows = [
             *(self._before() if self.before else [("image tokens", self._tokens())]),
             *zip(("inside", *[""] * len(self.inside)), self.inside, strict=False),
             ("positions", self.positions),
-            ("kernels", f"{self.backend}, {self.precision}{', CUDA graphs' if self.captured else ''}"),
+            ("kernels", f"{self.backend}, {self.precision}{self._graphs()}"),
             ("hand-over", self.route),
         ]
         return "\n".join([f"ocvtp on {self.family}", *(f"  {name:<15}{value}" for name, value in rows)])
@@ -113,6 +115,12 @@ class PruneReport:
         merged = "merged by its own rule" if self.own_merge else merged
         weighed = "weighed by proportional attention" if self.weigh else ""
         return ", ".join(part for part in (merged, weighed) if part) or "thrown away"
+
+    def _graphs(self) -> str:
+        """What is replayed."""
+        if self.vision_captured:
+            return ", one CUDA graph of the vision side"
+        return ", CUDA graphs" if self.captured else ""
 
     def _tokens(self) -> str:
         of = "" if self.unit == 1 else f", each {self.unit} x {self.unit} patches"

@@ -9,6 +9,7 @@ import torch
 from ocvtp.pruner.pruner import OCPruner
 from ocvtp.vlm.call.handover import route_of
 from ocvtp.vlm.call.weighing import why_no_weights
+from ocvtp.vlm.capturing import graphs_for
 from ocvtp.vlm.choosing import reducer_for, selector_for
 from ocvtp.vlm.contracts.adapter import Adapter
 from ocvtp.vlm.contracts.budgets import Budget
@@ -67,6 +68,7 @@ def resolve(adapter: Adapter, options: Options) -> tuple[Settings, PruneReport]:
         weigh=weigh,
         before=options.pruner is not None,
         inside=options.inside,
+        graphs=graphs_for(adapter, options, selector, facts.device),
     )
     _check_columns(selector, settings)
     if adapter.needs_mm_route and settings.route == "inputs_embeds":
@@ -152,7 +154,8 @@ def _report(
         attention=facts.attention,
         backend=_backend(adapter.model, options, facts.device),
         precision=_precision(options, facts.device),
-        captured=_captured(settings.selector, options, facts.device),
+        captured=settings.graphs is not None or _captured(settings.selector, options, facts.device),
+        vision_captured=settings.graphs is not None,
         refine=options.refine,
         keep=str(settings.budget),
         unit=facts.unit,
@@ -179,7 +182,7 @@ def _name(selector: Selector | Reducer) -> str:
 def _captured(selector: Selector | Reducer, options: Options, device: torch.device) -> bool:
     """Whether a CUDA graph is replayed. Not by rules, and not where farthest points read the whole map."""
     able = isinstance(selector, PrunerSelector) and selector.reads_scores
-    return able and options.capture and device.type == "cuda"
+    return able and bool(options.capture) and device.type == "cuda"
 
 
 def _backend(model: Any, options: Options, device: torch.device) -> Literal["triton", "torch"]:

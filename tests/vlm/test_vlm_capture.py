@@ -11,10 +11,14 @@ import torch
 pytest.importorskip("triton")
 
 import ocvtp
+from ocvtp.pruner.assignment import Assignment
 from ocvtp.pruner.capture import SlotRunner
 from ocvtp.vlm.call.controller import controller_of
+from ocvtp.vlm.encode.encode import encode
+from ocvtp.vlm.towers.ahead import ahead
 from ocvtp.vlm.towers.clip import root
 from tests.rehearsal import Rehearsal
+from tests.vlm.family import by_name, made
 from tests.vlm.tiny_llava import GREEDY, KEEP, LAYERS, ONE, llava, pixels, prompt, pruner
 
 pytestmark = pytest.mark.skipif(
@@ -65,7 +69,91 @@ def test_the_slot_loop_starts_before_the_layers_that_follow(lanes: list[Rehearsa
     before = [f"layer {index} after None" for index in range(3)]
     beside = [f"layer {index} after mark" for index in range(3, LAYERS - 1)]
     assert seen == before + beside
-    assert lanes[0].log == ["run", "mark", "join"]
+    assert lanes[0].log == ["run", "mark"] * 2 + ["join"] * 2  # slots, then scores beside the last layer
+
+
+THOROUGH = pytest.mark.thorough
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llava",
+        "qwen2_5_vl",
+        *(
+            pytest.param(name, marks=THOROUGH)
+            for name in ("gemma3", "internvl", "llava_next", "llava_onevision")
+        ),
+    ],
+)
+def test_scores_start_before_the_layer_they_are_of(
+    lanes: list[Rehearsal], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its input, and they are the ones that follow from it afterwards, to the bit."""
+    family = by_name(name)
+    model, inputs = copy.deepcopy(made(family)), family.rows()["two"]
+    names = [one for one in family.pixels["image"] if one in inputs]
+    given = {one: inputs[one] for one in names}
+    ocvtp.apply(model, family.pruner(), **{**OPTIONS, "keep": family.keep})
+    controller = controller_of(model)
+    order: list[str] = []
+    layers = getattr(controller.adapter.tower, "blocks", None)  # Qwen's
+    if layers is None:
+        body = root(controller.adapter.tower)
+        layers = getattr(body.encoder, "layers", None) or body.encoder.layer
+    (deepest,) = controller.adapter.facts({}).consumed_layers
+    layers[deepest].register_forward_pre_hook(lambda *_: order.append(f"deepest after {lanes[0].log}"))
+
+    def encoded() -> torch.Tensor:
+        with torch.no_grad():
+            return encode(controller.adapter, given, controller.settings, None)["image"].flat()
+
+    found: list[torch.Tensor] = []
+    select = Assignment.select
+
+    def noted(self: Assignment, fill_scores: torch.Tensor | None = None) -> Any:
+        assert fill_scores is not None
+        found.append(fill_scores)
+        return select(self, fill_scores)
+
+    monkeypatch.setattr(Assignment, "select", noted)
+    rows, groups = encoded(), len(found)
+    assert order == [f"deepest after {['run', 'mark'] * (groups + 1)}"]
+    assert lanes[0].log == ["run", "mark"] * (groups + 1) + ["join"] * (groups + 1)
+    monkeypatch.setattr("ocvtp.vlm.encode.selectors.PrunerSelector.beside", lambda *_: None)
+    assert torch.equal(encoded(), rows)
+    assert len(found) == 2 * groups
+    assert all(map(torch.equal, found[:groups], found[groups:]))
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "held",
+        "torch",
+        "autocast",
+        "minded",
+        *(pytest.param(why, marks=THOROUGH) for why in ("training", "another's module")),
+    ],
+)
+def test_scores_that_follow_the_tower(lanes: list[Rehearsal], why: str) -> None:
+    model = llava()
+    backend = "torch" if why == "torch" else "triton"
+    tower = "kept_rows" if why == "held" else "exact"
+    ocvtp.apply(model, pruner(), keep=KEEP, backend=backend, tower=tower)
+    layer = root(model.model.vision_tower).encoder.layers[LAYERS - 2]
+    if why == "training":
+        layer.train()
+    elif why == "another's module":
+        layer.mlp.extra = type("Foreign", (torch.nn.Linear,), {"__module__": "quantised"})(2, 2)
+    elif why == "minded":
+        layer._hf_hook = object()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
+        if why != "autocast":  # the interpreter has no bfloat16 products
+            ocvtp.vlm.select(model, pixels(1))
+        else:
+            assert ahead(lambda *_: pytest.fail("started"), layer, [pixels(1)], torch.empty, "triton") is None
+    assert [lane.log for lane in lanes] == ([] if why in ("torch", "autocast") else [["run", "mark", "join"]])
 
 
 def test_selections_and_changing_batches(lanes: list[Rehearsal]) -> None:
@@ -114,7 +202,7 @@ def test_capture_can_be_declined(lanes: list[Rehearsal]) -> None:
     for _ in range(3):
         ocvtp.vlm.select(model, pixels(1))
     assert runner_of(model).graphs == 0
-    assert lanes[0].log.count("run") == 3  # beside the tower all the same
+    assert lanes[0].log.count("run") == 2 * 3  # beside the tower all the same, and so are scores
 
 
 def test_timing_runs_one_after_the_other(lanes: list[Rehearsal]) -> None:

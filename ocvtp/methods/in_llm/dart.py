@@ -13,6 +13,7 @@ from ocvtp.methods.in_llm.contract import Choice, Numbering, Rows
 from ocvtp.methods.in_llm.one_cut import OneCut
 from ocvtp.methods.in_llm.ranking import check_keep, check_layer, highest, of_rows
 from ocvtp_kernels._checks import as_int
+from ocvtp_kernels._device import on_device
 
 
 def longest(norms: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -141,7 +142,7 @@ def _side_by_side(
         [*range(own), *range(first, first + said), *[0] * (most - own - said)]
         for own, said in zip(images, words, strict=True)
     ]
-    return both.gather(1, torch.tensor(order).to(both.device, non_blocking=True))
+    return both.gather(1, on_device(torch.tensor(order), both.device))
 
 
 def _as_sets(
@@ -152,4 +153,4 @@ def _as_sets(
     for row, begin, own, said in zip(walks.tolist(), start.tolist(), images, words, strict=True):
         own_columns = [column - begin for column in row[: own + said]]
         found.append([*(column + begin for column in set(own_columns)), *row[own + said :]])
-    return torch.tensor(found, device=walks.device)
+    return on_device(torch.tensor(found), walks.device)

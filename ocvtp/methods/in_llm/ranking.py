@@ -9,6 +9,7 @@ import torch
 
 from ocvtp.pruner.budget import share_of
 from ocvtp_kernels._checks import as_float, as_int
+from ocvtp_kernels._device import on_device
 
 
 def highest(scores: torch.Tensor, keep: Sequence[int]) -> torch.Tensor:
@@ -27,7 +28,7 @@ def per_row(values: Sequence[int], device: torch.device) -> int | torch.Tensor:
     """One number where all rows have the same, else ``[B, 1]`` int64."""
     if len(set(values)) == 1:
         return values[0]
-    return torch.tensor(values).to(device, non_blocking=True)[:, None]
+    return on_device(torch.tensor(values), device)[:, None]
 
 
 def of_rows(table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from ocvtp.methods.in_llm.density import density_peaks
 from ocvtp.methods.in_llm.gravity import gravity
 from ocvtp.methods.in_llm.ranking import check_keep, check_layers, highest, kept_of, of_rows
 from ocvtp_kernels._checks import as_int, as_number
+from ocvtp_kernels._device import on_device
 
 #: Queries whose attention is held at a time.
 _AT_ONCE = 64
@@ -289,4 +290,4 @@ class SparseVLM:
 
 
 def _on(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers).to(device, non_blocking=True)
+    return on_device(torch.tensor(numbers), device)

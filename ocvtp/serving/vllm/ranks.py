@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ocvtp.selection import Selection
-from ocvtp.vlm.contracts.selector import Begun, Choice, Group, Selector
+from ocvtp.vlm.contracts.selector import Begun, Choice, Group, Selector, Started
 from ocvtp_kernels.selection import gather_tokens
 
 
@@ -46,6 +47,10 @@ class OnAllRanks:
     ) -> Begun:
         """See :class:`~ocvtp.vlm.contracts.selector.Selector`."""
         return _Begun(self.selector.begin(group, features, device, return_attention=return_attention))
+
+    def beside(self, work: Callable[[], torch.Tensor], reads: Sequence[torch.Tensor]) -> Started | None:
+        """See :class:`~ocvtp.vlm.contracts.selector.Selector`."""
+        return self.selector.beside(work, reads)
 
     def close(self) -> None:
         """See :class:`~ocvtp.vlm.contracts.selector.Selector`."""

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 
 from ocvtp.serving.vllm.taps import Tap, Tower, tapped
+from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
+from ocvtp.vlm.contracts.selector import Beside
 from ocvtp.vlm.contracts.settings import Newlines
-from ocvtp.vlm.layouts.packing import Packing, packed_piece, packed_tokens
+from ocvtp.vlm.layouts.packing import Packing, ended_lines, packed_piece, packed_tokens
 from ocvtp.vlm.layouts.qwen_geometry import Geometry
 from ocvtp.vlm.layouts.squares import grouped
+from ocvtp_kernels._device import on_device
 from ocvtp_kernels.selection import gather_tokens
 
 
@@ -47,8 +50,10 @@ class Encoded:
         self._scores: torch.Tensor | None = None
         self._tap: Tap | None = None
 
-    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
-        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+    def run(
+        self, read_layer: int | None, after: Callable[[], None] | None, beside: Beside | None = None
+    ) -> None:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; scores follow vLLM's encoder."""
 
         def read(output: torch.Tensor) -> None:
             self._read = self.candidates(output)
@@ -105,7 +110,7 @@ class Encoded:
 
     def of(self, tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         """Segments of :meth:`candidates`: ``[segments, N, C]``."""
-        return tensor[list(which)]
+        return some_of(tensor, which)
 
     def projected(self, which: Sequence[int]) -> Projected:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
@@ -189,11 +194,15 @@ class Tiles(Pictures):
         self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
     ) -> list[Piece]:
         """See :class:`Encoded`."""
-        return [self._piece(i, made.rows[j], indices[j]) for j, i in enumerate(which)]
-
-    def _piece(self, image: int, rows: torch.Tensor, indices: torch.Tensor) -> Piece:
-        newline = self._images[image][-1]  # vLLM packs an image so that it ends in one
-        return packed_piece(self._packings[image], rows, newline, indices, self._newlines)
+        ended: Sequence[torch.Tensor | None] = [None] * len(which)
+        if self._newlines == "rows":
+            ended = ended_lines([self._packings[i] for i in which], indices.unbind(0))
+        found = []
+        for j, i in enumerate(which):
+            newline = self._images[i][-1]  # vLLM packs an image so that it ends in one
+            one = self._packings[i]
+            found.append(packed_piece(one, made.rows[j], newline, indices[j], self._newlines, None, ended[j]))
+        return found
 
 
 class Squares(Encoded):
@@ -224,13 +233,13 @@ class Squares(Encoded):
     def projected(self, which: Sequence[int]) -> Projected:
         """See :class:`Encoded`."""
         rows = [image.unflatten(0, (-1, self.segments[0].tokens)) for image in self._images]
-        return Projected(torch.cat(rows)[list(which)])
+        return Projected(some_of(torch.cat(rows), which))
 
     def place(
         self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
     ) -> list[Piece]:
         """See :class:`Encoded`."""
-        offset = self._offset[list(which), None].to(indices.device, non_blocking=True)
+        offset = on_device(some_of(self._offset, which), indices.device)[:, None]
         return [Piece(made.rows, indices + offset, mass=mass)]
 
 

@@ -77,7 +77,7 @@ def squeeze(
         # Padded to the size of ids, so that a wrong number of placeholders reaches the check below.
         size = max(where.numel(), sum(some.totals))
         stays = torch.zeros(size, dtype=torch.bool, device=ids.device)
-        stays[some.places] = True
+        stays.index_fill_(0, some.places, True)  # assigning a number makes a GPU wait
         keep = keep.masked_scatter(where, stays)
         anywhere |= where
         counts.append(where.sum(1))

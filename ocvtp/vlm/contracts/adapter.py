@@ -9,6 +9,7 @@ import torch
 
 from ocvtp.vlm.contracts.layout import Layout, TowerFacts
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
+from ocvtp.vlm.contracts.selector import Beside
 from ocvtp.vlm.contracts.settings import Settings
 
 
@@ -31,8 +32,16 @@ class Vision(Protocol):
     def device(self) -> torch.device:
         """Where the tower computes."""
 
-    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
-        """Run the tower; call ``after`` as soon as the output of ``read_layer`` is there."""
+    def run(
+        self, read_layer: int | None, after: Callable[[], None] | None, beside: Beside | None = None
+    ) -> None:
+        """Run the tower.
+
+        Args:
+            read_layer: a layer whose output will be asked for.
+            after: called as soon as that is there.
+            beside: starts :meth:`scores` as soon as what they are made of is there. They need not use it.
+        """
 
     def features(self, which: Sequence[int]) -> torch.Tensor:
         """``[segments, N, C]``: candidates as ``read_layer`` made them."""
@@ -170,6 +179,15 @@ class Adapter(Protocol):
     def picture_features(self, pictures: torch.Tensor, layer: int) -> torch.Tensor:
         """``[b, 3, side, side] -> [b, N, C]``: what a pruner reads of square pictures, to train one."""
 
+    @property
+    def vision_parts(self) -> Sequence[Any]:
+        """All modules that a vision side runs."""
+
+    @property
+    def unsteady(self) -> str | None:
+        """Why its vision side can't be recorded and replayed; ``None`` where it is a
+        :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+
     def output(self, kept: KeptRows, modality: str) -> Any:
         """The kept rows as the model's own encoder would return them."""
 
@@ -206,6 +224,7 @@ class Family:
     projects_tokens = True
     told_blocks: tuple[int, ...] = ()
     class_token = False
+    unsteady: str | None = None
 
     def __init__(self, model: Any, layout: Layout) -> None:
         self.model = model
@@ -240,6 +259,12 @@ class Family:
     def around(self, arguments: Mapping[str, Any], settings: Settings) -> Sequence[Any]:
         """See :class:`Adapter`."""
         return [self.model, self.model.model, self.tower]
+
+    @property
+    def vision_parts(self) -> Sequence[Any]:
+        """See :class:`Adapter`: all of the inner model but its language model."""
+        inner, language = self.model.model, self.model.get_decoder()
+        return [part for part in inner.children() if part is not language]
 
     def output(self, kept: KeptRows, modality: str) -> Any:
         """See :class:`Adapter`."""

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from ocvtp_kernels._device import on_device
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -97,7 +99,7 @@ class KeptRows:
         starts = list(itertools.accumulate(self.totals, initial=0))[:-1]
         kept = [len(rows) for rows in self.rows]
         offsets = torch.repeat_interleave(torch.tensor(starts), torch.tensor(kept), output_size=sum(kept))
-        return self.slots.to(device) + offsets.to(device, non_blocking=True)
+        return self.slots.to(device) + on_device(offsets, device)
 
 
 def assemble(

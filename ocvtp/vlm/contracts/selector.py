@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
@@ -9,6 +10,10 @@ import torch
 
 from ocvtp.selection import Selection
 
+#: Asks for what was started beside the caller, for use on the current stream. Does not block.
+Started = Callable[[], torch.Tensor]
+#: :meth:`Selector.beside`.
+Beside = Callable[[Callable[[], torch.Tensor], Sequence[torch.Tensor]], Started | None]
 Rule = Literal["attention", "random", "grid", "farthest_point", "greedy_dpp"]
 #: What chooses where nobody says who.
 DEFAULT_RULE: Final = "greedy_dpp"
@@ -85,6 +90,14 @@ class Selector(Protocol):
             features: ``[segments, N, C]`` of :attr:`read_layer`.
             device: where there are no features, the device for indices.
             return_attention: also return the slot attention map, if there is one.
+        """
+
+    def beside(self, work: Callable[[], torch.Tensor], reads: Sequence[torch.Tensor]) -> Started | None:
+        """Start ``work`` beside the caller, if anything runs there; ``None`` if nothing was started.
+
+        Args:
+            work: needs no gradients.
+            reads: tensors that it reads and that the caller may give up meanwhile.
         """
 
     def close(self) -> None:

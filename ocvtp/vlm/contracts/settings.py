@@ -9,6 +9,7 @@ from ocvtp.methods.in_llm import Method
 from ocvtp.vlm.contracts.budgets import Budget
 from ocvtp.vlm.contracts.reducer import Reducer
 from ocvtp.vlm.contracts.selector import Selector
+from ocvtp.vlm.contracts.steady import Replays
 from ocvtp.watch import Watch
 
 Positions = Literal["compact", "original"]
@@ -42,6 +43,7 @@ class Settings:
         before: whether tokens are dropped before the language model.
         inside: what drops tokens inside it, if anything does.
         watch: told which images were not finite.
+        graphs: of the whole vision side, if it is recorded.
     """
 
     selector: Selector | Reducer
@@ -60,6 +62,13 @@ class Settings:
     before: bool = True
     inside: Method | None = None
     watch: Watch = field(default_factory=Watch, compare=False, repr=False)
+    graphs: Replays | None = None
+
+    def close(self) -> None:
+        """Free what is held on a device."""
+        self.selector.close()
+        if self.graphs is not None:
+            self.graphs.close()
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -50,6 +50,18 @@ def is_minded(module: torch.nn.Module) -> bool:
     return any(hasattr(part, "unshard") or hasattr(part, "_hf_hook") for part in module.modules())
 
 
+def is_plain(module: torch.nn.Module) -> bool:
+    """Whether all parts of a module are PyTorch's, transformers' or ours: weights and a ``forward``.
+
+    Others may keep what they make of their weights, or compute otherwise from call to call.
+    """
+    return all(
+        type(part).__module__.partition(".")[0] in ("torch", "transformers", "ocvtp")
+        and "forward" not in part.__dict__
+        for part in module.modules()
+    )
+
+
 def _unsharded(module: Any, run: Callable[..., Any], *tensors: torch.Tensor) -> Any:
     """FSDP2's own way to another method than ``forward``: gather, run, shard again, and so in backward."""
     from torch.distributed.fsdp import register_fsdp_forward_method

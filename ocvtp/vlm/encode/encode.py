@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -58,12 +59,23 @@ def encode(
         visions = {modality: adapter.vision(modality, given, settings) for modality in keys}
         for modality, vision in visions.items():
             asked = _asked(settings, asking, adapter.token_id(modality), vision)
-            kept[modality] = prune_rows(vision, settings, clock, asked)
+            kept[modality] = _rows_of(vision, settings, clock, asked)
         return tuple(tensor for rows in kept.values() for tensor in rows.tensors())
 
     pixels = (arguments[key] for key in keys.values())
     made = iter(inside(adapter.around(arguments, settings), run, *pixels, calling=calling))
     return {modality: rows.made_of(made) for modality, rows in kept.items()}
+
+
+def _rows_of(
+    vision: Vision, settings: Settings, clock: Clock | None, asked: list[torch.Tensor] | None
+) -> KeptRows:
+    """Replayed, if the whole vision side is recorded and can be."""
+    if settings.graphs is not None and clock is None and asked is None:
+        found = settings.graphs.rows(vision, functools.partial(prune_rows, settings=settings))
+        if found is not None:
+            return found
+    return prune_rows(vision, settings, clock, asked)
 
 
 def _asked(
@@ -257,8 +269,10 @@ class _Run:
             self._begun = [self._begin(group, return_attention) for group in self.groups]
 
         with stage(clock, "vision tower", vision.device):
-            # While somebody measures, the stages follow one another.
-            vision.run(selector.read_layer, start if clock is None else None)
+            if clock is None:
+                vision.run(selector.read_layer, start, selector.beside if selector.reads_scores else None)
+            else:  # while somebody measures, the stages follow one another
+                vision.run(selector.read_layer, None)
         if not self._begun:
             with stage(clock, "pruner", vision.device):
                 start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from ocvtp.methods import attention_top_k, greedy_dpp, grid, k_medoids, random_t
 from ocvtp.pruner import OCPruner
 from ocvtp.pruner.capture import SlotRunner
 from ocvtp.selection import Selection
-from ocvtp.vlm.contracts.selector import Begun, Group, Rule, reads_features
+from ocvtp.vlm.contracts.selector import Begun, Group, Rule, Started, reads_features
 from ocvtp.vlm.contracts.weights import inside, is_minded
 from ocvtp.watch import OnInvalid
 from ocvtp_kernels._backend import resolve_backend
@@ -127,6 +127,11 @@ class PrunerSelector:
         config: Any = self.pruner.config
         return config.layer
 
+    @property
+    def runs_alone(self) -> bool:
+        """Whether nobody else has a part in what the pruner does, so that the runner may run it."""
+        return isinstance(self.pruner, OCPruner) and not is_minded(self.pruner) and _is_its_own(self.pruner)
+
     def begin(
         self,
         group: Group,
@@ -152,6 +157,10 @@ class PrunerSelector:
         if minded:
             return Later(functools.partial(_inside_of_all, self.pruner, features.detach(), options))
         return Later(functools.partial(self.pruner, features.detach(), **options))
+
+    def beside(self, work: Callable[[], torch.Tensor], reads: Sequence[torch.Tensor]) -> Started | None:
+        """See :class:`Selector`; on the stream where slot loops run."""
+        return None if self.pruner.training else self.runner.beside(work, reads)
 
     def close(self) -> None:
         """See :class:`Selector`."""
@@ -242,6 +251,9 @@ class RuleSelector:
             one = grid(blank, keep, shape=group.shape or (1, group.tokens))
         copies = len(group.which)
         return Selection(one.indices.expand(copies, -1), one.from_slots.expand(copies), tokens=one.tokens)
+
+    def beside(self, work: Callable[[], torch.Tensor], reads: Sequence[torch.Tensor]) -> None:
+        """See :class:`Selector`; nothing runs beside the tower."""
 
     def close(self) -> None:
         """See :class:`Selector`."""

@@ -32,7 +32,7 @@ def picture_arguments(
     if config.model_type == "llava_next":
         grids = tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints)
         side = vision.image_size
-        tiles = packing(height, width, grids, side, side // vision.patch_size, torch.device("cpu")).tiles
+        tiles = packing(height, width, grids, side, side // vision.patch_size).tiles
         return {"pixel_values": make(count, tiles, 3, side, side), "image_sizes": [[height, width]] * count}
     thick, patch = vision.temporal_patch_size, vision.patch_size
     grid = [max(frames, thick) // thick, height // patch, width // patch]

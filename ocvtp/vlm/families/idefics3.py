@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.contracts.versions import transformers_older_than
 from ocvtp.vlm.contracts.weights import inside
 from ocvtp.vlm.families.merged import MergedFamily
@@ -53,17 +54,22 @@ class Idefics3Adapter(MergedFamily):
                 whole, "a traced call takes no tiles that only fill up a batch, nor padded ones"
             )
             return flat
-        if not bool(real.any()):
+        fits = torch.ones_like(real)
+        if mask is not None:
+            fits = (mask.flatten(0, 1) != 0).flatten(1).all(1).to(real.device) | ~real
+        # The one wait here: how many tiles are real decides how many rows there are.
+        here, unpadded = torch.stack([real, fits]).tolist()
+        if not any(here):
             raise ValueError(
                 "pixel_values are nothing but tiles of zeros, which only fill up a batch: leave them out of "
                 "a call without images"
             )
-        if mask is not None and not bool(mask.flatten(0, 1)[real].all()):
+        if not all(unpadded):
             raise ValueError(
                 "pixel_attention_mask marks padding inside a tile, whose tokens can't be chosen among: "
                 "resize images as the model's processor does"
             )
-        return flat[real].contiguous()
+        return some_of(flat, [tile for tile, there in enumerate(here) if there]).contiguous()
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.families.merged.MergedFamily`."""

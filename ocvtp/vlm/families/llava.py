@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from typing_extensions import Self
 
 from ocvtp.vlm.contracts.adapter import Family, Vision
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
 from ocvtp.vlm.contracts.evidence import Evidence
 from ocvtp.vlm.contracts.fit import check_layers
+from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
+from ocvtp.vlm.contracts.selector import Beside, Started
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.families.witness import Witness
 from ocvtp.vlm.layouts import layout_for
-from ocvtp.vlm.towers.clip import TowerRun, root, run_tower
+from ocvtp.vlm.towers.ahead import ahead
+from ocvtp.vlm.towers.clip import LayerInput, TowerRun, root, run_tower
 from ocvtp_kernels.selection import gather_tokens
 
 
@@ -120,6 +125,7 @@ class Pictures:
         self.backend = settings.backend
         self._read: torch.Tensor | None = None
         self._received: torch.Tensor | None = None
+        self._started: Started | None = None
         self._run: TowerRun | None = None
         self._projected: torch.Tensor | None = None
         self.device = pixel_values.device
@@ -129,8 +135,10 @@ class Pictures:
         self.class_token: bool = adapter.layout.class_token
         check_layers(settings.selector.read_layer, self._consumed)
 
-    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
-        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
+    def run(
+        self, read_layer: int | None, after: Callable[[], None] | None, beside: Beside | None = None
+    ) -> None:
+        """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; a layer that is held has its queries and keys."""
 
         def tapped(layer: int, output: torch.Tensor) -> None:
             if layer == read_layer:
@@ -139,7 +147,32 @@ class Pictures:
                     after()
 
         taps = {*self._consumed} if read_layer is None else {*self._consumed, read_layer}
-        self._run = run_tower(self._tower, self._pixels, taps, tapped, hold=self.hold, scored=self.blocks)
+
+        def deepest(one: LayerInput) -> None:
+            def scores() -> torch.Tensor:
+                return one.received_attention(self.backend)[:, self.prefix :]
+
+            self._started = ahead(beside, one.layer, [one.hidden], scores, self.backend)
+
+        self._run = run_tower(
+            self._tower, self._pixels, taps, tapped, hold=self.hold, scored=self.blocks, ahead=deepest
+        )
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+        return self._pixels
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+        return (self._consumed, self.prefix, self.class_rows, self.patches)
+
+    def on(self, pixels: torch.Tensor) -> Self:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+        twin = copy.copy(self)
+        twin._pixels = pixels
+        return twin
 
     @property
     def read(self) -> torch.Tensor:
@@ -156,7 +189,10 @@ class Pictures:
     def received(self, backend: str) -> torch.Tensor:
         """``[pictures, N]``: attention that candidates receive in the deepest consumed layer."""
         if self._received is None:
-            scores = self.done.received_attention(backend)[:, self.prefix :]
+            if self._started is None:
+                scores = self.done.received_attention(backend)[:, self.prefix :]
+            else:
+                scores = self._started()
             self._received = scores if self._read is None else scores.to(self._read.device)
         return self._received
 
@@ -182,7 +218,7 @@ class Pictures:
         rows = [
             self.done.finish(indices, which)
             if layer == deepest
-            else gather_tokens(_of(output := self.done.outputs[layer], which), indices.to(output.device))
+            else gather_tokens(some_of(output := self.done.outputs[layer], which), indices.to(output.device))
             for layer in self._consumed
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
@@ -258,33 +294,33 @@ class _Images(Pictures):
 
     def features(self, which: Sequence[int]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        return _of(self.read, which)
+        return some_of(self.read, which)
 
     def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        return _of(self.received(backend), which)
+        return some_of(self.received(backend), which)
 
     def source(self, which: Sequence[int]) -> torch.Tensor | None:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         outputs = None if self.class_rows else self.outputs()
-        return None if outputs is None else _of(outputs, which)
+        return None if outputs is None else some_of(outputs, which)
 
     def rows(self, which: Sequence[int], indices: torch.Tensor, taken: torch.Tensor | None) -> list[Piece]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         slots = self._slots(indices)
         if indices.shape[1] == self.patches and not self.hold:  # as upstream does, to the bit
-            return [Piece(_of(self.all_projected(), which), slots)]
+            return [Piece(some_of(self.all_projected(), which), slots)]
         if taken is None:
             taken = self.taken(which, slots + (self.prefix - self.class_rows))
         return [Piece(self.run_projector(taken), slots)]
 
     def projected(self, which: Sequence[int]) -> Projected:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        return Projected(_of(self.all_projected(), which)[:, self.class_rows :])
+        return Projected(some_of(self.all_projected(), which)[:, self.class_rows :])
 
     def sources(self, which: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        return (_of(self.all_outputs(), which)[:, self.class_rows :],)
+        return (some_of(self.all_outputs(), which)[:, self.class_rows :],)
 
     def place(
         self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
@@ -304,9 +340,5 @@ class _Images(Pictures):
     def _class(self, which: Sequence[int]) -> torch.Tensor:
         """``[pictures, class rows, D]``."""
         if self._projected is not None:
-            return _of(self._projected, which)[:, : self.class_rows]
-        return self.run_projector(_of(self.all_outputs(), which)[:, : self.class_rows])
-
-
-def _of(tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
-    return tensor if len(which) == tensor.shape[0] else tensor[list(which)]
+            return some_of(self._projected, which)[:, : self.class_rows]
+        return self.run_projector(some_of(self.all_outputs(), which)[:, : self.class_rows])

@@ -12,7 +12,7 @@ from ocvtp.vlm.contracts.evidence import Evidence
 from ocvtp.vlm.contracts.rows import Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Newlines, Settings
 from ocvtp.vlm.families.llava import LlavaAdapter, Pictures
-from ocvtp.vlm.layouts.packing import Packing, alone, packed_piece, packed_tokens
+from ocvtp.vlm.layouts.packing import Packing, alone, ended_lines, packed_piece, packed_tokens
 
 
 class LlavaNextAdapter(LlavaAdapter):
@@ -105,6 +105,12 @@ class Tiled(Pictures):
         if self._official:
             self._check_room(settings)
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`: sizes decide how an image is cut and packed."""
+        sizes = ((one.tiles, one.grid, one.stitched, one.shrunk, one.total) for one in self.packings)
+        return (super().key, *sizes)
+
     def _candidates(self, one: Packing) -> int:
         return one.tiles * self.patches if self._official else len(one.slots)
 
@@ -145,7 +151,9 @@ class Tiled(Pictures):
         kept = [self._tokens(i, None if whole else indices[j]) for j, i in enumerate(which)]
         taken_rows = self.run_projector(self.taken_flat(torch.cat(kept)))
         projected = taken_rows.split([len(tokens) for tokens in kept])
-        return [self.piece(i, projected[j], None if whole else indices[j]) for j, i in enumerate(which)]
+        if whole:
+            return [self.piece(i, projected[j], None) for j, i in enumerate(which)]
+        return self.pieces(which, projected, indices)
 
     def projected(self, which: Sequence[int]) -> Projected:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
@@ -159,10 +167,7 @@ class Tiled(Pictures):
         self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
     ) -> list[Piece]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        return [
-            self.piece(i, made.rows[j], indices[j], None if mass is None else mass[j])
-            for j, i in enumerate(which)
-        ]
+        return self.pieces(which, made.rows, indices, mass)
 
     def _of(self, tokens: torch.Tensor, image: int) -> torch.Tensor:
         """Candidates of an image: ``[tiles, N, C] -> [candidates, C]``."""
@@ -187,12 +192,34 @@ class Tiled(Pictures):
         tile = self._first[image] + torch.div(flat, self.patches, rounding_mode="floor")
         return tile * (self.patches + self.prefix) + self.prefix + flat % self.patches
 
+    def pieces(
+        self,
+        which: Sequence[int],
+        rows: Sequence[torch.Tensor] | torch.Tensor,
+        indices: torch.Tensor,
+        mass: torch.Tensor | None = None,
+    ) -> list[Piece]:
+        """Rows of images that drop candidates, with their newlines.
+
+        Args:
+            which: images.
+            rows: ``[k, D]`` of each.
+            indices: ``[images, k]``, the candidates they are of.
+            mass: ``[images, k]``, how many candidates each row stands for.
+        """
+        ended: Sequence[torch.Tensor | None] = [None] * len(which)
+        if self._newlines == "rows" and not self._official:
+            ended = ended_lines([self.packings[i] for i in which], indices.unbind(0))
+        masses = [None] * len(which) if mass is None else mass.unbind(0)
+        return [self.piece(i, rows[j], indices[j], masses[j], ended[j]) for j, i in enumerate(which)]
+
     def piece(
         self,
         image: int,
         rows: torch.Tensor,
         indices: torch.Tensor | None,
         mass: torch.Tensor | None = None,
+        ended: torch.Tensor | None = None,
     ) -> Piece:
         """An image's rows with its newlines; ``indices``: candidates they are of, ``None`` for all."""
         one = self.packings[image]
@@ -201,4 +228,4 @@ class Tiled(Pictures):
             line = self._newline.to(rows)[None]
             masses = None if mass is None else alone(mass, 1)[None]
             return Piece(torch.cat([rows, line])[None], slots[None], mass=masses)
-        return packed_piece(one, rows, self._newline, indices, self._newlines, mass)
+        return packed_piece(one, rows, self._newline, indices, self._newlines, mass, ended)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.contracts.adapter import Vision
+from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.families.llava import Pictures
@@ -85,10 +86,8 @@ class _Shrinking(Tiled):
         if whole or all(self.packings[i].shrunk is None for i in which):
             return super().rows(which, indices, taken)
         projected = self.all_projected()
-        return [
-            self.piece(i, self.packed(projected, i)[indices[j].to(projected.device)], indices[j])
-            for j, i in enumerate(which)
-        ]
+        rows = [self.packed(projected, i)[indices[j].to(projected.device)] for j, i in enumerate(which)]
+        return self.pieces(which, rows, indices)
 
 
 class _Videos(Pictures):
@@ -120,6 +119,11 @@ class _Videos(Pictures):
         self.segments = [Segment(i, part, shape) for i in range(videos) for _ in range(self._parts)]
         self.totals = [frames * self._tokens + 1] * videos
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+        return (super().key, len(self.segments), *self.totals)
+
     def features(self, which: Sequence[int]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         return self._of(self.read, which)
@@ -142,8 +146,7 @@ class _Videos(Pictures):
 
     def projected(self, which: Sequence[int]) -> Projected:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        shrunk = self._all_shrunk()
-        return Projected(shrunk if len(which) == len(shrunk) else shrunk[list(which)])
+        return Projected(some_of(self._all_shrunk(), which))
 
     def sources(self, which: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; there are none."""
@@ -168,8 +171,7 @@ class _Videos(Pictures):
         """Candidates: ``[frames, N, C] -> [segments, n, C]``."""
         assert self.shape is not None
         small = shrink(tokens, self.shape, (self._side, self._side))
-        parts = small.reshape(len(self.segments), -1, tokens.shape[2])
-        return parts if len(which) == len(parts) else parts[list(which)]
+        return some_of(small.reshape(len(self.segments), -1, tokens.shape[2]), which)
 
     def _piece(
         self, segment: int, rows: torch.Tensor, indices: torch.Tensor, mass: torch.Tensor | None

@@ -7,22 +7,28 @@ patches in raster order; the language model consumes the end of the tower.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from typing_extensions import Self
 
 from ocvtp.vlm.contracts.adapter import Family, Vision
 from ocvtp.vlm.contracts.errors import UnsupportedModelError
 from ocvtp.vlm.contracts.fit import check_layers
 from ocvtp.vlm.contracts.layout import first
+from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
+from ocvtp.vlm.contracts.selector import Beside, Started
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.weights import inside
 from ocvtp.vlm.layouts import layout_for
 from ocvtp.vlm.layouts.squares import grouped, members
+from ocvtp.vlm.towers.ahead import ahead
+from ocvtp_kernels._device import on_device
 from ocvtp_kernels.received_attention import received_attention
 
 
@@ -173,29 +179,52 @@ class Units:
         self._arguments = arguments
         self._consumed = family.layout.consumed(arguments)
         self._prefix = family.layout.prefix(arguments)
-        self._members = members(family.layout.side, family.layout.unit)
+        self._members = on_device(members(family.layout.side, family.layout.unit), pixels.device)
         self._read: torch.Tensor | None = None
         self._last: torch.Tensor | None = None
         self._last_input: torch.Tensor | None = None
         self._scores: torch.Tensor | None = None
+        self._started: Started | None = None
+        self._backend = settings.backend
         self.device = pixels.device
         count, tokens = len(pixels), len(self._members)
         self.segments: list[Segment] = family.layout.segments([1] * count)
         self.totals = [tokens] * count
         check_layers(settings.selector.read_layer, (self._consumed,))
 
-    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
+    def run(
+        self, read_layer: int | None, after: Callable[[], None] | None, beside: Beside | None = None
+    ) -> None:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
         family = self._family
         hidden = family.embed(self._pixels)
         for index, layer in enumerate(itertools.islice(family.layers(), self._consumed + 1)):
             self._last_input = hidden
+            if index == self._consumed:
+                scores = functools.partial(self._received, layer, hidden, self._backend)
+                self._started = ahead(beside, layer, [hidden], scores, self._backend)
             hidden = family.run_layer(layer, hidden)
             if index == read_layer:
                 self._read = self._grouped(hidden).mean(2)
                 if after is not None:
                     after()
         self._last = hidden
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+        return self._pixels
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`; the layer as it was asked for tells of a norm."""
+        return (self._consumed, self._prefix, str(self._arguments.get("vision_feature_layer")))
+
+    def on(self, pixels: torch.Tensor) -> Self:
+        """See :class:`~ocvtp.vlm.contracts.steady.Steady`."""
+        twin = copy.copy(self)
+        twin._pixels = pixels
+        return twin
 
     def features(self, which: Sequence[int]) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
@@ -205,18 +234,25 @@ class Units:
     def scores(self, which: Sequence[int], backend: str) -> torch.Tensor:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; a unit receives what its patches do."""
         if self._scores is None:
-            assert self._last_input is not None
-            layer = self._family.layers()[self._consumed]
-            attention = self._family.attention(layer)
-            with torch.no_grad():
-                project = functools.partial(self._family.query_key, layer)
-                query, key = inside((layer, attention), project, self._last_input)
-                heads = self._family.tower.config.num_attention_heads
-                query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
-                received = received_attention(query, key, attention.scale, backend=backend)
-                scores = self._grouped(received[:, :, None]).sum(2)[:, :, 0]
+            if self._started is None:
+                assert self._last_input is not None
+                layer = self._family.layers()[self._consumed]
+                scores = self._received(layer, self._last_input, backend)
+            else:
+                scores = self._started()
             self._scores = scores if self._read is None else scores.to(self._read.device)
         return self._of(self._scores, which)
+
+    def _received(self, layer: Any, hidden: torch.Tensor, backend: str) -> torch.Tensor:
+        """``[pictures, units]`` of a layer's input."""
+        attention = self._family.attention(layer)
+        with torch.no_grad():
+            project = functools.partial(self._family.query_key, layer)
+            query, key = inside((layer, attention), project, hidden)
+            heads = self._family.tower.config.num_attention_heads
+            query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+            received = received_attention(query, key, attention.scale, backend=backend)
+            return self._grouped(received[:, :, None]).sum(2)[:, :, 0]
 
     def source(self, which: Sequence[int]) -> None:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; tokens are merged from several rows."""
@@ -263,4 +299,4 @@ class Units:
         return grouped(hidden[:, self._prefix :], self._family.layout.side, self._family.layout.unit)
 
     def _of(self, tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
-        return tensor if len(which) == len(self.segments) else tensor[list(which)]
+        return some_of(tensor, which)

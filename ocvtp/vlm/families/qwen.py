@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,15 @@ from ocvtp.vlm.contracts.errors import UnsupportedModelError
 from ocvtp.vlm.contracts.evidence import Evidence, Merged, OneHead
 from ocvtp.vlm.contracts.fit import check_layers
 from ocvtp.vlm.contracts.rows import KeptRows, Piece, Projected, Segment
+from ocvtp.vlm.contracts.selector import Beside, Started
 from ocvtp.vlm.contracts.settings import Settings
 from ocvtp.vlm.contracts.versions import transformers_older_than
 from ocvtp.vlm.layouts import layout_for
 from ocvtp.vlm.layouts.qwen_geometry import as_grids, patchify
 from ocvtp.vlm.layouts.units import full_blocks
+from ocvtp.vlm.towers.ahead import ahead
 from ocvtp.vlm.towers.qwen import QwenTowerRun, run_qwen_tower
+from ocvtp_kernels._device import on_device
 
 
 class _Enough(Exception):
@@ -39,6 +43,7 @@ class QwenAdapter(Family):
     pixel_keys: Mapping[str, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
     vision_keys = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     mrope = True
+    unsteady = "images of Qwen-VL differ in size, and the host tells its tower where their patches are"
 
     def __init__(self, model: Any) -> None:
         inner: Any = getattr(model, "model", None)
@@ -172,6 +177,7 @@ class _Units:
         self._backend = settings.backend
         self._run: QwenTowerRun | None = None
         self._scores: torch.Tensor | None = None
+        self._started: Started | None = None
         self._features: torch.Tensor | None = None
         self._all: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         self.device = pixels.device
@@ -181,7 +187,9 @@ class _Units:
         self._offsets: list[int] = cut.offsets
         self._starts = list(itertools.accumulate((s.tokens for s in self.segments), initial=0))
 
-    def run(self, read_layer: int | None, after: Callable[[], None] | None) -> None:
+    def run(
+        self, read_layer: int | None, after: Callable[[], None] | None, beside: Beside | None = None
+    ) -> None:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
 
         def tapped(layer: int, features: torch.Tensor) -> None:
@@ -189,8 +197,12 @@ class _Units:
             if after is not None:
                 after()
 
+        def scored(run: QwenTowerRun, block: Any, reads: Sequence[torch.Tensor]) -> None:
+            scores = functools.partial(run.received_attention, self._backend)
+            self._started = ahead(beside, block, reads, scores, self._backend)
+
         taps = () if read_layer is None else (read_layer,)
-        self._run = run_qwen_tower(self._tower, self._pixels, self._grids, taps, tapped, self._blocks)
+        self._run = run_qwen_tower(self._tower, self._pixels, self._grids, taps, tapped, self._blocks, scored)
 
     def evidence(self, which: Sequence[int]) -> Evidence:
         """See :class:`~ocvtp.vlm.contracts.evidence.Telling`."""
@@ -206,7 +218,7 @@ class _Units:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`; every frame's attention sums to 1."""
         assert self._run is not None
         if self._scores is None:
-            scores = self._run.received_attention(backend)
+            scores = self._run.received_attention(backend) if self._started is None else self._started()
             self._scores = scores if self._features is None else scores.to(self._features.device)
         return self.of(self._scores, which)
 
@@ -218,8 +230,8 @@ class _Units:
         assert self._run is not None
         if indices.shape[1] == self.segments[which[0]].tokens:  # as upstream does, to the bit
             return self.place(which, indices, self.projected(which), None)
-        starts = torch.tensor([self._starts[i] for i in which])
-        units = (indices + starts[:, None].to(indices.device, non_blocking=True)).flatten()
+        starts = on_device(torch.tensor([self._starts[i] for i in which]), indices.device)
+        units = (indices + starts[:, None]).flatten()
         rows = self._run.merged(units).unflatten(0, (len(which), -1))
         deep = tuple(deep.unflatten(0, (len(which), -1)) for deep in self._run.deepstack(units))
         return self.place(which, indices, Projected(rows, deep), None)
@@ -250,9 +262,8 @@ class _Units:
         self, which: Sequence[int], indices: torch.Tensor, made: Projected, mass: torch.Tensor | None
     ) -> list[Piece]:
         """See :class:`~ocvtp.vlm.contracts.adapter.Vision`."""
-        offsets = torch.tensor([self._offsets[i] for i in which])
-        slots = indices + offsets[:, None].to(indices.device, non_blocking=True)
-        return [Piece(made.rows, slots, made.deep, mass)]
+        offsets = on_device(torch.tensor([self._offsets[i] for i in which]), indices.device)
+        return [Piece(made.rows, indices + offsets[:, None], made.deep, mass)]
 
     def of(self, units: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         """``[units, ...] -> [segments, N, ...]``; without a copy where they follow one another."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ocvtp.vlm.contracts.evidence import Merged, OneHead
+from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.towers.clip import LayerInput, TowerRun, root
 from ocvtp.vlm.towers.tome import run_merging_tower
 
@@ -112,4 +113,4 @@ class Witness:
         return found if len(self.pictures) == len(self.pixels) else found.of(self.pictures)
 
     def _of(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if len(self.pictures) == len(tensor) else tensor[list(self.pictures)]
+        return some_of(tensor, self.pictures)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ocvtp_kernels._device import on_device
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -87,5 +89,5 @@ def packed(mask: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, tor
     columns = (~mask).long().sort(dim=1, stable=True).indices[:, :most]
     if min(counts) == most:
         return columns, torch.ones_like(columns, dtype=torch.bool)
-    number = torch.tensor(counts).to(mask.device, non_blocking=True)
+    number = on_device(torch.tensor(counts), mask.device)
     return columns, torch.arange(most, device=mask.device)[None] < number[:, None]

@@ -9,6 +9,7 @@ import torch
 from ocvtp.methods.in_llm.contract import Choice
 from ocvtp.methods.in_llm.ranking import of_rows
 from ocvtp.vlm.in_llm.layout import Layout, packed
+from ocvtp_kernels._device import on_device
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def squeeze(hidden: torch.Tensor, layout: Layout, choice: Choice, kept: tuple[in
         assert choice.stands is not None
         last = torch.where(layout.vision, torch.arange(length, device=device)[None], -1).amax(1, keepdim=True)
         number = torch.arange(choice.stands.shape[1], device=device)[None]
-        there = number < torch.tensor(made).to(device, non_blocking=True)[:, None]
+        there = number < on_device(torch.tensor(made), device)[:, None]
         # Farthest from what stays: old static caches count states that aren't zero, so none fills a row up.
         nowhere = gone - 1 if layout.left else gone + 1
         place = torch.cat([place, torch.where(there, 2 * last + 1, nowhere)], dim=1)
@@ -119,6 +120,6 @@ def _live(lengths: tuple[int, ...], size: int, layout: Layout) -> torch.Tensor:
     device = layout.live.device
     if min(lengths) == size:
         return torch.ones(len(lengths), size, dtype=torch.bool, device=device)
-    count = torch.tensor(lengths).to(device, non_blocking=True)[:, None]
+    count = on_device(torch.tensor(lengths), device)[:, None]
     columns = torch.arange(size, device=device)[None]
     return columns >= size - count if layout.left else columns < count

@@ -12,13 +12,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
 
 from ocvtp.vlm.contracts.rows import Piece
 from ocvtp.vlm.contracts.settings import Newlines
+from ocvtp_kernels._device import on_device
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,23 @@ class Packing:
     grid: tuple[int, int] = (0, 0)
 
     def to(self, device: torch.device) -> Packing:
-        """The packing on another device."""
+        """The packing of the host on a device, by one copy that nobody waits for."""
+        if device.type == "cpu":
+            return self
+        pinned = device.type == "cuda" and not torch.compiler.is_compiling()
+        parts = on_device(self._pinned if pinned else self._joined(), device)
         names = ("tokens", "slots", "newlines", "rows")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return dataclasses.replace(self, **moved)
+        sizes = [len(getattr(self, name)) for name in names]
+        return dataclasses.replace(self, **dict(zip(names, parts.split(sizes), strict=True)))
+
+    @cached_property
+    def _pinned(self) -> torch.Tensor:
+        """Where a copy to a GPU need not wait."""
+        with torch.inference_mode(False):
+            return self._joined().pin_memory()
+
+    def _joined(self) -> torch.Tensor:
+        return torch.cat([self.tokens, self.slots, self.newlines, self.rows])
 
 
 @lru_cache(maxsize=256)
@@ -62,10 +76,9 @@ def packing(
     pinpoints: tuple[tuple[int, int], ...],
     tile: int,
     side: int,
-    device: torch.device,
     most: int | None = None,
 ) -> Packing:
-    """The packing of an image. The last few are remembered.
+    """The packing of an image, on the CPU. The last few are remembered.
 
     Args:
         height: of the image in pixels, before any resizing.
@@ -73,7 +86,6 @@ def packing(
         pinpoints: (height, width) in pixels of the grids that a model was trained with.
         tile: side of a tile in pixels.
         side: tokens along it.
-        device: for the tensors.
         most: tiles' worth of tokens beyond which stitched tiles are shrunk; ``None``: never.
     """
     # What is made under inference mode could never be used for training.
@@ -92,7 +104,7 @@ def packing(
         whole = torch.arange(side**2)
         line = torch.arange(lines)[:, None]
         slots = side**2 + line * (length + 1) + torch.arange(length)
-        made = Packing(
+        return Packing(
             tiles=1 + down * across,
             tokens=torch.cat([whole, stitched.flatten()]),
             slots=torch.cat([whole, slots.flatten()]),
@@ -103,15 +115,14 @@ def packing(
             shrunk=shrunk,
             grid=(down, across),
         )
-        return made.to(device)
 
 
 @lru_cache(maxsize=16)
-def whole_picture(side: int, device: torch.device) -> Packing:
-    """The packing of an image that is not cut: its tokens and one newline."""
+def whole_picture(side: int) -> Packing:
+    """The packing of an image that is not cut, on the CPU: its tokens and one newline."""
     with torch.inference_mode(False):
-        tokens = torch.arange(side**2, device=device)
-        newline = torch.tensor([side**2], device=device)
+        tokens = torch.arange(side**2)
+        newline = torch.tensor([side**2])
         return Packing(1, tokens, tokens, newline, torch.zeros_like(tokens), side**2 + 1)
 
 
@@ -132,6 +143,7 @@ def packed_piece(
     indices: torch.Tensor | None,
     kept_lines: Newlines,
     mass: torch.Tensor | None = None,
+    ended: torch.Tensor | None = None,
 ) -> Piece:
     """Rows of an image with its newlines, as the language model reads them.
 
@@ -142,12 +154,13 @@ def packed_piece(
         indices: ``[k]``, the candidates they are of, ascending; ``None`` for all, with all newlines.
         kept_lines: which newlines stay of an image that drops candidates.
         mass: ``[k]``, how many candidates each row stands for.
+        ended: from :func:`ended_lines`, where ``kept_lines`` are those of ``"rows"``.
     """
     if indices is None:
         slots, newlines = one.slots, one.newlines
     else:
         indices = indices.to(one.slots.device)
-        slots, newlines = one.slots[indices], _kept_newlines(one, indices, kept_lines)
+        slots, newlines = one.slots[indices], _kept_newlines(one, ended, kept_lines)
     slots = torch.cat([slots, newlines])
     rows = torch.cat([rows, newline.to(rows).expand(len(newlines), -1)])
     mass = None if mass is None else alone(mass, len(newlines))
@@ -170,15 +183,33 @@ def placeholders(one: Packing, keep: int, kept_lines: Literal["last", "all"]) ->
     return keep + (len(one.newlines) if kept_lines == "all" else 1)
 
 
-def _kept_newlines(one: Packing, indices: torch.Tensor, kept_lines: Newlines) -> torch.Tensor:
+def _kept_newlines(one: Packing, ended: torch.Tensor | None, kept_lines: Newlines) -> torch.Tensor:
     if kept_lines == "last":
         return one.newlines[-1:]
     if kept_lines == "all":
         return one.newlines
-    lines = one.rows[indices]
-    ended = torch.zeros(len(one.newlines) + 1, dtype=torch.bool, device=lines.device)
-    ended[lines] = True  # -1, the whole picture, ends at the spare place
-    return one.newlines[ended[:-1]]
+    assert ended is not None
+    return ended
+
+
+def ended_lines(packings: Sequence[Packing], indices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Of each image the placeholders of newlines whose rows keep a token.
+
+    How many these are decides how long the prompt is, so the host waits for the device; once.
+
+    Args:
+        packings: of images.
+        indices: ``[k]`` each, the candidates that they keep.
+    """
+    places, flags = [], []
+    for one, kept in zip(packings, indices, strict=True):
+        spare = len(one.newlines)  # -1, the whole picture, ends there
+        lines = one.rows[kept.to(one.rows.device)] % (spare + 1)
+        flag = torch.ones(spare + 1, dtype=torch.uint8, device=lines.device).index_fill_(0, lines, 0)[:-1]
+        places.append(one.newlines[flag.sort(stable=True).indices])
+        flags.append((flag == 0).sum())
+    counts = torch.stack(flags).tolist()
+    return [place[:count] for place, count in zip(places, counts, strict=True)]
 
 
 def shrink(tokens: torch.Tensor, shape: tuple[int, int], to: tuple[int, int]) -> torch.Tensor:

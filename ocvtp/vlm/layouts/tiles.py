@@ -57,7 +57,7 @@ class TileLayout(PictureLayout):
 
     def _packing(self, height: int, width: int, device: torch.device, most: int | None = None) -> Packing:
         grids = tuple((int(h), int(w)) for h, w in self.config.image_grid_pinpoints)
-        return packing(height, width, grids, int(self.vision.image_size), self.side, device, most)
+        return packing(height, width, grids, int(self.vision.image_size), self.side, most).to(device)
 
 
 class OnevisionLayout(TileLayout):
@@ -73,11 +73,12 @@ class OnevisionLayout(TileLayout):
         most = int(str(ratio).rpartition("_")[2])
         cut = [True] * len(sizes)
         if arguments.get("batch_num_images") is not None:
-            counts = [int(count) for count in arguments["batch_num_images"]]
+            counts = arguments["batch_num_images"]
+            counts = counts.tolist() if isinstance(counts, torch.Tensor) else [int(one) for one in counts]
             cut = [count == 1 for count in counts for _ in range(count)]
         if len(cut) != len(sizes):
             raise ValueError(f"batch_num_images counts {len(cut)} images, image_sizes has {len(sizes)}")
         return [
-            self._packing(int(h), int(w), device, most) if cut[i] else whole_picture(self.side, device)
+            self._packing(int(h), int(w), device, most) if cut[i] else whole_picture(self.side).to(device)
             for i, (h, w) in enumerate(sizes)
         ]

@@ -17,6 +17,7 @@ import torch
 
 from ocvtp.vlm.contracts.evidence import Evidence
 from ocvtp.vlm.contracts.weights import inside
+from ocvtp_kernels._device import on_device
 
 _copying = threading.Lock()
 
@@ -207,7 +208,7 @@ class LanguageText:
             for ids in _given(questions):
                 if not len(ids):
                     raise ValueError("this prompt has no words beside its pictures: there is no question")
-                words = inside((self._model.get_decoder(),), table, ids.to(device))
+                words = inside((self._model.get_decoder(),), table, on_device(ids, device))
                 texts.append(-_unit(words.to(image.device, wide).mean(0, keepdim=True)))
         return Compared(_unit(image.to(wide)), texts)
 
@@ -224,7 +225,7 @@ def _embedded(model: Any, pieces: Sequence[list[int]]) -> torch.Tensor:
     """``[M, E]`` of pieces of CLIP's ids, one by one: they differ in length."""
     made = []
     for ids in pieces:
-        pooled = model.text_model(input_ids=torch.tensor([ids], device=model.device)).pooler_output
+        pooled = model.text_model(input_ids=on_device(torch.tensor([ids]), model.device)).pooler_output
         made.append(model.text_projection(pooled))
     return torch.cat(made)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ocvtp.vlm.contracts.picking import some_of
 from ocvtp.vlm.contracts.weights import inside
 from ocvtp_kernels.received_attention import received_attention
 from ocvtp_kernels.selection import gather_tokens
@@ -48,13 +49,23 @@ class LayerInput:
         self._layer = layer
         self._input = hidden
 
+    @property
+    def layer(self) -> Any:
+        """The layer."""
+        return self._layer
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """``[B, tokens, C]`` that it got."""
+        return self._input
+
     def received_attention(self, backend: str) -> torch.Tensor:
         """See :meth:`TowerRun.received_attention`."""
         return _received(self._layer.self_attn, *self.query_key(), backend)
 
     def of(self, which: Sequence[int]) -> LayerInput:
         """The same of some images only."""
-        return LayerInput(self._layer, self._input[list(which)])
+        return LayerInput(self._layer, some_of(self._input, which))
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, backend: str) -> torch.Tensor:
         """``[B, tokens]``, at least float32: what keys receive of queries, mean over heads and queries."""
@@ -235,6 +246,7 @@ def run_tower(
     *,
     hold: bool = False,
     scored: Collection[int] = (),
+    ahead: Callable[[LayerInput], None] | None = None,
 ) -> TowerRun:
     """Run the tower up to its deepest tapped layer.
 
@@ -247,6 +259,7 @@ def run_tower(
         hold: stop in the middle of the deepest layer; :meth:`TowerRun.finish` computes the rows that are
             wanted (:class:`HeldLayer`). Of several consumed layers the others run whole.
         scored: earlier layers whose attention will be asked for.
+        ahead: called with the deepest layer's input before that layer runs, unless it is held.
     """
     body = root(tower)
     hidden = embedded(body, pixel_values)
@@ -260,6 +273,8 @@ def run_tower(
             return TowerRun(outputs, held, {**inputs, index: held})
         if index in scored:
             inputs[index] = LayerInput(layer, hidden)
+        if ahead is not None and index == deepest:
+            ahead(LayerInput(layer, hidden))
         layer_input, hidden = hidden, layer(hidden, None)
         if isinstance(hidden, tuple):  # some releases return (hidden, weights)
             hidden = hidden[0]
@@ -283,9 +298,7 @@ def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _of(tensor: torch.Tensor, which: Sequence[int] | None) -> torch.Tensor:
     """Some images of a batch."""
-    if which is None or list(which) == list(range(tensor.shape[0])):
-        return tensor
-    return tensor[list(which)]
+    return tensor if which is None else some_of(tensor, which)
 
 
 def _flat_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -168,6 +168,7 @@ def run_qwen_tower(
     taps: Collection[int],
     after: Callable[[int, torch.Tensor], None] | None = None,
     inputs: Collection[int] = (),
+    ahead: Callable[[QwenTowerRun, Any, Sequence[torch.Tensor]], None] | None = None,
 ) -> QwenTowerRun:
     """Run all blocks of the tower; mergers run when the run is asked for their rows.
 
@@ -179,6 +180,8 @@ def run_qwen_tower(
         after: called with each of them and its features as soon as they are there, before the
             next block runs.
         inputs: blocks with full attention whose attention will be asked for, beside the last of them.
+        ahead: called before the last block with full attention runs: with the run, which can tell what its
+            patches receive from then on, that block, and what is read for that.
 
     Raises:
         ValueError: taps that the tower does not have, grids that are not of whole units, or pixels that don't
@@ -217,6 +220,8 @@ def run_qwen_tower(
     for layer, block in enumerate(tower.blocks):
         if layer == scored or layer in inputs:
             run._inputs[layer] = hidden
+        if ahead is not None and layer == scored:
+            ahead(run, block, [hidden, *run._angles])
         hidden = block(hidden, position_embeddings=run._angles, **arguments[full is None or layer in full])
         if layer in stacked:
             run._stacked[layer] = hidden
