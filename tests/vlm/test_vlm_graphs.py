@@ -24,6 +24,7 @@ from ocvtp.vlm.encode.graphs import VisionGraphs
 from ocvtp.vlm.encode.watched import Watched
 from ocvtp.vlm.towers.clip import root
 from tests.fake_cuda import FakeCuda
+from tests.far import FarLine
 from tests.rehearsal import Rehearsal
 from tests.vlm.family import Family, by_name, families, made
 from tests.vlm.tiny_llava import GREEDY, KEEP, LAYERS, ONE, llava, pixels, prompt, pruner
@@ -290,6 +291,46 @@ def test_no_graph_keeps_weights_that_were_replaced(rehearsed: list[Rehearsal]) -
     gc.collect()
     assert before() is None
     assert graphs_of(model).graphs == 0
+
+
+@pytest.mark.parametrize("chooser", ["pruner", "attention", "greedy_dpp"])
+def test_images_of_a_replay_that_are_not_finite_are_told(
+    rehearsed: list[Rehearsal], far: FarLine, chooser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llava()
+    ocvtp.apply(model, pruner() if chooser == "pruner" else chooser, **OPTIONS)
+    kept(model, pixels(3))
+    record = rehearsed[0].record
+
+    def recorded(work: Any) -> Any:
+        def unseen() -> Any:  # as in a graph, where a watch can't note anything
+            far.capturing = True
+            try:
+                return work()
+            finally:
+                far.capturing = False
+
+        return record(unseen)
+
+    monkeypatch.setattr(rehearsed[0], "record", recorded)
+    captured(model, pixels(3))
+    watch = controller_of(model).settings.watch
+    for bad in (False, True, False):
+        images = pixels(3, 1)
+        if bad:
+            images[1, 2, 7, 7] = torch.nan
+        far.arrive()
+        watch.look()  # nothing was wrong so far
+        replays = rehearsed[0].log.count("replay")
+        got = kept(model, images)
+        assert rehearsed[0].log.count("replay") == replays + 1
+        far.arrive()
+        if bad:
+            with pytest.raises(ValueError, match=r"in this call, (image \[1\] of 3|an image): .*NaN or Inf"):
+                watch.look()
+        else:
+            assert_same(got, eager(model, images))
+    assert far.waits == 0
 
 
 def test_threads_get_their_own_answers(rehearsed: list[Rehearsal]) -> None:

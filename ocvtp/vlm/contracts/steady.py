@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 
 from ocvtp.vlm.contracts.rows import KeptRows
+from ocvtp.watch import Watch
 
 Self = TypeVar("Self")
 
@@ -31,12 +32,18 @@ class Steady(Protocol):
 class Replays(Protocol):
     """Recorded vision sides of a model."""
 
-    def rows(self, vision: object, prune: Callable[[object], KeptRows]) -> KeptRows | None:
-        """``prune(vision)``, replayed; ``None`` where it has to be run.
+    def rows(
+        self, vision: object, prune: Callable[[object, Watch], KeptRows], watch: Watch
+    ) -> KeptRows | None:
+        """``prune(vision, watch)``, replayed; ``None`` where it has to be run.
 
         Args:
             vision: of a call; not run.
             prune: runs it.
+            watch: told which images were not finite.
+
+        Raises:
+            ValueError: images of an earlier call were not finite.
         """
 
     def close(self) -> None:

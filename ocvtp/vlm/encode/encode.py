@@ -24,7 +24,7 @@ from ocvtp.vlm.encode.questions import Asking
 from ocvtp.vlm.encode.reducing import handed_over, reduced
 from ocvtp.vlm.encode.standing import owners, stand_for
 from ocvtp.vlm.encode.timing import Clock, stage
-from ocvtp.watch import watching
+from ocvtp.watch import Watch, watching
 
 
 def encode(
@@ -72,10 +72,15 @@ def _rows_of(
 ) -> KeptRows:
     """Replayed, if the whole vision side is recorded and can be."""
     if settings.graphs is not None and clock is None and asked is None:
-        found = settings.graphs.rows(vision, functools.partial(prune_rows, settings=settings))
+        found = settings.graphs.rows(vision, functools.partial(_told, settings), settings.watch)
         if found is not None:
             return found
     return prune_rows(vision, settings, clock, asked)
+
+
+def _told(settings: Settings, vision: Any, watch: Watch) -> KeptRows:
+    """:func:`prune_rows`, with somebody else told of images that are not finite."""
+    return prune_rows(vision, replace(settings, watch=watch))
 
 
 def _asked(

@@ -23,6 +23,7 @@ from ocvtp.pruner.lane import CaptureBusyError, Lane, can_never_record, lane_for
 from ocvtp.vlm.contracts.rows import KeptRows
 from ocvtp.vlm.contracts.steady import Steady
 from ocvtp.vlm.encode.watched import Watched, why_unsteady
+from ocvtp.watch import OnInvalid, Watch
 
 _log = logging.getLogger("ocvtp")
 
@@ -57,10 +58,31 @@ class _Graph:
         return tuple(tensor.clone() for tensor in self.made)
 
 
+class _Notes(Watch):
+    """Keeps flags that a call leaves: when it is replayed they are somebody's to look at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flags: list[torch.Tensor] = []
+        self.said: list[tuple[str, OnInvalid]] = []
+
+    def start(self) -> None:
+        """Nothing is told here."""
+
+    def look(self) -> None:
+        """Nothing is told here."""
+
+    def note(self, sound: torch.Tensor, message: str, on_invalid: OnInvalid = "raise") -> None:
+        """See :class:`~ocvtp.watch.Watch`."""
+        self.flags.append(sound.detach().reshape(-1))
+        self.said.append((message, on_invalid))
+
+
 @dataclass(frozen=True)
 class _Like:
-    """What rows of a call are, but for their tensors."""
+    """What rows of a call are, but for their tensors; and what its flags mean, which follow those."""
 
+    said: list[tuple[str, OnInvalid]]
     counts: list[int]
     totals: tuple[int, ...]
     levels: int
@@ -73,15 +95,22 @@ class _Like:
         mass = rest[self.levels] if self.weighed else None
         return KeptRows(tuple(flat.split(self.counts)), slots, self.totals, deep, mass)
 
+    def tell(self, watch: Watch, made: Sequence[torch.Tensor]) -> None:
+        """Have the flags looked at."""
+        if self.said:
+            for flags, (message, on_invalid) in zip(made[-len(self.said) :], self.said, strict=True):
+                watch.note(flags, message, on_invalid)
 
-def _like(kept: KeptRows) -> _Like:
-    return _Like([len(rows) for rows in kept.rows], kept.totals, len(kept.deep), kept.mass is not None)
+
+def _like(kept: KeptRows, notes: _Notes) -> _Like:
+    counts = [len(rows) for rows in kept.rows]
+    return _Like(notes.said, counts, kept.totals, len(kept.deep), kept.mass is not None)
 
 
-def _tensors(kept: KeptRows) -> tuple[torch.Tensor, ...]:
-    """All rows, slots, then DeepStack rows by layer, then masses if there are."""
+def _tensors(kept: KeptRows, notes: _Notes) -> tuple[torch.Tensor, ...]:
+    """All rows, slots, then DeepStack rows by layer, then masses if there are, then flags."""
     deep = (torch.cat(level) for level in kept.deep)
-    made = (kept.flat(), kept.slots, *deep, *(() if kept.mass is None else (kept.mass,)))
+    made = (kept.flat(), kept.slots, *deep, *(() if kept.mass is None else (kept.mass,)), *notes.flags)
     return tuple(tensor.contiguous() for tensor in made)
 
 
@@ -121,7 +150,7 @@ class VisionGraphs:
         """How many are recorded."""
         return len(self._graphs)
 
-    def rows(self, vision: object, prune: Callable[[Any], KeptRows]) -> KeptRows | None:
+    def rows(self, vision: object, prune: Callable[[Any, Watch], KeptRows], watch: Watch) -> KeptRows | None:
         """See :class:`~ocvtp.vlm.contracts.steady.Replays`."""
         if torch.compiler.is_compiling() or not isinstance(vision, Steady) or self._closed:
             return None
@@ -139,9 +168,11 @@ class VisionGraphs:
             graph = self._graph(vision, prune, *lanes)
             if graph is None:
                 return None
+            watch.start()
             lane = lanes[0]
             made = lane.run(functools.partial(graph.run, vision.pixels), [vision.pixels])
             lane.join(lane.mark(), made)
+        graph.like.tell(watch, made)
         return graph.like.rows(made)
 
     def close(self) -> None:
@@ -188,7 +219,7 @@ class VisionGraphs:
         return self._lanes[device]
 
     def _graph(
-        self, vision: Steady, prune: Callable[[Any], KeptRows], lane: Lane, side: Lane
+        self, vision: Steady, prune: Callable[[Any, Watch], KeptRows], lane: Lane, side: Lane
     ) -> _Graph | None:
         """The graph for such a call, if there is one or it is time to make it."""
         pixels = vision.pixels
@@ -227,15 +258,18 @@ class VisionGraphs:
         self._graphs[key] = graph
         return graph
 
-    def _recorded(self, vision: Steady, prune: Callable[[Any], KeptRows], lane: Lane, side: Lane) -> _Graph:
+    def _recorded(
+        self, vision: Steady, prune: Callable[[Any, Watch], KeptRows], lane: Lane, side: Lane
+    ) -> _Graph:
         held: list[object] = []
         likes: list[_Like] = []
 
         def work(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            notes = _Notes()
             with forking(side, held):
-                kept = prune(vision.on(pixels))
-            likes.append(_like(kept))
-            return _tensors(kept)
+                kept = prune(vision.on(pixels), notes)
+            likes.append(_like(kept, notes))
+            return _tensors(kept, notes)
 
         def warmed() -> torch.Tensor:
             pixels = torch.empty_like(vision.pixels).copy_(vision.pixels)
