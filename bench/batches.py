@@ -19,7 +19,7 @@ from ocvtp_kernels.received_attention import triton as received_attention
 from ocvtp_kernels.reconstruction import triton as reconstruction
 from ocvtp_kernels.selection import triton as selection
 from ocvtp_kernels.selection.shapes import FLAG, GRID
-from ocvtp_kernels.slot_attention import SlotStart
+from ocvtp_kernels.slot_attention import SlotStart, loop
 from ocvtp_kernels.slot_attention import triton as slot_attention
 from ocvtp_kernels.slot_attention.training import triton as slot_training
 
@@ -89,7 +89,9 @@ def _slots(batch: int, kept: int) -> None:
         query_bias=_empty(1, kept),
         gates_hidden=_empty(1, kept, 1536),
     )
-    slot_attention.assign(_features(batch), start, weights, 3, 1e-5, False, False)
+    for images in (0, batch):  # a launch for each step, and all in one
+        with loop.up_to(images):
+            slot_attention.assign(_features(batch), start, weights, 3, 1e-5, False, False)
 
 
 def _training(batch: int, kept: int) -> None:

@@ -19,8 +19,6 @@ found = [(arch, kept, compiled_anew(arch, kept, (2, 3, 16, 64))) for arch, kept 
 print(json.dumps(found))
 """
 
-_QUERIES = pytest.mark.xfail(strict=False, reason="attend is compiled for the stride of one image's bias")
-
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[str]]:
@@ -35,8 +33,6 @@ def found() -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=_QUERIES) if name == "top_tokens" else name for name in CALLS]
-)
+@pytest.mark.parametrize("name", CALLS)
 def test_no_batch_is_compiled_for_anew(name: str, found: dict[str, list[str]]) -> None:
     assert not found[name]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ocvtp_kernels._arch import architecture
-from ocvtp_kernels._jit import LOG2E
+from ocvtp_kernels._jit import LOG2E, after_launches_before
 from ocvtp_kernels._launch import launch
 from ocvtp_kernels._tiles import tile
 from ocvtp_kernels.received_attention.shapes import MAX_SEGMENTS
@@ -134,7 +134,7 @@ def _of_queries(
 def row_lse(
     q_ptr, k_ptr, lse_ptr, bounds_ptr, q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, scale, M, N, S,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    SP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles, H, B): base-2 log-sum-exp of every query's logits, ``[B, H, M]`` float32.
 
@@ -142,6 +142,7 @@ def row_lse(
     compiler that rows start at multiples of 16 bytes. SP > 0: B is 1, and the S segments between ``bounds``
     attend to themselves.
     """
+    after_launches_before(PDL)
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     image = tl.program_id(2).to(tl.int64)
@@ -199,13 +200,14 @@ def column_mean(
     q_ptr, k_ptr, lse_ptr, means_ptr, bounds_ptr, q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d,
     scale, M, N, S,
     HD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    SP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (key tiles, H, B): mean over queries of ``exp2(q k^T * scale - lse)``, ``[B, H, N]``.
 
     Keys lie on the rows of the product, where summing over queries stays within a few threads. NaN where
     ``bounds`` are not what they should be.
     """
+    after_launches_before(PDL)
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     image = tl.program_id(2).to(tl.int64)
@@ -261,8 +263,9 @@ def column_mean(
 
 
 @triton.jit(do_not_specialize=["H", "N"])
-def head_mean(means_ptr, out_ptr, H, N, BH: tl.constexpr, BN: tl.constexpr):
+def head_mean(means_ptr, out_ptr, H, N, BH: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
     """Grid (token tiles, B): mean of ``[B, H, N]`` over H, in order."""
+    after_launches_before(PDL)
     image = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     h = tl.arange(0, BH)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ocvtp_kernels._arch import architecture, processors
-from ocvtp_kernels._jit import ordered_bits
+from ocvtp_kernels._jit import after_launches_before, ordered_bits
 from ocvtp_kernels._launch import launch
 from ocvtp_kernels._tiles import tile
 from ocvtp_kernels.selection.shapes import ALLOW, GRID, MAX_TOKENS, even_rows
@@ -132,11 +132,12 @@ def _evenly(t, N, KEEP, WIDTH, DOWN):
 @triton.jit(do_not_specialize=["K", "N"])
 def top_parts(
     map_ptr, parts_ptr, largest_ptr, stride_b, stride_k, stride_n, K, N,
-    BN: tl.constexpr, BK: tl.constexpr, FILL: tl.constexpr, CHECK: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, FILL: tl.constexpr, CHECK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles, B): every slot's best token of this tile, as one integer that orders like
     (score, lower index); and, without fill scores, each token's largest attention. CHECK: a slot that has
     NaN or Inf here leaves a key above all others."""
+    after_launches_before(PDL)
     part = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     n = part * BN + tl.arange(0, BN)
@@ -168,7 +169,7 @@ def select(
     map_b, map_k, map_n, fill_b, fill_n, x_b, x_n, x_c, K, N, T, KEEP, WIDTH, DOWN, C,
     NP: tl.constexpr, BK: tl.constexpr, KP: tl.constexpr, BITS: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, SCAN: tl.constexpr, FILL: tl.constexpr, ROWS: tl.constexpr,
-    CHECK: tl.constexpr, FINITE: tl.constexpr, GRID: tl.constexpr,
+    CHECK: tl.constexpr, FINITE: tl.constexpr, GRID: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, B): each of an image's G programs makes the same selection, then copies its share of rows.
 
@@ -177,6 +178,7 @@ def select(
     CHECK: the count of an image whose map or scores are not finite is -1; of its map tells ``finite``
     ``[B, N]`` (FINITE), or the parts, or the map. GRID: such an image keeps tokens spread evenly.
     """
+    after_launches_before(PDL)
     program = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, NP)
@@ -257,9 +259,11 @@ def _copy_rows(
 
 @triton.jit(do_not_specialize=["N", "KEEP"])
 def gather(
-    x_ptr, indices_ptr, rows_ptr, x_b, x_n, x_c, N, KEEP, C, BR: tl.constexpr, BC: tl.constexpr
+    x_ptr, indices_ptr, rows_ptr, x_b, x_n, x_c, N, KEEP, C,
+    BR: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, B): ``rows[b, t] = x[b, indices[b, t]]``. ``indices`` contiguous."""
+    after_launches_before(PDL)
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BR
     _copy_rows(
