@@ -9,7 +9,9 @@ from bench.snapshot import FOLDER
 
 PATH = FOLDER / "predict.json"
 #: What the file may hold, in this order.
-NAMES = ("before", "after")
+NAMES = ("before", "after", "by rows")
+#: "after", with tiles by number of rows: once a GPU has shown that they compute the same bits.
+BY_ROWS = "by rows"
 #: Part of a call -> what it is.
 SECTIONS = {
     "slots": "features to every slot's top token",

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.markdown import table
 from bench.predict import hopper
-from bench.predict.targets import NAMES, SECTIONS, totals, verdicts
+from bench.predict.targets import BY_ROWS, NAMES, SECTIONS, totals, verdicts
 from bench.report.results import Result, Results
 
 NOT_PREDICTED = "not predicted"
@@ -45,7 +45,7 @@ def _parts(results: Results) -> Iterator[tuple[str, Result]]:
 
 
 def totals_table(results: Results) -> str:
-    """Microseconds of every call, before and after, and what that means for the targets."""
+    """Microseconds of every call, by part of the file, and what that means for the targets."""
     parts = dict(_parts(results))
     if not parts:
         return NOT_PREDICTED
@@ -58,19 +58,19 @@ def totals_table(results: Results) -> str:
                 lines.append([size, f"{section}: {meaning}", *cells])
     made = [f"A model, not a measurement; µs at {_RATES} KB a microsecond of L2.", ""]
     made.append(table(["call", "part", *NAMES], lines))
-    name, latest = list(parts.items())[-1]
     rows = [
         [
-            one.name,
+            f"{one.name}, {name}",
             f"≤ {one.most:g} µs",
             " / ".join(f"{value:.0f} µs" for value in one.predicted),
             "would be met" if one.met else "**would be missed**",
         ]
-        for one in verdicts(latest.data)
+        for name, part in parts.items()
+        for one in verdicts(part.data)
     ]
     made += [
         "",
-        table(["target", "at most", f"predicted, {name}", "verdict"], rows),
+        table(["target", "at most", "predicted", "verdict"], rows),
         "",
         ASSUMED,
         "",
@@ -100,8 +100,8 @@ _LISTED = ("slots", "exposed")
 
 
 def latest_tables(results: Results) -> str:
-    """Tables of the latest prediction, launch by launch."""
-    parts = dict(_parts(results))
+    """Tables of the latest prediction of what there is, launch by launch."""
+    parts = {name: part for name, part in _parts(results) if name != BY_ROWS}
     if not parts:
         return NOT_PREDICTED
     name, part = list(parts.items())[-1]
