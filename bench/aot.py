@@ -125,7 +125,8 @@ def compiled_for(launch: Launch, gpu: Target) -> Any:
     from triton.compiler import ASTSource
 
     signature, constants, attributes = specialise(launch)
-    options = {name: launch.tile[name] for name in ("num_warps", "num_stages")} | launch_options(launch.tile)
+    options = {name: launch.tile[name] for name in ("num_warps", "num_stages") if name in launch.tile}
+    options |= launch_options(launch.tile)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=options)
 

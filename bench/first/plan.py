@@ -61,7 +61,7 @@ STEPS: tuple[Step, ...] = (
         "whether overlap and graphs may stay on by default",
         limit=70,
         least=20,
-        tests=("tests/pruner/test_capture.py",),
+        tests=("tests/pruner/test_capture.py", "tests/pruner/test_lane.py"),
     ),
     Step(
         "stream",
@@ -79,6 +79,7 @@ STEPS: tuple[Step, ...] = (
         limit=170,
         least=60,
         tests=(
+            "tests/kernels/test_slot_loop.py",
             "tests/kernels/test_slot_attention_triton.py",
             "tests/kernels/test_selection_triton.py",
             "tests/kernels/test_received_attention_triton.py",

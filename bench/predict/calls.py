@@ -118,7 +118,12 @@ class _Noting:
         self.noted.catch_up()
         body = self.noted.steps[before:]
         del self.noted.steps[before:]
-        return top, lambda: self.noted.steps.extend(body)
+
+        def replay() -> None:
+            self.noted.catch_up()
+            self.noted.steps.extend(body)
+
+        return top, replay
 
     def mark(self) -> None:
         return None

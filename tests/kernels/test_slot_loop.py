@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from ocvtp_kernels._launch import recording
+from ocvtp_kernels._launch import launch, recording
 from ocvtp_kernels._tiles import trusting_bits
 from ocvtp_kernels.slot_attention import TopTokens, loop, top_tokens
 from ocvtp_kernels.slot_attention import triton as kernels
@@ -24,7 +24,7 @@ from tests.kernels.test_slot_attention_triton import (
     ignore_nan,
     problem,
 )
-from tests.kernels.triton_device import ON_GPU, interpreter_only
+from tests.kernels.triton_device import DEVICE, ON_GPU, bits, interpreter_only
 
 HALF = torch.float16
 
@@ -95,13 +95,28 @@ def test_who_is_served() -> None:
                 assert looped == (served and dtype == HALF and not whole_map)
 
 
+@interpreter_only
+def test_counters_that_are_not_zero_don_t_hang() -> None:
+    """What they are after a launch: whoever repeats that launch alone gets nothing done, and ends."""
+    p = problem(1, 5, 20, TINY)
+    with recording() as launches:
+        kernels.assign(*p.arguments(HALF), 3, 1e-5, False, False)
+    for each in launches:
+        launch(each.kernel, each.grid, DEVICE, *each.arguments, **each.tile)
+    last = launches[-1]
+    tensors = [argument for argument in last.arguments if isinstance(argument, torch.Tensor)]
+    before = [tensor.clone() for tensor in tensors[:-1]]
+    launch(last.kernel, last.grid, DEVICE, *last.arguments, **last.tile)
+    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(before, tensors, strict=False))
+
+
 def test_tasks_and_programs_are_as_many() -> None:
     p = problem(3, 50, 130, (24, 20, 48, 72))
     with recording() as launches:
         kernels.assign(*p.arguments(HALF), 3, 1e-5, False, False)
-    launch = launches[-1]
-    assert launch.grid == (sum(phase.tasks for phase in launch.phases),)
-    assert [phase.name for phase in launch.phases] == [
+    last = launches[-1]
+    assert last.grid == (sum(phase.tasks for phase in last.phases),)
+    assert [phase.name for phase in last.phases] == [
         *["attend", "update", "gru", "mlp-1", "mlp-2", "queries"] * 2,
         "attend",
     ]

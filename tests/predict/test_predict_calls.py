@@ -70,16 +70,19 @@ def test_phases_are_noted_and_change_nothing() -> None:
     ran = []
 
     class Kernel:
+        arg_names = ("x", "BM")
+
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             return lambda *arguments, **tile: ran.append((grid, arguments, tile))
 
+    kernel = Kernel()
     cpu, phases = torch.device("cpu"), [_launch.Phase("a", 3), _launch.Phase("b", 4)]
     with _launch.recording() as made:
-        _launch.launch_in_phases(phases, "kernel", (7,), cpu, 1, 2, BM=16)
-        _launch.launch("kernel", (7,), cpu, 1)
-    assert made[0] == _launch.Launch("kernel", (7,), (1, 2), {"BM": 16}, tuple(phases))
+        _launch.launch_in_phases(phases, kernel, (7,), cpu, 1, 2, BM=16)
+        _launch.launch(kernel, (7,), cpu, 1)
+    assert made[0] == _launch.Launch(kernel, (7,), (1, 2), {"BM": 16}, tuple(phases))
     assert made[1].phases == ()
-    _launch.launch_in_phases(phases, Kernel(), (7,), cpu, 1, 2, BM=16)
+    _launch.launch_in_phases(phases, kernel, (7,), cpu, 1, 2, BM=16)
     assert ran == [((7,), (1, 2), {"BM": 16, **_launch.OPTIONS})]
 
 

@@ -33,7 +33,8 @@ with pretend("sm90"), _launch.recording() as made:
     slots._linear("encode-1", features, _empty(H, C, dtype=half), _empty(H), hidden, cut, GELU=True)
     slots._normalise(_empty(B, N + 1, C, dtype=half)[:, 1:], features, cut)
     z = _empty(B, N, D, dtype=half)
-    found = slots._assign(z, _empty(1, K, D, dtype=half), _empty(1, K), False, cut)
+    found = slots._room_for_results(B, K, N, cut, None)
+    slots._launch_attend(z, _empty(1, K, D, dtype=half), _empty(1, K), cut, found=found)
 counter = Counter()
 linear, normalise, attend = made
 rows = {}
@@ -60,7 +61,7 @@ part = times(waiting, 1, counter)
 from bench.aot import TARGETS, compiled_for
 from bench.first.checks.kernels import add_one, in_turn
 
-options = {"DEPENDENT": True, "num_warps": 4, "launch_pdl": True}
+options = {"DEPENDENT": True, "num_warps": 4, "PDL": True}
 dependent = _launch.Launch(add_one, (1,), (counters,), options)
 words, sums = _empty(15, dtype=torch.int32), _empty(14, dtype=torch.int32)
 turns = {"PHASES": 13, "TASKS": 9, "num_warps": 4}

@@ -140,10 +140,10 @@ def test_blocks_come_from_the_file(tmp_path: Path) -> None:
     assert list(parts) == ["before", "after"]
     results = Results([Result("counts", f"predict {name}", data) for name, data in parts.items()])
     text = predicted.totals_table(results)
-    assert "| 109 / 110 (3 launches) | 29 / 30 (3 launches) |" in text
+    assert "| 109 / 110 (3 launches) | 29 / 30 (3 launches) | not predicted |" in text
     assert "a model, not a measurement" in text.lower()
-    assert "| slots, B = 1 | ≤ 75 µs | 29 µs / 30 µs | would be met |" in text
-    assert "| exposed, B = 1 | ≤ 15 µs | 29 µs / 30 µs | **would be missed** |" in text
+    assert "| slots, B = 1, after | ≤ 75 µs | 29 µs / 30 µs | would be met |" in text
+    assert "| exposed, B = 1, after | ≤ 15 µs | 29 µs / 30 µs | **would be missed** |" in text
     listed = predicted.latest_tables(results)
     assert "01, 02 linear gelu\\*" in listed
     assert "03 copy_" in listed

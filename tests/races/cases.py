@@ -65,7 +65,7 @@ def _slots(
         x = _view(batch, tokens, 24)
 
         def call() -> Results:
-            with loop.up_to(0):  # test_slot_loop.py has the loop in one launch
+            with loop.up_to(0):  # test_ordered_loop.py has the loop in one launch
                 return tuple(slots.assign(x, start, weights, 2 + per_image, 1e-5, False, map_))
 
         return call

@@ -42,7 +42,7 @@ ONCE = {
     "farthest": "the keys of a step lie where those of the last but one were",
     "volume": "what is left of each token's volume becomes less with every step",
 }
-#: Kernels whose programs wait for each other: test_slot_loop.py.
+#: Kernels whose programs wait for each other: test_ordered_loop.py.
 BY_TICKETS = {"ocvtp_kernels.slot_attention.loop.slot_loop"}
 #: "twice" shuffles, too. All other tests run programs forward.
 FEW: tuple[Order, ...] = ("reversed", "twice")

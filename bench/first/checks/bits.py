@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
 
+from bench import same_bits
 from bench.first.checks.setting import Setting
 from bench.first.run import Finding
 from bench.micro.slot_inputs import Folded, random_features, random_models
 from bench.tune import replaced
 from ocvtp_kernels import _tiles
 from ocvtp_kernels._arch import architecture
-from ocvtp_kernels.slot_attention import TopTokens, top_tokens
-from ocvtp_kernels.slot_attention import triton as launcher
+from ocvtp_kernels.slot_attention import TopTokens, loop, top_tokens
 
 Way = Callable[[], AbstractContextManager[object]]
 
@@ -27,10 +28,11 @@ TILES = {
 
 
 def ways() -> Mapping[str, Way]:
-    """Ways in which the launcher can run the loop, if it has more than one: ``loop_ways()`` of the launcher's
-    module, name -> a context manager in which it takes that way."""
-    asked = getattr(launcher, "loop_ways", None)
-    return {"as it chooses": contextlib.nullcontext} if asked is None else asked()
+    """Ways in which the launcher can run the loop: name -> a context manager in which it takes that way."""
+    return {
+        "a launch for each step": functools.partial(loop.up_to, 0),
+        "one launch": functools.partial(loop.up_to, 1024),
+    }
 
 
 def bits(setting: Setting) -> Iterator[Finding]:
@@ -39,6 +41,7 @@ def bits(setting: Setting) -> Iterator[Finding]:
     generator = torch.Generator(setting.device).manual_seed(0)
     x = random_features(setting.batch, setting.tokens, setting.widths.features, torch.float16, generator)
     yield from _of_tiles(x[:1], model, setting)
+    yield from _of_classes(setting)
     yield from _of_ways(x, model)
     yield from _of_batch(x, model)
 
@@ -65,6 +68,17 @@ def _of_tiles(x: torch.Tensor, model: Folded, setting: Setting) -> Iterator[Find
             first, *others = results.items()
             for tile, got in others:
                 yield {"what": f"{name}, {tile} against {first[0]}", "same bits": _same(got, first[1])}
+
+
+def _of_classes(setting: Setting) -> Iterator[Finding]:
+    """Of every class with tiles by number of rows; ``python -m bench.same_bits --write`` keeps it."""
+    arch = architecture(setting.device)
+    assert arch is not None
+    sizes = ((1, setting.tokens, setting.slots), (setting.batch, setting.tokens, setting.slots))
+    for found in same_bits.examine(arch, setting.device, setting.widths, sizes):
+        what = f"{found.kernel} {found.shape}"
+        line: Finding = {"what": what, "tiles of the same bits": len(found.tiles)}
+        yield line | ({"other bits": "; ".join(found.different)} if found.different else {})
 
 
 def _of_ways(x: torch.Tensor, model: Folded) -> Iterator[Finding]:

@@ -36,13 +36,22 @@ def launches(setting: Setting) -> Iterator[Finding]:
         total = 0.0
         for numbers in alike.values():
             one = made[numbers[0]]
-            us = setting.graph_us([functools.partial(_again, one, setting.device)])
+            us = _alone(made, numbers[0], setting)
             total += us * len(numbers)
             places = ", ".join(str(number + 1) for number in numbers)
             what = f"B={images}, launch {places}: {one.kernel.fn.__name__}"
             yield {"what": what, "us": us, **predict(one, images)}
         us = setting.graph_us([whole])
         yield {"what": f"B={images}, whole call", "us": us, "sum of its launches": total}
+
+
+def _alone(made: list[Launch], number: int, setting: Setting) -> float:
+    """Microseconds of one launch; of one that counts, behind who sets its counters to zero, less that one."""
+    pair = made[max(number - 1, 0) : number + 1]
+    calls = [functools.partial(_again, each, setting.device) for each in pair]
+    if not made[number].phases:
+        return setting.graph_us(calls[-1:])
+    return 2 * setting.graph_us(calls) - setting.graph_us(calls[:1])  # of two calls, one's share
 
 
 def _kind(one: Launch) -> str:

@@ -98,98 +98,101 @@ def slot_loop(
     asked_ptr = second_ptr + rows
 
     ticket = tl.atomic_add(asked_ptr + rows, 1, sem="relaxed", scope="gpu")
-    iteration = ticket // each
-    task = ticket - iteration * each
-    if task < attends:
-        image = task // T
-        part = task - image * T
-        wide = image.to(tl.int64)
-        if iteration == 0:
-            start = tl.minimum(image, START - 1).to(tl.int64)
-            attend_tile(
-                part, T, wide, start, z_ptr, start_q_ptr, start_bias_ptr, p_ptr, sums_ptr, keys_ptr,
-                largest_ptr, finite_ptr, N, K, KS, D, BM, BK, BC, EVEN, True, False, SCALE, PRECISION,
-            )  # fmt: skip
-            _done(counters_ptr + image)
-        else:
-            for row in tl.range(image * K // BR, (image * K + K - 1) // BR + 1):
-                _wait(asked_ptr + row, iteration * query_columns)
-            tl.debug_barrier()
-            if iteration == ITERATIONS:
+    # Only with counters that were not zero are there others, who would wait for ever.
+    if ticket < tl.num_programs(0):
+        iteration = ticket // each
+        task = ticket - iteration * each
+        if task < attends:
+            image = task // T
+            part = task - image * T
+            wide = image.to(tl.int64)
+            if iteration == 0:
+                start = tl.minimum(image, START - 1).to(tl.int64)
                 attend_tile(
-                    part, T, wide, wide, z_ptr, q_ptr, bias_ptr, p_ptr, sums_ptr, keys_ptr, largest_ptr,
-                    finite_ptr, N, K, KS, D, BM, BK, BC, EVEN, True, True, SCALE, PRECISION,
-                )  # fmt: skip
-            else:
-                attend_tile(
-                    part, T, wide, wide, z_ptr, q_ptr, bias_ptr, p_ptr, sums_ptr, keys_ptr, largest_ptr,
-                    finite_ptr, N, K, KS, D, BM, BK, BC, EVEN, True, False, SCALE, PRECISION,
+                    part, T, wide, start, z_ptr, start_q_ptr, start_bias_ptr, p_ptr, sums_ptr, keys_ptr,
+                    largest_ptr, finite_ptr, N, K, KS, D, BM, BK, BC, EVEN, True, False, SCALE, PRECISION,
                 )  # fmt: skip
                 _done(counters_ptr + image)
-    else:
-        task -= attends
-        if task < updates:
-            image = task // (slot_tiles * columns)
-            inner = task - image * slot_tiles * columns
-            _wait(counters_ptr + image, (iteration + 1) * T)
-            tl.debug_barrier()
-            update_tile(
-                inner % columns, inner // columns, image.to(tl.int64), p_ptr, sums_ptr, z_ptr, u_ptr,
-                mass_ptr, N, K, KS, D, T, eps, BK, BN, BD, True, SCALE, PRECISION,
-            )  # fmt: skip
-            _done(updated_ptr + image)
-        else:
-            task -= updates
-            row = task % rows
-            if task < grus:
-                for image in tl.range(row * BR // K, (tl.minimum(row * BR + BR, R) - 1) // K + 1):
-                    _wait(updated_ptr + image, (iteration + 1) * slot_tiles * columns)
-                tl.debug_barrier()
-                if iteration == 0:
-                    gru_tile(
-                        row, task // rows, u_ptr, mass_ptr, start_s_ptr, half_s_ptr, gates_ptr, wi_ptr,
-                        wh_ptr, bi_ptr, bm_ptr, bh_ptr, e_ptr, half_e_ptr, e_parts_ptr, R, START * K, D,
-                        BR, BJ, BCG, PARTS, EVEN_G, True, True, PRECISION,
-                    )  # fmt: skip
-                else:
-                    gru_tile(
-                        row, task // rows, u_ptr, mass_ptr, s_ptr, half_s_ptr, gates_ptr, wi_ptr, wh_ptr,
-                        bi_ptr, bm_ptr, bh_ptr, e_ptr, half_e_ptr, e_parts_ptr, R, R, D,
-                        BR, BJ, BCG, PARTS, EVEN_G, False, True, PRECISION,
-                    )  # fmt: skip
-                _done(entered_ptr + row)
             else:
-                task -= grus
-                if task < firsts:
-                    _wait(entered_ptr + row, (iteration + 1) * gru_columns)
-                    tl.debug_barrier()
-                    linear_tile(
-                        row, task // rows, half_e_ptr, w1_ptr, b1_ptr, e_ptr, hidden_ptr, half_s_ptr,
-                        e_parts_ptr, s_parts_ptr, dot_ptr, bias_ptr, R, M, D, norm_eps,
-                        BR, BO1, BC, PARTS, PP, EVEN, True, True, False, False, True, FAST, PRECISION,
+                for row in tl.range(image * K // BR, (image * K + K - 1) // BR + 1):
+                    _wait(asked_ptr + row, iteration * query_columns)
+                tl.debug_barrier()
+                if iteration == ITERATIONS:
+                    attend_tile(
+                        part, T, wide, wide, z_ptr, q_ptr, bias_ptr, p_ptr, sums_ptr, keys_ptr, largest_ptr,
+                        finite_ptr, N, K, KS, D, BM, BK, BC, EVEN, True, True, SCALE, PRECISION,
                     )  # fmt: skip
-                    _done(first_ptr + row)
                 else:
-                    task -= firsts
-                    if task < seconds:
-                        _wait(first_ptr + row, (iteration + 1) * first_columns)
-                        tl.debug_barrier()
-                        linear_tile(
-                            row, task // rows, hidden_ptr, w2_ptr, b2_ptr, e_ptr, s_ptr, half_s_ptr,
-                            e_parts_ptr, s_parts_ptr, dot_ptr, bias_ptr, R, D, M, norm_eps,
-                            BR, BO2, BC, PARTS, PP, EVEN_M, False, False, True, False, True, FAST, PRECISION,
+                    attend_tile(
+                        part, T, wide, wide, z_ptr, q_ptr, bias_ptr, p_ptr, sums_ptr, keys_ptr, largest_ptr,
+                        finite_ptr, N, K, KS, D, BM, BK, BC, EVEN, True, False, SCALE, PRECISION,
+                    )  # fmt: skip
+                    _done(counters_ptr + image)
+        else:
+            task -= attends
+            if task < updates:
+                image = task // (slot_tiles * columns)
+                inner = task - image * slot_tiles * columns
+                _wait(counters_ptr + image, (iteration + 1) * T)
+                tl.debug_barrier()
+                update_tile(
+                    inner % columns, inner // columns, image.to(tl.int64), p_ptr, sums_ptr, z_ptr, u_ptr,
+                    mass_ptr, N, K, KS, D, T, eps, BK, BN, BD, True, SCALE, PRECISION,
+                )  # fmt: skip
+                _done(updated_ptr + image)
+            else:
+                task -= updates
+                row = task % rows
+                if task < grus:
+                    for image in tl.range(row * BR // K, (tl.minimum(row * BR + BR, R) - 1) // K + 1):
+                        _wait(updated_ptr + image, (iteration + 1) * slot_tiles * columns)
+                    tl.debug_barrier()
+                    if iteration == 0:
+                        gru_tile(
+                            row, task // rows, u_ptr, mass_ptr, start_s_ptr, half_s_ptr, gates_ptr, wi_ptr,
+                            wh_ptr, bi_ptr, bm_ptr, bh_ptr, e_ptr, half_e_ptr, e_parts_ptr, R, START * K, D,
+                            BR, BJ, BCG, PARTS, EVEN_G, True, True, PRECISION,
                         )  # fmt: skip
-                        _done(second_ptr + row)
                     else:
-                        task -= seconds
-                        _wait(second_ptr + row, (iteration + 1) * second_columns)
+                        gru_tile(
+                            row, task // rows, u_ptr, mass_ptr, s_ptr, half_s_ptr, gates_ptr, wi_ptr, wh_ptr,
+                            bi_ptr, bm_ptr, bh_ptr, e_ptr, half_e_ptr, e_parts_ptr, R, R, D,
+                            BR, BJ, BCG, PARTS, EVEN_G, False, True, PRECISION,
+                        )  # fmt: skip
+                    _done(entered_ptr + row)
+                else:
+                    task -= grus
+                    if task < firsts:
+                        _wait(entered_ptr + row, (iteration + 1) * gru_columns)
                         tl.debug_barrier()
                         linear_tile(
-                            row, task // rows, half_s_ptr, wq_ptr, b2_ptr, e_ptr, q_ptr, half_s_ptr,
-                            s_parts_ptr, e_parts_ptr, dot_ptr, bias_ptr, R, D, D, norm_eps,
-                            BR, BOQ, BC, PARTS, PP, EVEN, True, False, False, True, True, FAST, PRECISION,
+                            row, task // rows, half_e_ptr, w1_ptr, b1_ptr, e_ptr, hidden_ptr, half_s_ptr,
+                            e_parts_ptr, s_parts_ptr, dot_ptr, bias_ptr, R, M, D, norm_eps,
+                            BR, BO1, BC, PARTS, PP, EVEN, True, True, False, False, True, FAST, PRECISION,
                         )  # fmt: skip
-                        _done(asked_ptr + row)
+                        _done(first_ptr + row)
+                    else:
+                        task -= firsts
+                        if task < seconds:
+                            _wait(first_ptr + row, (iteration + 1) * first_columns)
+                            tl.debug_barrier()
+                            linear_tile(
+                                row, task // rows, hidden_ptr, w2_ptr, b2_ptr, e_ptr, s_ptr, half_s_ptr,
+                                e_parts_ptr, s_parts_ptr, dot_ptr, bias_ptr, R, D, M, norm_eps,
+                                BR, BO2, BC, PARTS, PP, EVEN_M, False, False, True, False, True, FAST,
+                                PRECISION,
+                            )  # fmt: skip
+                            _done(second_ptr + row)
+                        else:
+                            task -= seconds
+                            _wait(second_ptr + row, (iteration + 1) * second_columns)
+                            tl.debug_barrier()
+                            linear_tile(
+                                row, task // rows, half_s_ptr, wq_ptr, b2_ptr, e_ptr, q_ptr, half_s_ptr,
+                                s_parts_ptr, e_parts_ptr, dot_ptr, bias_ptr, R, D, D, norm_eps,
+                                BR, BOQ, BC, PARTS, PP, EVEN, True, False, False, True, True, FAST, PRECISION,
+                            )  # fmt: skip
+                            _done(asked_ptr + row)
 
 
 @contextlib.contextmanager
