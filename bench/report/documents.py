@@ -9,7 +9,7 @@ from bench.accuracy.report import tables as accuracy_tables
 from bench.evidence.report import tables as evidence_tables
 from bench.evidence.rows import Row
 from bench.markdown import replace_blocks
-from bench.report import accuracy, kernels, models, predicted, serving
+from bench.report import accuracy, kernels, models, predicted, resources, serving
 from bench.report.pictures import PICTURES, draw, is_current
 from bench.report.results import Results
 from bench.rivals import support
@@ -45,7 +45,10 @@ def blocks(results: Results) -> dict[str, dict[str, str]]:
         "README.md": {"headline": models.headline(results), "answers": accuracy.answers(results)},
         "docs/performance.md": {name: block(results) for name, block in _PERFORMANCE.items()},
     }
-    found["docs/kernels.md"] = {"predicted-launches": predicted.latest_tables(results)}
+    found["docs/kernels.md"] = {
+        "resources": resources.needed(),
+        "predicted-launches": predicted.latest_tables(results),
+    }
     found["docs/methods.md"] = support.blocks()
     record, evidence = results.one("accuracy"), results.one("evidence")
     if record is not None:
