@@ -62,13 +62,20 @@ def _received(size: Size) -> Callable[[Steps], object]:
 
 
 def exposed(images: int) -> list[Step]:
-    """What a patched LLaVA-1.5 does between the end of the last encoder layer it runs and its projector."""
+    """What a patched LLaVA-1.5 does between the end of the last encoder layer it runs and its projector.
+
+    What runs on its lane, slots and fill scores, is beside the tower, and not in it.
+    """
     model = vision_model(HALF)
     call = vision_call(model, images)
     body = next(module for name, module in model.named_modules() if name.endswith("encoder.layers"))
     projector = next(module for name, module in model.named_modules() if name.endswith("projector"))
 
+    lane = _Aside()
+
     def run(noted: Steps) -> None:
+        lane.noted = noted
+
         def leave(*_: Any) -> None:
             noted.mark("layer")
 
@@ -83,7 +90,8 @@ def exposed(images: int) -> list[Step]:
             for hook in hooks:
                 hook.remove()
 
-    return between(steps_of(run), "layer", "projector")
+    with mock.patch("ocvtp.pruner.capture.lane_for", return_value=lane):
+        return between(steps_of(run), "layer", "projector")
 
 
 def captured(size: Size) -> list[Step]:
@@ -133,3 +141,15 @@ class _Noting:
 
     def wait(self) -> None:
         pass
+
+
+class _Aside(_Noting):
+    """What runs on it is nobody's step."""
+
+    def run(self, work: Callable[[], Any], reads: Sequence[torch.Tensor]) -> Any:
+        self.noted.catch_up()
+        before = len(self.noted.steps)
+        made = work()
+        self.noted.catch_up()
+        del self.noted.steps[before:]
+        return made
