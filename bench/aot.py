@@ -53,7 +53,7 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, "gfx942", 64 * KB),
 }
 #: Kernels that copy rows, which takes 16 bytes an instruction where sizes allow: those are counted.
-_COPIES = ("average", "gather", "scatter", "select", "spread")
+COPIES = ("average", "gather", "scatter", "select", "spread")
 _WIDE = re.compile(r"\b(?:(?:LDG|STG)\S*\.128|global_(?:load|store)_(?:dwordx4|b128))\b")
 _MATRIX = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "QMMA")
 _TYPES = {
@@ -107,7 +107,7 @@ def compile_launch(launch: Launch, target: str) -> Usage:
         faults.append("memory that launches before may be writing is touched before the wait for them")
     if "tt.dot" in compiled.asm["ttir"] and not matrix:
         faults.append("a dot without tensor cores")
-    wide = len(_WIDE.findall(code)) if name in _COPIES else None
+    wide = len(_WIDE.findall(code)) if name in COPIES else None
     return Usage(target, name, _variant(launch), registers, spills, shared, matrix, tuple(faults), wide)
 
 

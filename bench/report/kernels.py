@@ -154,6 +154,6 @@ def files(results: Results) -> str:
     head = ["file", "device", "commit", "date", "versions"]
     lines = [
         [f"{one.folder}/{one.name}", one.device, one.commit, str(one.data["date"])[:10], one.versions]
-        for one in results.all
+        for one in sorted(results.all, key=lambda one: (one.folder, one.name))
     ]
     return table(head, lines)
