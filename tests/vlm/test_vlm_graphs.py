@@ -21,7 +21,7 @@ from ocvtp.vlm.contracts.rows import KeptRows
 from ocvtp.vlm.encode import graphs
 from ocvtp.vlm.encode.encode import encode, prune_rows
 from ocvtp.vlm.encode.graphs import VisionGraphs
-from ocvtp.vlm.encode.watched import Watched
+from ocvtp.vlm.encode.watched import Watched, why_unsteady
 from ocvtp.vlm.towers.clip import root
 from tests.fake_cuda import FakeCuda
 from tests.far import FarLine
@@ -638,3 +638,17 @@ def test_streams_fork_and_join_in_one_recording(monkeypatch: pytest.MonkeyPatch,
         "replay on side 1",
         "stream 0 of 0 waits for mark of side 1",
     ]
+
+
+def test_hooks_of_accelerate_that_are_gone_again() -> None:
+    """They leave each module its class's own ``forward`` on the instance: that is no other one."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = llava()
+    tower = model.model.vision_tower
+    hooks.add_hook_to_module(tower, hooks.ModelHook())
+    assert why_unsteady([tower], training=True) is not None
+    hooks.remove_hook_from_module(tower)
+    assert "forward" in vars(tower)
+    assert why_unsteady([tower], training=True) is None
+    tower.forward = lambda *_, **__: None
+    assert why_unsteady([tower], training=True) is not None

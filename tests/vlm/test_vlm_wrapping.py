@@ -78,6 +78,9 @@ class Settings:
         self.keep = keep
         self.selector = types.SimpleNamespace(close=lambda: None)
 
+    def close(self) -> None:
+        self.selector.close()
+
 
 def run(controller: Any, original: Any, args: Any, kwargs: Any) -> Any:
     """``forward`` and ``generate``: pixels become what is kept of them."""

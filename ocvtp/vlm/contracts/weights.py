@@ -56,10 +56,17 @@ def is_plain(module: torch.nn.Module) -> bool:
     Others may keep what they make of their weights, or compute otherwise from call to call.
     """
     return all(
-        type(part).__module__.partition(".")[0] in ("torch", "transformers", "ocvtp")
-        and "forward" not in part.__dict__
+        type(part).__module__.partition(".")[0] in ("torch", "transformers", "ocvtp") and _own_forward(part)
         for part in module.modules()
     )
+
+
+def _own_forward(module: torch.nn.Module) -> bool:
+    """Whether calling a module runs its class's ``forward``; accelerate may leave that one on the instance."""
+    own = module.__dict__.get("forward")
+    if own is None:
+        return True
+    return getattr(own, "__func__", None) is type(module).forward and own.__self__ is module
 
 
 def _unsharded(module: Any, run: Callable[..., Any], *tensors: torch.Tensor) -> Any:
