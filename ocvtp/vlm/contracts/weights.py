@@ -62,7 +62,7 @@ def is_plain(module: torch.nn.Module) -> bool:
 
 
 def _own_forward(module: torch.nn.Module) -> bool:
-    """Whether calling a module runs its class's ``forward``; accelerate may leave that one on the instance."""
+    """Whether calling a module runs its class's ``forward``; accelerate may leave it on the instance."""
     own = module.__dict__.get("forward")
     if own is None:
         return True
