@@ -26,7 +26,7 @@ from ocvtp.vlm.towers.clip import root
 from tests.fake_cuda import FakeCuda
 from tests.far import FarLine
 from tests.rehearsal import Rehearsal
-from tests.vlm.family import Family, by_name, families, made
+from tests.vlm.family import Family, by_name, families
 from tests.vlm.tiny_llava import GREEDY, KEEP, LAYERS, ONE, llava, pixels, prompt, pruner
 
 pytestmark = pytest.mark.skipif(
@@ -156,7 +156,7 @@ ALIKE = {"paligemma", "smolvlm"}
 )
 def test_every_family_that_can(rehearsed: list[Rehearsal], family: Family) -> None:
     """Same bits for other pixels; and none of its host data is of an earlier call."""
-    model = copy.deepcopy(made(family))
+    model = family.model()
     ocvtp.apply(model, family.pruner(), **{**OPTIONS, "keep": family.keep})
     parts = controller_of(model).adapter.vision_parts
     names = [name for name, part in model.model.named_children() if any(part is one for one in parts)]
@@ -182,7 +182,7 @@ def _split(given: dict[str, Any]) -> dict[str, Any]:
 
 def test_videos(rehearsed: list[Rehearsal]) -> None:
     family = by_name("llava_onevision")
-    model, row = copy.deepcopy(made(family)), family.rows()["video"]
+    model, row = family.model(), family.rows()["video"]
     ocvtp.apply(model, family.pruner(), **{**OPTIONS, "keep": 2})
     ids = {name: row[name] for name in ("input_ids", "pixel_values_videos")}
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_videos(rehearsed: list[Rehearsal]) -> None:
 def test_images_of_one_shape_but_other_sizes_are_kept_apart(rehearsed: list[Rehearsal]) -> None:
     """As many tiles, of which more or less only pads the picture."""
     family = by_name("llava_next")
-    model = copy.deepcopy(made(family))
+    model = family.model()
     ocvtp.apply(model, family.pruner(), **{**OPTIONS, "keep": 6})
     tiles = torch.randn(1, 5, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     sizes = [torch.tensor([[60, 100]]), torch.tensor([[100, 100]])]
@@ -248,7 +248,7 @@ def test_per_call_arguments_and_strides_are_kept_apart(rehearsed: list[Rehearsal
 )
 def test_changed_weights_are_seen(rehearsed: list[Rehearsal], change: str) -> None:
     family = by_name("llava_next") if change == "newline" else None
-    model = llava() if family is None else copy.deepcopy(made(family))
+    model = llava() if family is None else family.model()
     chooser = pruner() if family is None else family.pruner()
     ocvtp.apply(model, chooser, **OPTIONS)
     given: dict[str, Any] = {"images": pixels(2)}
@@ -532,10 +532,10 @@ def test_what_can_not_be_recorded_is_refused(rehearsed: list[Rehearsal], name: s
 def test_models_that_can_not_be_recorded_are_refused(rehearsed: list[Rehearsal]) -> None:
     qwen = by_name("qwen2_5_vl")
     with pytest.raises(ValueError, match="differ in size"):
-        ocvtp.apply(copy.deepcopy(made(qwen)), qwen.pruner(), **{**OPTIONS, "keep": qwen.keep})
+        ocvtp.apply(qwen.model(), qwen.pruner(), **{**OPTIONS, "keep": qwen.keep})
     rows = by_name("llava_next")
     with pytest.raises(ValueError, match="how long the prompt is"):
-        ocvtp.apply(copy.deepcopy(made(rows)), rows.pruner(), **OPTIONS, newlines="rows")
+        ocvtp.apply(rows.model(), rows.pruner(), **OPTIONS, newlines="rows")
     hooked = llava()
     root(hooked.model.vision_tower).encoder.layers[0].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="forward hooks"):
