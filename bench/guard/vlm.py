@@ -74,17 +74,39 @@ def vision_call(model: Any, images: int) -> Callable[[], object]:
     return call
 
 
-def forwards() -> dict[str, Callable[[], object]]:
-    """A tiny model's ``forward`` on two prompts with an image each, one padded; as it is, and pruned."""
-    vision = CLIPVisionConfig(
+def small_vision(side: int = 56) -> CLIPVisionConfig:
+    """A tower of five narrow layers, for images ``side`` pixels wide."""
+    return CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=5,
         num_attention_heads=4,
-        image_size=56,
+        image_size=side,
         patch_size=14,
     )
-    config = ocvtp.PrunerConfig(in_dim=64, hidden_dim=96, slot_dim=32, ffn_dim=64, layer=2)
+
+
+def small_text() -> LlamaConfig:
+    """A language model of one narrow layer."""
+    return LlamaConfig(
+        vocab_size=128,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+
+
+def small_pruner() -> ocvtp.PrunerConfig:
+    """For the features of :func:`small_vision`."""
+    return ocvtp.PrunerConfig(in_dim=64, hidden_dim=96, slot_dim=32, ffn_dim=64, layer=2)
+
+
+def forwards() -> dict[str, Callable[[], object]]:
+    """A tiny model's ``forward`` on two prompts with an image each, one padded; as it is, and pruned."""
+    vision, config = small_vision(), small_pruner()
     image = [IMAGE] * 16
     inputs = {
         "input_ids": torch.tensor([[0, 0, 1, *image, 7], [1, 5, 6, *image, 9]]),
@@ -114,18 +136,9 @@ def waits(call: Callable[[], object]) -> dict[str, int]:
 
 
 def _llava(vision: CLIPVisionConfig) -> Any:
-    text = LlamaConfig(
-        vocab_size=128,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=text,
+        text_config=small_text(),
         image_token_index=IMAGE,
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
     )

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig
 
-import ocvtp
 from bench.first.checks.setting import Setting
 from bench.first.run import Finding
-from bench.guard.vlm import vision_call, vision_model
+from bench.guard.vlm import small_pruner, small_vision, vision_call, vision_model
 
 
 def vision(setting: Setting) -> Iterator[Finding]:
@@ -35,13 +33,5 @@ def _graph(call: Callable[[], object], setting: Setting) -> dict[str, Any]:
 def _model(setting: Setting, capture: bool) -> Any:
     if setting.on_gpu:
         return vision_model(torch.float16, setting.device, capture=capture)
-    small = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        image_size=56,
-        patch_size=14,
-    )
-    pruner = ocvtp.PrunerConfig(in_dim=64, hidden_dim=96, slot_dim=32, ffn_dim=64, layer=2)
+    small, pruner = small_vision(), small_pruner()
     return vision_model(torch.float32, setting.device, vision=small, pruner=pruner, keep=5, capture=capture)

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 import ocvtp
 from bench.first.checks.setting import Setting
 from bench.first.run import Finding
+from bench.guard.vlm import small_text, small_vision
 from ocvtp.vlm.call.controller import controller_of
 from ocvtp.vlm.encode.encode import encode
 
@@ -62,27 +63,13 @@ def _never_waiting(setting: Setting) -> Iterator[None]:
 
 
 def _model() -> Any:
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        image_size=_SIDE,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=128,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
     torch.manual_seed(0)
     return LlavaNextForConditionalGeneration(
         LlavaNextConfig(
-            vision_config=vision, text_config=text, image_token_index=120, image_grid_pinpoints=_GRIDS
+            vision_config=small_vision(_SIDE),
+            text_config=small_text(),
+            image_token_index=120,
+            image_grid_pinpoints=_GRIDS,
         )
     ).eval()
 
