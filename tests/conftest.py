@@ -26,6 +26,11 @@ from tests.far import FarLine
 from tests.fickle import Fickle
 from tests.rehearsal import Rehearsal
 
+with contextlib.suppress(ImportError):  # no Triton
+    from tests.interpreted import prepare_once_a_launch
+
+    prepare_once_a_launch()
+
 DATA = Path(__file__).parent / "data"
 SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 

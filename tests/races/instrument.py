@@ -123,8 +123,7 @@ def instrumented(
     queue: Iterator[int] = iter(())
     inside = False  # of a launch
 
-    run, prepare = interpreter.GridExecutor.__call__, interpreter._patch_lang
-    prepared: dict[Any, Any] = {}
+    run = interpreter.GridExecutor.__call__
     place, measure, wait = builder.set_grid_idx, builder.set_grid_dim, builder.create_barrier
     originals = {
         name: getattr(builder, name)
@@ -140,19 +139,12 @@ def instrumented(
         launches.append(Launch(executor.fn.__name__, grid, tensors))
         programs = _in_order(order, math.prod(grid), executor.fn.__name__ in once, draw)
         queue, inside = iter(programs), True
-        prepared.clear()
         try:
             # The executor walks a line, and set_grid_idx below says which program that is.
             with mock.patch.object(executor, "grid", (len(programs),)):
                 return run(executor, *args, **kwargs)
         finally:
             inside = False
-
-    def once_a_launch(function: Any) -> Any:
-        """The interpreter prepares Triton's language at every call of a function, half of all its time."""
-        if function not in prepared:
-            prepared[function] = prepare(function)
-        return prepared[function]
 
     def set_grid_dim(*size: int) -> None:
         measure(*(_three(launches[-1].grid) if inside else size))
@@ -199,7 +191,6 @@ def instrumented(
 
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", call))
-        patches.enter_context(mock.patch.object(interpreter, "_patch_lang", once_a_launch))
         for replacement in (
             set_grid_dim, set_grid_idx, create_masked_load, create_masked_store, create_atomic_rmw,
             create_atomic_cas, create_barrier,
