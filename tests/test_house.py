@@ -94,6 +94,15 @@ def test_every_line_on_other_tools_names_a_test_that_is_there() -> None:
         assert all((ROOT / "tests/vlm" / name).is_file() for name in named), line
 
 
+def test_the_readme_says_what_ci_runs() -> None:
+    command = re.compile(r'make [a-z][a-z-]*(?: [A-Z]+=(?:"[^"]+"|[^\s"`]+))?')
+    run = command.findall((ROOT / ".ci/run").read_text())
+    assert len(run) > 5
+    for name, document in (("README.md", "## Develop"), ("CONTRIBUTING.md", "CI runs")):
+        text = (ROOT / name).read_text().split(document, 1)[1]
+        assert set(run) <= set(command.findall(text)), name
+
+
 def test_the_wheel_holds_our_two_packages_and_works(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
