@@ -132,7 +132,7 @@ def test_the_plan_refuses_before_weights_are_read(processor: Any, monkeypatch: p
         ({"layout": "official"}, "layout='official' is not available"),
         ({"min_pixels": 3}, "min_pixels is for Qwen"),
         ({"image_grid_pinpoints": "[[672,672]]"}, "image_grid_pinpoints is for models that cut"),
-        ({"pruner": "fastv"}, "merge, weigh is for what is dropped before the language model"),
+        ({"pruner": "fastv"}, "merge is for what is dropped before the language model"),
     ):
         with pytest.raises(ValueError, match=named):
             plan(arguments(**values), processor)
