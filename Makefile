@@ -8,6 +8,8 @@
 #   make test-serving
 #                vLLM with pruned models, in build/vllm, an environment of its own that it makes from a lock file;
 #                CASES=quick is what CI runs
+#   make test-eval
+#                lmms-eval with pruned models, in build/eval, a folder that pip fills from a lock file
 #   make test-thorough
 #                what make test leaves out because its neighbours find nearly the same
 #   make lint    ruff and mypy
@@ -63,7 +65,7 @@ RECORD = $(RECORDED) --deadline 400 $(TABLE)
 # Exit code 3 means that time ran out and a later run goes on: the other parts still get their turn.
 RESUMABLE = $(RECORDED) --minutes 6 || [ $$? -eq 3 ]
 
-.PHONY: demo test test-matrix test-serving test-vllm test-libraries test-thorough lint aot format bench e2e scaling \
+.PHONY: demo test test-matrix test-serving test-vllm test-eval test-libraries test-thorough lint aot format bench e2e scaling \
         serving report guard accuracy hub-kernel clean \
         gpu gpu-check gpu-first gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
         gpu-micro-merge gpu-micro-diversity gpu-micro-slot-training gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner \
@@ -95,6 +97,9 @@ test-matrix: $(VENV)/.dev
 
 test-serving test-vllm: $(VENV)/.dev
 	$(BIN)/python -m bench.vllm_environment $(if $(CASES),-- -m $(CASES))
+
+test-eval: $(VENV)/.dev
+	$(BIN)/python -m bench.eval_environment
 
 test-libraries: $(VENV)/.dev
 	$(BIN)/python -m pytest -m libraries tests/test_other_libraries.py

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -22,15 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from bench.environments import ROOT, NoEnvironmentError, chosen, fill, in_front, split
+from bench.environments import is_complete as was_filled
+
 #: The oldest supported; original positions; the last without and the first with ``mm_encoder_outputs``.
 OLDER = ("5.0.0", "5.10.0", "5.17.0", "5.18.0")
 TESTS = ("tests/vlm", "tests/testbed/test_assets.py", "tests/accuracy/test_smoke.py")
 _COUNTS = re.compile(r"\d+ (passed|failed|error|skipped|deselected)|no tests ran")
-
-
-class NoEnvironmentError(RuntimeError):
-    """A version of transformers that could not be had; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,7 @@ def requirement(version: str) -> str:
 
 def is_complete(version: str, folder: Path) -> bool:
     """Whether ``folder`` was filled to the end, for this kind of Python and environment."""
-    marker = _marker(folder)
-    return marker.is_file() and marker.read_text() == _contents(version)
+    return was_filled(folder, _contents(version))
 
 
 def build(version: str, folder: Path) -> None:
@@ -80,24 +75,7 @@ def build(version: str, folder: Path) -> None:
     Raises:
         NoEnvironmentError: pip could not, or brought a torch that would hide the environment's.
     """
-    if is_complete(version, folder):
-        return
-    if folder.exists():
-        shutil.rmtree(folder)
-    print(f"transformers {version}: installing into {folder} ...", flush=True)
-    result = subprocess.run(pip_command(version, folder), capture_output=True, text=True, check=False)
-    if result.returncode:
-        said = "\n".join(f"  {line}" for line in result.stderr.strip().splitlines()[-3:])
-        raise NoEnvironmentError(
-            f"pip could not install transformers=={version}. It needs a package registry, or a folder of "
-            f"wheels (PIP_NO_INDEX=1 PIP_FIND_LINKS=folder). pip's last words:\n{said}"
-        )
-    if (folder / "torch").exists():
-        shutil.rmtree(folder)
-        raise NoEnvironmentError(
-            f"transformers=={version} brought a torch of its own, so its folder was removed"
-        )
-    _marker(folder).write_text(_contents(version))
+    fill(folder, _contents(version), pip_command(version, folder), f"transformers=={version}")
 
 
 def pip_command(version: str, folder: Path) -> list[str]:
@@ -108,17 +86,8 @@ def pip_command(version: str, folder: Path) -> list[str]:
 
 def pytest_command(arguments: Sequence[str]) -> list[str]:
     """pytest on the patch's tests, or on those that ``arguments`` name; a later ``-n`` wins."""
-    named = any((ROOT / argument.split("::")[0]).exists() for argument in arguments if argument)
     pytest = [sys.executable, "-m", "pytest", "-n", "auto", "--maxprocesses", "8"]
-    return [*pytest, *(() if named else TESTS), *arguments]
-
-
-def environment(folder: Path | None) -> dict[str, str]:
-    """The process environment in which ``folder``, if any, hides what the environment has of it."""
-    path = [*([str(folder)] if folder else []), str(ROOT), str(ROOT / "kernels")]
-    if os.environ.get("PYTHONPATH"):
-        path.append(os.environ["PYTHONPATH"])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    return [*pytest, *chosen(arguments, TESTS)]
 
 
 def prepare(version: str, builds: Path) -> Path | None:
@@ -134,7 +103,7 @@ def prepare(version: str, builds: Path) -> Path | None:
     found = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=environment(folder),
+        env=in_front(folder),
         capture_output=True,
         text=True,
         check=False,
@@ -152,7 +121,7 @@ def run_tests(version: str, folder: Path | None, arguments: Sequence[str]) -> Ou
     with subprocess.Popen(
         pytest_command(arguments),
         cwd=ROOT,
-        env=environment(folder),
+        env=in_front(folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -182,8 +151,7 @@ def run_version(version: str, builds: Path, arguments: Sequence[str] | None) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    split = given.index("--") if "--" in given else len(given)
+    ours, pytests = split(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m bench.matrix", description=__doc__, epilog="what follows -- goes to pytest"
     )
@@ -191,17 +159,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only-build", action="store_true", help="install, test nothing")
     parser.add_argument("--list", action="store_true", help="show versions and whether they are there")
     parser.add_argument("--builds", type=Path, default=ROOT / "build" / "matrix", help="default: %(default)s")
-    options = parser.parse_args(given[:split])
-    chosen = list(dict.fromkeys(options.versions or versions()))
-    for version in chosen:
+    options = parser.parse_args(ours)
+    wanted = list(dict.fromkeys(options.versions or versions()))
+    for version in wanted:
         if not re.fullmatch(r"\d+\.\d+\.\d+\w*", version):
             parser.error(f"{version!r} is not a version of transformers, such as {OLDER[0]}")
     if options.list:
-        for version in chosen:
+        for version in wanted:
             print(f"{version:10} {_state(version, options.builds)}")
         return 0
-    tests = None if options.only_build else given[split + 1 :]
-    outcomes = [run_version(version, options.builds.resolve(), tests) for version in chosen]
+    tests = None if options.only_build else pytests
+    outcomes = [run_version(version, options.builds.resolve(), tests) for version in wanted]
     print("\n".join(["", *(_line(outcome) for outcome in outcomes)]))
     return max(outcome.code for outcome in outcomes)
 
@@ -215,10 +183,6 @@ def _state(version: str, builds: Path) -> str:
 def _line(outcome: Outcome) -> str:
     word = ("ok", "FAILED", "NOT RUN")[outcome.code]
     return f"transformers {outcome.version:10} {word:8} {outcome.line}"
-
-
-def _marker(folder: Path) -> Path:
-    return folder / ".complete"
 
 
 def _contents(version: str) -> str:

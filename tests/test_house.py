@@ -48,6 +48,15 @@ print(pruner(torch.randn(1, 9, 8), keep=4).indices.shape)
     assert run_python(code) == "torch.Size([1, 4])"
 
 
+def test_what_lmms_eval_loads_in_every_process_loads_nothing() -> None:
+    code = """
+import sys
+import ocvtp.harness
+print([name for name in ("torch", "transformers", "lmms_eval") if name in sys.modules])
+"""
+    assert run_python(code) == "[]"
+
+
 def test_every_public_name_exists() -> None:
     assert set(ocvtp.__all__) <= set(dir(ocvtp))
     for name in ocvtp.__all__:
@@ -114,6 +123,9 @@ def test_the_wheel_holds_our_two_packages_and_works(tmp_path: Path) -> None:
         if path.suffix == ".py" or path.name == "py.typed"
     }
     assert packaged == on_disk
+    assert {"ocvtp/harness/tasks/ocvtp_paper.yaml", "ocvtp/harness/tasks/paper.py"} <= set(names)
+    (entries,) = (tmp_path / "installed").glob("ocvtp-*.dist-info/entry_points.txt")
+    assert "[lmms_eval.models]\nocvtp = ocvtp.harness:manifests\n" in entries.read_text()
     code = "import ocvtp, ocvtp_kernels.selection as s; print(ocvtp.__file__, s.__file__)"
     printed = run_python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
     assert all(path.startswith(str(tmp_path / "installed")) for path in printed.split())

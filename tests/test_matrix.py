@@ -5,36 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from bench import matrix
+from bench.environments import in_front
+from tests.wheels import wheels_only, write_wheel
 
 ROOT = Path(__file__).parents[1]
-
-
-def write_wheel(folder: Path, name: str, version: str, code: str, requires: str = "") -> None:
-    """A wheel of one package, made without any build tool."""
-    info = f"{name}-{version}.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{name}/__init__.py", code)
-        wheel.writestr(f"{info}/METADATA", metadata)
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
 
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that pip installs from, and from nowhere else."""
-    folder = tmp_path / "wheels"
-    folder.mkdir()
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return folder
+    return wheels_only(tmp_path / "wheels", monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -84,10 +69,10 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("tests/vlm/conftest.py", "tests/test_matrix.py::test_commands"):
         assert matrix.pytest_command([part]).count("tests/vlm") == 0
     monkeypatch.setenv("PYTHONPATH", "mine")
-    path = matrix.environment(tmp_path)["PYTHONPATH"].split(os.pathsep)
+    path = in_front(tmp_path)["PYTHONPATH"].split(os.pathsep)
     assert path == [str(tmp_path), str(ROOT), str(ROOT / "kernels"), "mine"]
     monkeypatch.delenv("PYTHONPATH")
-    assert matrix.environment(None)["PYTHONPATH"].split(os.pathsep) == path[1:3]
+    assert in_front(None)["PYTHONPATH"].split(os.pathsep) == path[1:3]
 
 
 def test_a_version_is_built_once_and_its_tests_run_on_it(

