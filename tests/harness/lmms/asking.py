@@ -28,7 +28,7 @@ class Run:
 
     def answers(self, task: str) -> list[str]:
         """As they were given."""
-        return [sample["resps"][0] for sample in self.samples(task)]
+        return [sample["resps"][0][0] for sample in self.samples(task)]
 
     def counts(self, task: str) -> list[dict[str, Any]]:
         """Of tokens and images."""

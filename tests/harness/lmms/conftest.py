@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-#: Of ``--model_args`` (or a model), tasks, a batch size and options of lmms-eval to a run; the fixture ``run``.
+#: Of ``--model_args`` or a model, tasks, a batch size, and options of lmms-eval, to a run; the fixture ``run``.
 Runs = Callable[..., Any]
+#: Of lmms-eval's tasks, those with the paper's.
+FOLDERS = (
+    *("gqa", "mmbench", "mme", "mmmu", "pope", "scienceqa", "seedbench", "textvqa", "vizwiz_vqa", "vqav2"),
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,7 +25,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def outside() -> Iterator[list[Any]]:
     """Data sets are local; addresses that anybody tried to reach."""
     from tests.harness.lmms.local_hub import local_hub
@@ -40,23 +44,26 @@ def testbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def manager(testbed: Path) -> Any:
-    """lmms-eval's index of its own tasks, ours of the paper, and the test bed's: seconds, so once."""
-    from lmms_eval.tasks import TaskManager
+    """An index of the paper's tasks and the test bed's. All of lmms-eval's take it six seconds to read."""
+    import lmms_eval.tasks
 
     from ocvtp.harness.tasks import FOLDER
 
-    return TaskManager("ERROR", include_path=[str(FOLDER), str(testbed)], model_name="ocvtp")
+    theirs = [Path(lmms_eval.tasks.__file__).parent / name for name in FOLDERS]
+    return lmms_eval.tasks.TaskManager(
+        "ERROR",
+        include_path=[str(folder) for folder in (FOLDER, testbed, *theirs)],
+        include_defaults=False,
+        model_name="ocvtp",
+    )
 
 
 @pytest.fixture
-def run(
-    manager: Any, outside: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Runs:
+def run(manager: Any, outside: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     """Asks every question of some tasks, in a folder that tasks may write to."""
     from tests.harness.lmms.asking import ask, ocvtp_model
 
     monkeypatch.chdir(tmp_path)
-    outside.clear()
 
     def found(model: Any, tasks: Sequence[str], batch_size: int = 1, **options: Any) -> Any:
         if isinstance(model, str):

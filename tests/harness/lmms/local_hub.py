@@ -34,12 +34,13 @@ def local_hub() -> Iterator[list[Any]]:
         """GQA's pictures are put to its questions by eight processes."""
         return spread(table, *arguments, **more)
 
-    def refused(_: socket.socket, address: Any) -> None:
+    def refused(*address: Any, **_: Any) -> None:
         tried.append(address)
-        raise ConnectionRefusedError(f"a test called {address}")
+        raise OSError(f"a test called {address}")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", local)
         patch.setattr(datasets.Dataset, "map", alone)
+        patch.setattr(socket, "getaddrinfo", refused)
         patch.setattr(socket.socket, "connect", refused)
         yield tried

@@ -66,6 +66,7 @@ def write_testbed(folder: Path) -> Path:
     return folder
 
 
+@functools.cache
 def paper_rows() -> dict[str, tuple[str, datasets.Dataset]]:
     """Of each repository's last name: the split, and rows as lmms-eval's task of it reads them."""
     one = {"image": datasets.Image()}

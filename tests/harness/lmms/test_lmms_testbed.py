@@ -1,4 +1,4 @@
-"""The test bed's questions through lmms-eval: right where ``bench.accuracy`` is right, question by question."""
+"""The test bed's questions through lmms-eval: right where ``bench.accuracy`` is, question by question."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ RULES = {
     "attention": "attention top-k",
     "grid": "uniform grid",
 }
+#: Pictures that those are asked about who are not asked about all, and questions asked one at a time.
+FEW, ALONE = 8, 24
 LAYER = 2  # of testbed-pruner, and of rivals that compare features early
 
 
@@ -86,18 +88,12 @@ def arguments(name: str | None, mode: Mode | None = PLAIN) -> str:
     return f"{said},merge={options['merge']},weigh={options['weigh']}"
 
 
-def right(run: Any) -> np.ndarray:
-    return np.array([bool(sample["exact_match"]) for sample in run.samples(TESTBED)])
-
-
-@pytest.mark.parametrize("name", [None, *SHIPPED, *RULES, "random"])
-def test_right_where_the_benchmark_is_right(run: Runs, bench: Bench, name: str | None) -> None:
-    found = run(arguments(name), [TESTBED], 8)
-    want = bench.right(name)
-    assert len(want) == PICTURES * QUESTIONS
-    np.testing.assert_array_equal(right(found), want)
+def check(found: Any, want: np.ndarray, kept: int) -> None:
+    """Right answers question by question, and kept tokens wherever they are told."""
+    samples = found.samples(TESTBED)
+    right = np.array([bool(sample["exact_match"]) for sample in samples])
+    np.testing.assert_array_equal(right, want)
     assert found.found["results"][TESTBED]["exact_match,none"] == pytest.approx(want.mean())
-    kept = TOKENS if name is None else KEEP
     for counts in found.counts(TESTBED):
         assert (counts["images"], counts["output_tokens"]) == (1, 1)
         assert (counts["vision_tokens"], counts["kept_vision_tokens"]) == (TOKENS, kept)
@@ -106,3 +102,57 @@ def test_right_where_the_benchmark_is_right(run: Runs, bench: Bench, name: str |
     assert measured["vision_tokens_per_image"] == TOKENS
     assert measured["kept_vision_tokens_per_image"] == kept
     assert found.found["throughput"]["avg_kept_vision_tokens_per_image"] == kept
+
+
+def everybody() -> list[Any]:
+    """Who is asked about how many pictures; ``-m thorough``: the others about all as well."""
+    few = [None, "attention", "grid", "random", "greedy_dpp", "testbed-pruner-consumed"]
+    every = ["testbed-pruner", "farthest_point"]
+    return [
+        *(pytest.param(name, FEW, id=f"{name}, {FEW} pictures") for name in few),
+        *(pytest.param(name, PICTURES, id=f"{name}, {PICTURES} pictures") for name in every),
+        *(
+            pytest.param(name, PICTURES, id=f"{name}, {PICTURES} pictures", marks=pytest.mark.thorough)
+            for name in few
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("name", "pictures"), everybody())
+def test_right_where_the_benchmark_is_right(run: Runs, bench: Bench, name: str | None, pictures: int) -> None:
+    count = pictures * QUESTIONS
+    want = bench.right(name)[:count]
+    assert len(want) == count
+    check(run(arguments(name), [TESTBED], 8, limit=count), want, TOKENS if name is None else KEEP)
+
+
+@pytest.mark.parametrize("name", ["greedy_dpp", "testbed-pruner"])
+def test_merged_and_weighed_as_by_default(run: Runs, bench: Bench, name: str) -> None:
+    found = run(arguments(name, None), [TESTBED], 8, limit=FEW * QUESTIONS)
+    check(found, bench.right(name, BOTH)[: FEW * QUESTIONS], KEEP)
+    settings = found.record["settings"]
+    assert (settings["merge"], settings["weigh"]) == ("projected", True)
+
+
+@pytest.mark.parametrize(("name", "mode"), [(None, PLAIN), ("testbed-pruner", PLAIN), ("greedy_dpp", BOTH)])
+def test_one_at_a_time(run: Runs, bench: Bench, name: str | None, mode: Mode) -> None:
+    """The first of the questions, since it takes longer."""
+    found = run(arguments(name, mode), [TESTBED], 1, limit=ALONE)
+    check(found, bench.right(name, mode)[:ALONE], TOKENS if name is None else KEEP)
+
+
+def test_as_many_as_each_picture_needs(run: Runs, bench: Bench) -> None:
+    """Kept tokens, picture by picture and on average, are those that ``select`` chooses."""
+    how = {"keep": "auto", "max_error": 0.6, "budgets": [14, 28, 56, 112]}
+    pruner = load_pruners({"": ASSETS / "testbed-pruner"}, torch.device("cpu"))[""]
+    with ocvtp.pruned(bench.model, pruner, **how):
+        pixels = normalise([one.pixels for one in examples()[:FEW]], 128)
+        budgets = ocvtp.vlm.select(bench.model, pixels).count.tolist()
+    assert len(set(budgets)) > 1  # pictures that need the same would prove nothing
+    said = json.dumps(how["budgets"], separators=(",", ":"))
+    options = f"keep=auto,max_error={how['max_error']},budgets={said}"
+    base = f"pretrained={MODEL},pruner={ASSETS / 'testbed-pruner'}"
+    found = run(f"{base},{options}", [TESTBED], 8, limit=FEW * QUESTIONS)
+    kept = [counts["kept_vision_tokens"] for counts in found.counts(TESTBED)]
+    assert kept == [budget for budget in budgets for _ in range(QUESTIONS)]
+    assert found.record["measured"]["kept_vision_tokens_per_image"] == pytest.approx(np.mean(budgets))
