@@ -1,0 +1,131 @@
+"""The paper's tasks offline: lmms-eval's own prompts, metrics and aggregation, on rows of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.lmms.conftest import Runs
+
+pytest.importorskip("lmms_eval", reason="needs lmms-eval: make test-eval")
+
+from ocvtp.harness import answering
+from ocvtp.harness.conversations import count_pictures
+from tests.vlm.hub_folders import write_folder
+
+GROUP = "ocvtp_paper"
+#: What each task reports.
+METRICS = {
+    "gqa": ("exact_match",),
+    "mmbench_en_dev": ("gpt_eval_score",),
+    "mmbench_cn_dev": ("gpt_eval_score",),
+    "mme": ("mme_perception_score", "mme_cognition_score"),
+    "pope": ("pope_accuracy", "pope_f1_score"),
+    "scienceqa_img": ("exact_match",),
+    "textvqa_val": ("exact_match",),
+    "vqav2_val": ("exact_match",),
+    "seedbench": ("seed_image", "seed_all"),
+    "vizwiz_vqa_val": ("exact_match",),
+    "mmmu_val": ("mmmu_acc",),
+}
+#: Pictures of each question where it isn't one of each.
+PICTURES = {
+    "scienceqa_img": [1, 1, 0, 1, 1, 0],
+    "seedbench": [1, 1, 1, 1, 3, 3],
+    "mmmu_val": [2, 1, 2, 1, 2, 1],
+}
+TOKENS, KEPT = 16, 4  # of a picture
+PRUNERS = {"none": "pruner=none", "a quarter": "pruner=random,keep=0.25"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small LLaVA-1.5 of random weights."""
+    return write_folder(tmp_path_factory.mktemp("hub"), "llava-hf/llava-1.5-7b-hf")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Conversations as the processor gets them."""
+    seen: list[Any] = []
+    tokenized = answering.tokenized
+
+    def noted(processor: Any, conversations: Any) -> Any:
+        seen.extend(conversations)
+        return tokenized(processor, conversations)
+
+    monkeypatch.setattr(answering, "tokenized", noted)
+    return seen
+
+
+def words(conversation: Any) -> str:
+    """All that a conversation says."""
+    return "\n".join(
+        part["text"] for message in conversation for part in message["content"] if part["type"] == "text"
+    )
+
+
+@pytest.mark.parametrize("pruner", PRUNERS.values(), ids=PRUNERS)
+def test_all_of_them(run: Runs, outside: list[Any], folder: Path, asked: list[Any], pruner: str) -> None:
+    """Scores are there, counts are right, nobody calls the Hub or a judge, and batches change nothing."""
+    model = f"pretrained={folder},{pruner}"
+    few = {"gen_kwargs": "max_new_tokens=4"}
+    found = run(model, [GROUP], 4, **few)
+    assert not outside
+    results = found.found["results"]
+    assert set(METRICS) <= set(results)
+    for task, metrics in METRICS.items():
+        for metric in metrics:
+            assert isinstance(results[task][f"{metric},none"], Real), (task, metric)
+    kept = TOKENS if pruner == PRUNERS["none"] else KEPT
+    for task in METRICS:
+        counts = found.counts(task)
+        pictures = PICTURES.get(task, [1] * len(counts))
+        assert [each["images"] for each in counts] == pictures, task
+        assert [each["vision_tokens"] for each in counts] == [TOKENS * n for n in pictures], task
+        assert [each["kept_vision_tokens"] for each in counts] == [kept * n for n in pictures], task
+    measured = found.record["measured"]
+    assert measured["images"] == sum(count_pictures(conversation) for conversation in asked)
+    assert measured["kept_vision_tokens_per_image"] == kept
+    assert (found.record["report"] is None) == (pruner == PRUNERS["none"])
+    said = {answer for task in METRICS for answer in found.answers(task)}
+    assert len(said) > 6  # a model that says one thing would prove nothing
+    alone = run(model, [GROUP], 1, **few)
+    for task in METRICS:
+        assert alone.answers(task) == found.answers(task), task
+        assert alone.counts(task) == found.counts(task), task
+        scores = {f"{metric},none" for metric in METRICS[task]}
+        assert {key: alone.found["results"][task][key] for key in scores} == {
+            key: results[task][key] for key in scores
+        }
+
+
+def test_text_in_pictures_is_told(run: Runs, folder: Path, asked: list[Any]) -> None:
+    """TextVQA's questions as the paper's fork asked them; lmms-eval itself leaves the tokens out."""
+    run(f"pretrained={folder},pruner=none", [GROUP], 4, gen_kwargs="max_new_tokens=1", limit=2)
+    told = [words(one) for one in asked if "Reference OCR token" in words(one)]
+    assert [text.splitlines()[1] for text in told] == [
+        "Reference OCR token: WORD, n0",
+        "Reference OCR token: WORD, n1",
+    ]
+    assert all(text.startswith("What is written in picture") for text in told)
+    assert all(text.endswith("Answer the question using a single word or phrase.") for text in told)
+
+
+def test_system_sentence_and_squares(run: Runs, folder: Path, asked: list[Any]) -> None:
+    """As LLaVA-1.5 was published."""
+    model = f"pretrained={folder},pruner=none,system_prompt=vicuna_v1,pad_to_square=true"
+    run(model, ["mmmu_val"], 1, gen_kwargs="max_new_tokens=1", limit=1)
+    ((system, user),) = asked
+    assert system["role"] == "system"
+    assert system["content"][0]["text"].startswith("A chat between a curious user and an artificial")
+    parts = [part["type"] for part in user["content"]]
+    assert parts.count("image") == 2
+    assert parts[-1] == "text"
+    pictures = [part["image"] for part in user["content"] if part["type"] == "image"]
+    assert [picture.size for picture in pictures] == [(176, 176), (192, 192)]
+    assert pictures[0].getpixel((88, 0)) == (122, 116, 104)  # int(255 * CLIP's mean)
