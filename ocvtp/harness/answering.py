@@ -63,7 +63,7 @@ class Answerer:
         self._max_new_tokens = max_new_tokens
         self._warm = False
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer(self, conversations: Sequence[Conversation], task: Mapping[str, Any]) -> list[Answer]:
         """One answer per conversation.
 

@@ -234,6 +234,8 @@ def _parsed(name: str, value: Any) -> Any:
         if not isinstance(found, (list, tuple)):
             raise ValueError(f"{name} must be a list in brackets; got {value!r}")
         return list(found)
+    if name in _COUNTS and isinstance(value, str) and value.isdecimal():  # lmms-eval's own --batch_size
+        return int(value)
     if name in _TEXTS:
         if isinstance(value, int) and not isinstance(value, bool):  # a revision may look like a number
             return str(value)

@@ -140,7 +140,7 @@ class Ocvtp(lmms):
             torch.distributed.all_gather_object(parts, self._tally)
         whole = Tally.of(parts)
         self._figures = whole.figures()
-        if self._figures is not None:
+        if self._figures is not None and self.rank == 0:
             speed = whole.output_tokens / whole.seconds if whole.seconds else 0.0
             # The name makes lmms-eval work out the latency.
             log_metrics(

@@ -39,7 +39,7 @@ def test_values_are_read() -> None:
         system_prompt="'a, b'",
         image_grid_pinpoints="[[672,672]]",
         max_batch_size=64,
-        batch_size="8" and 8,
+        batch_size="8",
         device=None,
     )
     assert found.settings == {"alpha": 0.2}
