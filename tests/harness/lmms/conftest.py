@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-#: Of ``--model_args`` or a model, tasks, a batch size, and options of lmms-eval, to a run; the fixture ``run``.
+#: Of a model or its ``--model_args``, tasks, a batch size and options of lmms-eval; the fixture ``run``.
 Runs = Callable[..., Any]
 #: Of lmms-eval's tasks, those with the paper's.
 FOLDERS = (
