@@ -6,12 +6,14 @@ One run for the unpruned model, one for every budget of every method, and the ta
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import get_args
+from typing import Any, get_args
 
 from ocvtp.harness.protocol import BENCHMARKS, GROUP, MODELS, Benchmark, Model, benchmark_of
 
@@ -37,23 +39,28 @@ class Run:
 def runs(
     model: Model,
     methods: Sequence[str],
-    budgets: Sequence[int | float],
+    budgets: Sequence[int | float] | None,
     pruner: str | None,
     *,
     merged: bool = False,
 ) -> list[Run]:
     """The rows: unpruned, then every method at every budget.
 
+    Of the paper's budgets, those that a method can't have are left out (:func:`impossible`).
+
     Args:
         model: of the protocol.
         methods: names that ``pruner=`` takes, or :data:`PRUNER`.
-        budgets: tokens, or shares of them.
+        budgets: tokens, or shares of them; ``None``: the paper's.
         pruner: folder, Hub id or file, for :data:`PRUNER`.
         merged: of pruner and rules, also rows in which kept tokens stand for the others.
 
     Raises:
-        ValueError: a method that is none, or a pruner that nobody named.
+        ValueError: a method that is none, a pruner that nobody named or no row uses, a budget that a method
+            can't have, or one row twice.
     """
+    asked = model.budgets if budgets is None else budgets
+    _check(model, methods, asked, pruner)
     own = (("pretrained", model.checkpoint), *model.arguments)
     # Unpruned tiles are packed as the model packs them: a layout is chosen for who drops tokens.
     plain = tuple(pair for pair in own if pair[0] != "layout")
@@ -61,8 +68,13 @@ def runs(
     for method in methods:
         ours = method == PRUNER or method in _kinds()["rules"]
         base = plain if method in _kinds()["inside"] else own
-        for budget in budgets:
-            chosen = (*base, *_choice(model, method, pruner), ("keep", str(budget)))
+        for budget in asked:
+            if (why := impossible(model, method, budget)) is not None:
+                if budgets is None:
+                    continue
+                raise ValueError(f"{method} can't have --keep {budget}: {why}")
+            keep = _inside_budget(model, budget) if method in _kinds()["inside"] else budget
+            chosen = (*base, *_choice(model, method, pruner), ("keep", str(keep)))
             # As published: dropped tokens are thrown away.
             found.append(Run(f"{method}-{budget}", (*chosen, *(_THROWN_AWAY if ours else ()))))
             if merged and ours:
@@ -76,7 +88,6 @@ def _choice(model: Model, method: str, pruner: str | None) -> tuple[tuple[str, s
         if chosen is None:
             raise ValueError(f"{model.note}: --pruner FOLDER, or --methods")
         return (("pruner", chosen),)
-    check_method(method)
     reads = method in ("trim", "cdpruner") and model.text_encoder is not None
     return (("pruner", method), *((("text_encoder", str(model.text_encoder)),) if reads else ()))
 
@@ -87,6 +98,53 @@ def _kinds() -> dict[str, tuple[str, ...]]:
     from ocvtp.vlm.contracts.selector import Rule
 
     return {"rules": get_args(Rule), "rivals": get_args(Rival), "inside": get_args(Inside)}
+
+
+def _check(model: Model, methods: Sequence[str], budgets: Sequence[int | float], pruner: str | None) -> None:
+    """Raise ``ValueError`` for rows that would fail once they run."""
+    for what, given in (("method", methods), ("budget", budgets)):
+        if twice := sorted({str(one) for one in given if given.count(one) > 1}):
+            raise ValueError(
+                f"{what} {', '.join(twice)} is there twice, and each row has a folder of its own"
+            )
+    if pruner is not None and PRUNER not in methods:
+        raise ValueError(f"--pruner is for the method {PRUNER}, and --methods has {', '.join(methods)} alone")
+    for budget in budgets:
+        whole = isinstance(budget, int)
+        if not (1 <= budget < (model.tokens or math.inf) if whole else 0 < budget < 1):
+            of = "" if model.tokens is None else f", fewer than the {model.tokens} of an image"
+            raise ValueError(f"--keep {budget}: tokens, at least 1{of}, or a share between 0 and 1")
+    for method in methods:
+        if method != PRUNER:
+            check_method(method)
+        if method in _kinds()["rivals"]:
+            from ocvtp.vlm.rivals.catalog import METHODS
+
+            fitting = [name for name, kind in METHODS.items() if model.family in kind.families]
+            if method not in fitting:
+                raise ValueError(f"{method} has no form on {model.name}; there are {', '.join(fitting)}")
+
+
+def impossible(model: Model, method: Any, budget: int | float) -> str | None:
+    """Why a method can't have a budget on this model; ``None``: it can, as far as can be told."""
+    if method not in _kinds()["inside"]:
+        return None
+    from ocvtp.methods.in_llm import by_name
+
+    given = _inside_budget(model, budget)
+    if isinstance(given, int) and model.tokens is None:
+        return f"images of {model.name} differ in size, so it takes a share"
+    try:
+        by_name(method, given, depth=model.depth, tokens=model.tokens)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _inside_budget(model: Model, budget: int | float) -> int | float:
+    """For what drops tokens inside: packed as the model packs them, tiles leave numbers that differ."""
+    packed = any(name == "layout" for name, _ in model.arguments)
+    return round(budget / model.tokens, 4) if isinstance(budget, int) and packed and model.tokens else budget
 
 
 def check_method(name: str) -> None:
@@ -157,7 +215,7 @@ def script(
     Raises:
         ValueError: see :func:`runs`; or an unknown benchmark.
     """
-    rows = runs(model, methods, budgets or model.budgets, pruner, merged=merged)
+    rows = runs(model, methods, budgets, pruner, merged=merged)
     whole = GROUP in tasks
     asked = list(BENCHMARKS) if whole else [benchmark_of(one) for one in tasks]
     names = [GROUP] if whole else [one.asked or one.task for one in asked]
@@ -166,6 +224,15 @@ def script(
         lines.append("# some of the data sets want a login: hf auth login")
     if model.note:
         lines.append(f"# {model.note}")
+    if any(_inside_budget(model, one) != one for one in model.budgets) and set(methods) & set(
+        _kinds()["inside"]
+    ):
+        lines.append(
+            f"# inside the language model budgets are shares of {model.tokens}: tiles are packed as the model does"
+        )
+    for method, budget in itertools.product(methods, model.budgets if budgets is None else ()):
+        if why := impossible(model, method, budget):
+            lines.append(f"# no row of {method} at {budget}: {why}")
     for row in rows:
         lines += ["", *command(row, out, names, processes, batch_size)]
     folders = " ".join(shlex.quote(str(PurePosixPath(out) / row.label)) for row in rows)
@@ -178,8 +245,10 @@ def _count(asked: Sequence[Benchmark]) -> str:
 
 
 def _budget(text: str) -> int | float:
-    value = float(text)
-    return int(text) if text.isdecimal() else value
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"tokens, or a share such as 0.25; got {text!r}") from None
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -160,6 +160,8 @@ class Model:
         arguments: ``--model_args`` that restore what was published, in order.
         budgets: of the paper's rows: tokens, or shares of them.
         tokens: vision tokens of an image, unpruned; ``None`` where images differ.
+        family: its ``model_type``.
+        depth: layers of the language model.
         pruner: official weights; ``None``: none are published.
         text_encoder: CLIP checkpoint that its tower was taken from, for methods that read the question.
         note: what else to know.
@@ -170,6 +172,8 @@ class Model:
     arguments: tuple[tuple[str, str], ...]
     budgets: tuple[int | float, ...]
     tokens: int | None
+    family: str
+    depth: int
     pruner: str | None
     text_encoder: str | None = None
     note: str = ""
@@ -190,6 +194,8 @@ MODELS: dict[str, Model] = {
             (("dtype", "float16"), ("pad_to_square", "true"), ("system_prompt", "vicuna_v1")),
             (192, 128, 64),
             576,
+            "llava",
+            32,
             _OFFICIAL,
             _CLIP,
         ),
@@ -205,6 +211,8 @@ MODELS: dict[str, Model] = {
             ),
             (640, 320, 160),
             2880,
+            "llava_next",
+            32,
             _OFFICIAL,
             _CLIP,
         ),
@@ -215,6 +223,8 @@ MODELS: dict[str, Model] = {
             # HiPrune's shares of a third, two ninths and one ninth; the paper's own budgets are not known.
             (0.334, 0.223, 0.112),
             None,
+            "qwen2_5_vl",
+            28,
             None,
             note="no pruner for this encoder is published: train one (docs/training.md), or compare methods",
         ),

@@ -17,75 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ocvtp.harness.agreement import differences, timings
 from ocvtp.harness.protocol import BENCHMARKS, TEN, Benchmark, Score
+from ocvtp.harness.results import NoResultsError, Row, part, read_row
 
 _HOW = "mean of 100 x score / unpruned score"
-
-
-class NoResultsError(ValueError):
-    """A folder without results, or with results that can't be read; the message names it."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one setting's runs found.
-
-    Attributes:
-        label: for the table.
-        scores: by benchmark and name of the score: lmms-eval's numbers, added up.
-        counts: by task, how many questions were answered.
-        record: of the newest run; ``None``: it was not by our model.
-    """
-
-    label: str
-    scores: Mapping[tuple[str, str], float]
-    counts: Mapping[str, int]
-    record: Mapping[str, Any] | None
-
-    def measured(self, name: str) -> float | None:
-        """A figure of the record."""
-        found = ((self.record or {}).get("measured") or {}).get(name)
-        return float(found) if isinstance(found, (int, float)) else None
-
-
-def read_row(folder: Path) -> Row:
-    """The newest result of every task in a folder, from however many runs.
-
-    Raises:
-        NoResultsError: there is none, or one that is damaged.
-    """
-    if not folder.is_dir():
-        raise NoResultsError(f"no folder {folder}")
-    files = sorted(folder.rglob("*_results.json"), key=lambda path: path.name)
-    if not files:
-        raise NoResultsError(
-            f"{folder} has no *_results.json: its run failed, or goes on (lmms-eval exits with 0 after an "
-            "exception)"
-        )
-    tasks: dict[str, dict[str, float]] = {}
-    counts: dict[str, int] = {}
-    record: Mapping[str, Any] | None = None
-    for path in files:
-        found = _read(path)
-        record = _record(found) or record
-        for task, values in _section(found, "results", path).items():
-            tasks[task] = _numbers(values)
-        for task, samples in (found.get("n-samples") or {}).items():
-            number = samples.get("effective") if isinstance(samples, Mapping) else samples
-            if isinstance(number, (int, float)):
-                counts[task] = int(number)
-    scores = {}
-    for one in BENCHMARKS:
-        for score in one.scores:
-            values = [tasks.get(one.task, {}).get(metric) for metric in score.metrics]
-            if None not in values:
-                scores[one.name, score.name] = sum(value for value in values if value is not None)
-    if not scores:
-        raise NoResultsError(
-            f"{folder} has results of {', '.join(sorted(tasks)) or 'no task'}, and of none of the paper's "
-            f"benchmarks ({', '.join(one.task for one in BENCHMARKS)})"
-        )
-    return Row(folder.name, scores, counts, record)
 
 
 def shares(row: Row, base: Row) -> dict[tuple[str, str], float]:
@@ -113,20 +49,18 @@ class Average:
 
 
 def average(row: Row, base: Row, benchmarks: Sequence[Benchmark]) -> Average:
-    """Over the benchmarks of which row and base have a share, one score each."""
+    """Over the benchmarks of which row and base have a share by the first score, one score each."""
     found = shares(row, base)
-    choices = []
-    there: list[str] = []
-    missing: list[str] = []
-    for one in benchmarks:
-        values = [found[one.name, score.name] for score in one.scores if (one.name, score.name) in found]
-        (there if values else missing).append(one.name)
-        if values:
-            choices.append(values)
-    if not choices:
-        return Average(None, None, None, (), tuple(missing))
+    there = [one for one in benchmarks if (one.name, one.scores[0].name) in found]
+    missing = tuple(one.name for one in benchmarks if one not in there)
+    if not there:
+        return Average(None, None, None, (), missing)
+    choices = [
+        [found[one.name, score.name] for score in one.scores if (one.name, score.name) in found]
+        for one in there
+    ]
     means = [statistics.fmean(combination) for combination in itertools.product(*choices)]
-    return Average(means[0], min(means), max(means), tuple(there), tuple(missing))
+    return Average(means[0], min(means), max(means), tuple(one.name for one in there), missing)
 
 
 def table(rows: Sequence[Row], benchmarks: Sequence[Benchmark] = BENCHMARKS) -> str:
@@ -139,18 +73,20 @@ def table(rows: Sequence[Row], benchmarks: Sequence[Benchmark] = BENCHMARKS) -> 
         if any((one.name, score.name) in row.scores for row in rows)
     ]
     seen = [one for one in benchmarks if any(one is column[0] for column in columns)]
-    head = ["", "tokens", "s/image", *(_title(*column) for column in columns), "average"]
-    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    head = ["", "method", "tokens", "s/image", *(_title(*column) for column in columns)]
+    head.append(f"average of {len(seen)}")
+    lines = [_line(head), _line(["---", "---", *["---:"] * (len(head) - 2)])]
     notes = []
     for row in rows:
         found, mean = shares(row, base), average(row, base, seen)
         cells = [_cell(row, found, (one.name, score.name)) for one, score in columns]
-        tokens, seconds = row.measured("kept_vision_tokens_per_image"), row.measured("seconds_per_image")
+        seconds = row.measured("seconds_per_image")
         lines.append(
             _line(
                 [
                     row.label,
-                    "" if tokens is None else f"{tokens:.1f}",
+                    _method(row),
+                    _tokens(row),
                     "" if seconds is None else f"{seconds:.4g}",
                     *cells,
                     _mean(mean, len(seen)),
@@ -159,64 +95,18 @@ def table(rows: Sequence[Row], benchmarks: Sequence[Benchmark] = BENCHMARKS) -> 
         )
         if mean.missing:
             notes.append(f"{row.label}: not in the average: {', '.join(mean.missing)}")
+    notes += _shared(rows, seen)
     never = [one.name for one in benchmarks if one not in seen]
     if never:
         notes.append(f"no run has results of {', '.join(never)}")
-    notes += _ambiguous(seen) + differences(rows)
+    notes += _ambiguous(seen) + differences(rows) + timings(rows)
     about = (
         f"In brackets: percent of the unpruned score. average: {_HOW}, by the first score of each benchmark, "
         "and in brackets the range over all choices of scores. tokens: mean vision tokens of an image that "
-        "enter the language model. s/image: around `generate`."
+        "enter the language model, and in brackets the mean over its layers, where some are dropped inside. "
+        "s/image: around `generate`. Scores are on lmms-eval's scales."
     )
     return "\n".join([*lines, "", about, *(f"- {note}" for note in notes)])
-
-
-def differences(rows: Sequence[Row]) -> list[str]:
-    """What is not the same in rows, so that shares compare other things than pruning."""
-    notes = []
-    base = rows[0]
-    settings = (base.record or {}).get("settings")
-    if base.record is not None and (settings or {}).get("pruner") != "none":
-        notes.append(f"the first row, {base.label}, is pruned itself: shares are of that")
-    for row in rows[1:]:
-        if row.record is None or base.record is None:
-            continue
-        other = [
-            f"{part}.{name}"
-            for part, names in (("settings", _SAME), ("versions", sorted(base.record.get("versions", {}))))
-            for name in names
-            if row.record.get(part, {}).get(name) != base.record.get(part, {}).get(name)
-        ]
-        if row.record.get("model", {}).get("sample_sha256") != base.record.get("model", {}).get(
-            "sample_sha256"
-        ):
-            other.insert(0, "the model's weights")
-        if other:
-            notes.append(f"{row.label} differs from {base.label} in {', '.join(other)}")
-    for row in rows[1:]:
-        other = [
-            f"{task} ({row.counts[task]} and {base.counts[task]})"
-            for task in sorted(set(row.counts) & set(base.counts))
-            if row.counts[task] != base.counts[task]
-        ]
-        if other:
-            notes.append(
-                f"{row.label} answered other numbers of questions than {base.label}: {', '.join(other)}"
-            )
-    return notes
-
-
-#: Settings that are to be the same in all rows.
-_SAME = (
-    "dtype",
-    "system_prompt",
-    "chat_template",
-    "pad_to_square",
-    "image_grid_pinpoints",
-    "min_pixels",
-    "max_pixels",
-    "max_new_tokens",
-)
 
 
 def to_json(rows: Sequence[Row], benchmarks: Sequence[Benchmark] = BENCHMARKS) -> list[dict[str, Any]]:
@@ -238,41 +128,43 @@ def to_json(rows: Sequence[Row], benchmarks: Sequence[Benchmark] = BENCHMARKS) -
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        # lmms-eval writes NaN where it has no standard error; that is no JSON, and no score either.
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
-    except (OSError, ValueError) as error:
-        raise NoResultsError(f"{path} can't be read: {error}") from error
-    if not isinstance(found, dict):
-        raise NoResultsError(f"{path} is no results file of lmms-eval: it is no JSON object")
-    return found
+def _shared(rows: Sequence[Row], seen: Sequence[Benchmark]) -> list[str]:
+    """Averages over the same benchmarks, where those in the table are over different ones."""
+    of = [average(row, rows[0], seen).of for row in rows]
+    common = [one for one in seen if all(one.name in names for names in of)]
+    if not any(of) or all(names == of[0] for names in of):
+        return []
+    if not common:
+        return ["averages are over different benchmarks, and there is none that all rows have"]
+    again = [(row.label, average(row, rows[0], common).value) for row in rows]
+    said = ", ".join(f"{label} {value:.1f}" for label, value in again if value is not None)
+    return [
+        "averages are over different benchmarks; over those that all rows have "
+        f"({', '.join(one.name for one in common)}): {said}"
+    ]
 
 
-def _section(found: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
-    section = found.get(name)
-    if not isinstance(section, Mapping):
-        raise NoResultsError(f"{path} is no results file of lmms-eval: it has no {name}")
-    return section
+def _method(row: Row) -> str:
+    """Who chose how many, as the run's record has it."""
+    if row.record is None:
+        return ""
+    settings = part(row.record, "settings")
+    chosen = str(part(row.record, "pruner").get("name", "")).rstrip("/").rsplit("/", 1)[-1]
+    said = [chosen if row.record.get("report") is None else f"{chosen} {settings.get('keep')}"]
+    if settings.get("inside"):
+        said.append(str(part(settings, "inside").get("name")))
+    if settings.get("merge") not in (None, "off"):
+        said.append("merged" + (" and weighed" if settings.get("weigh") else ""))
+    return ", ".join(said)
 
 
-def _record(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Ours, which lmms-eval puts among the sizes of batches."""
-    for one in (found.get("config") or {}).get("batch_sizes") or ():
-        if isinstance(one, Mapping) and "ocvtp" in one:
-            return one
-    return None
-
-
-def _numbers(values: Any) -> dict[str, float]:
-    """Metrics by name, whatever filter they came through (one, in the paper's tasks)."""
-    if not isinstance(values, Mapping):
-        return {}
-    return {
-        name.split(",")[0]: float(value)
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
+def _tokens(row: Row) -> str:
+    entering = row.measured("kept_vision_tokens_per_image")
+    within = row.measured("vision_tokens_per_image_in_layers")
+    if entering is None:
+        return ""
+    inside = within is not None and abs(within - entering) >= 0.05
+    return f"{entering:.1f}" + (f" ({within:.1f})" if inside else "")
 
 
 def _title(one: Benchmark, score: Score) -> str:
@@ -304,7 +196,7 @@ def _ambiguous(seen: Sequence[Benchmark]) -> list[str]:
         several = "; ".join(
             f"{score.name} = {' + '.join(score.metrics)}, {score.why}" for score in one.scores
         )
-        text = "; ".join(part for part in (several if len(one.scores) > 1 else "", one.note) if part)
+        text = "; ".join(said for said in (several if len(one.scores) > 1 else "", one.note) if said)
         if text:
             notes.append(f"{one.name}: {text}")
     return notes
@@ -328,18 +220,24 @@ def main(given: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(given)
     rows, failed = [], []
-    for folder in options.folders:
+    names = [folder.resolve().name for folder in options.folders]
+    for folder, name in zip(options.folders, names, strict=True):
+        label = name if names.count(name) == 1 else str(folder)
         try:
-            rows.append(read_row(folder))
+            rows.append(read_row(folder, label))
         except NoResultsError as error:
             failed.append(str(error))
             if not rows:
                 parser.error(f"the first row is what shares are of: {error}")
-            rows.append(Row(folder.name, {}, {}, None))
+            rows.append(Row(label))
     benchmarks = [one for one in BENCHMARKS if one.name in TEN] if options.ten else list(BENCHMARKS)
     print("\n".join([table(rows, benchmarks), *(f"- {text}" for text in failed)]))
     if options.json is not None:
-        options.json.write_text(json.dumps(to_json(rows, benchmarks), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(to_json(rows, benchmarks), indent=1)
+        try:
+            options.json.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            parser.error(f"--json {options.json}: {error.strerror or error}")
     return int(bool(failed))
 
 
