@@ -224,12 +224,9 @@ def script(
         lines.append("# some of the data sets want a login: hf auth login")
     if model.note:
         lines.append(f"# {model.note}")
-    if any(_inside_budget(model, one) != one for one in model.budgets) and set(methods) & set(
-        _kinds()["inside"]
-    ):
-        lines.append(
-            f"# inside the language model budgets are shares of {model.tokens}: tiles are packed as the model does"
-        )
+    inside = set(methods) & set(_kinds()["inside"])
+    if inside and any(_inside_budget(model, one) != one for one in model.budgets):
+        lines.append(f"# inside the language model budgets are shares of {model.tokens}: packed tiles differ")
     for method, budget in itertools.product(methods, model.budgets if budgets is None else ()):
         if why := impossible(model, method, budget):
             lines.append(f"# no row of {method} at {budget}: {why}")
