@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ocvtp.harness.protocol import BENCHMARKS, GROUP, MODELS, TEN, benchmark_of
+from ocvtp.harness.protocol import BENCHMARKS, GROUP, MODELS, TEN, Benchmark, benchmark_of
 from ocvtp.harness.tasks import FOLDER
 
 
@@ -22,7 +22,7 @@ Loader.add_constructor("!function", lambda loader, node: f"function {loader.cons
 
 def group(name: str) -> list[object]:
     """Entries of a group of ours."""
-    found = yaml.load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), Loader)  # noqa: S506
+    found = yaml.load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), Loader)
     assert found["group"] == name
     return list(found["task"])
 
@@ -32,7 +32,7 @@ def test_the_group_asks_every_benchmark() -> None:
 
 
 @pytest.mark.parametrize("one", [one for one in BENCHMARKS if one.asked], ids=lambda one: one.name)
-def test_a_group_of_one_asks_its_task(one) -> None:
+def test_a_group_of_one_asks_its_task(one: Benchmark) -> None:
     (entry,) = group(one.asked)
     assert isinstance(entry, dict)
     assert entry["task"] == one.task
