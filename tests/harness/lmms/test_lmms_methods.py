@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from tests.vlm.hub_folders import write_folder
 
@@ -15,6 +18,7 @@ from ocvtp.harness.arguments import inside_of, rival_of
 from ocvtp.methods.in_llm import Inside
 from ocvtp.vlm.contracts.reducer import Rival
 from ocvtp.vlm.contracts.selector import Rule
+from ocvtp.vlm.rivals import ClipText
 from tests.harness.lmms.talks import QUESTIONS, Case, answers, by_transformers, talk
 
 pytestmark = pytest.mark.usefixtures("tokens_are_told")
@@ -45,6 +49,37 @@ def test_before_the_language_model(case: Case, name: str) -> None:
     want, read = by_transformers(case, pruner=pruner, keep=KEPT)
     said = "" if settings is None else f",settings={json.dumps(settings)}"
     check(case, f"pruner={name},keep={KEPT}{said}", want, read, KEPT, KEPT)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a text tower, whose tokens are characters, for the small model's vision tower."""
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    begin, end = len(words) - 2, len(words) - 1
+    sizes = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": len(words), "hidden_size": 32, "bos_token_id": begin, "eos_token_id": end, **sizes}
+    vision = {"hidden_size": 32, "image_size": 56, "patch_size": 14, **sizes}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    folder = tmp_path_factory.mktemp("clip")
+    model.save_pretrained(folder)
+    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_text_encoder_reads_the_questions(case: Case, clip: Path, name: str) -> None:
+    decode = AutoTokenizer.from_pretrained(case.folder).decode
+    want, read = by_transformers(
+        case, pruner=rival_of(name, None, ClipText.load(clip, decode=decode)), keep=KEPT
+    )
+    own, _ = by_transformers(case, pruner=rival_of(name, {"text": "language_model"}, None), keep=KEPT)
+    assert want != own
+    check(case, f"pruner={name},keep={KEPT},text_encoder={clip}", want, read, KEPT, KEPT)
 
 
 @pytest.mark.parametrize("name", get_args(Inside))
