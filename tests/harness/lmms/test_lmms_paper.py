@@ -14,7 +14,9 @@ from tests.harness.lmms.conftest import Runs
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: make test-eval")
 
-from ocvtp.harness import answering
+from lmms_eval.loggers import EvaluationTracker
+
+from ocvtp.harness import answering, relative
 from ocvtp.harness.conversations import count_pictures
 from ocvtp.harness.protocol import BENCHMARKS, GROUP
 from tests.vlm.hub_folders import write_folder
@@ -132,3 +134,32 @@ def test_system_sentence_and_squares(run: Runs, folder: Path, asked: list[Any]) 
     pictures = [part["image"] for part in user["content"] if part["type"] == "image"]
     assert [picture.size for picture in pictures] == [(176, 176), (192, 192)]
     assert pictures[0].getpixel((88, 0)) == (122, 116, 104)  # int(255 * CLIP's mean)
+
+
+def test_results_make_the_table(
+    run: Runs, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lmms-eval writes of two runs is what the table reads: no score is missing."""
+    names = {"all": "pruner=none", "quarter": "pruner=random,keep=0.25"}
+    for name, pruner in names.items():
+        tracker = EvaluationTracker(output_path=str(tmp_path / name))
+        found = run(
+            f"pretrained={folder},{pruner}",
+            [GROUP],
+            4,
+            gen_kwargs="max_new_tokens=2",
+            evaluation_tracker=tracker,
+        ).found
+        samples = found.pop("samples")
+        tracker.save_results_aggregated(found, samples, "2026-12-01T00:00:00")
+        assert len(list((tmp_path / name).rglob("*_results.json"))) == 1
+    capsys.readouterr()
+    assert relative.main([str(tmp_path / name) for name in names]) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("|")]
+    assert [line.count("|") for line in lines] == [lines[0].count("|")] * 4  # with head and rule
+    for one in BENCHMARKS:
+        assert one.name in lines[0]
+    assert "missing" not in "".join(lines)
+    assert f"| {TOKENS:.1f} |" in lines[2]
+    assert f"| {KEPT:.1f} |" in lines[3]
