@@ -6,6 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from ocvtp.stored.refused import Refused
+from ocvtp.stored.strict_json import parse_object
+
 #: By name, for ``system_prompt=``. What LLaVA-1.5 and LLaVA-NeXT (Vicuna) were trained and published with;
 #: the templates of llava-hf's checkpoints leave it out.
 PROMPTS = {
@@ -17,29 +20,42 @@ Conversation = list[dict[str, Any]]
 
 
 def text_of(name: str, given: str) -> str:
-    """A text: by name, from a file, or as it is.
+    """A text: by name, from a file, or as it is. Of a file every character counts, but for a system's words.
 
     Args:
         name: of the argument.
         given: to it.
 
     Raises:
-        ValueError: it looks like a path, and no file is there; or a file that is empty or no text.
+        ValueError: it looks like a path, and no file is there; or a file that is empty or no text; or JSON
+            without an entry of that name.
     """
     if given in PROMPTS:
         return PROMPTS[given]
     if os.path.isfile(given):
         try:
             with open(given, encoding="utf-8") as file:
-                text = file.read().strip()
+                text = file.read()
         except UnicodeDecodeError as error:
             raise ValueError(f"{name}: {given} is no text in UTF-8") from error
-        if not text:
+        if given.endswith(".json"):  # as repositories have a template
+            text = _entry(name, given, text)
+        if not text.strip():
             raise ValueError(f"{name}: {given} is empty")
-        return text
+        return text.strip() if name == "system_prompt" else text
     if os.sep in given and " " not in given and "{" not in given:
         raise ValueError(f"{name}: no file at {given}")
     return given
+
+
+def _entry(name: str, file: str, text: str) -> str:
+    try:
+        found = parse_object(text).get(name)
+    except Refused as error:
+        raise ValueError(f"{name}: {file}: {error}") from error
+    if not isinstance(found, str):
+        raise ValueError(f'{name}: {file} has no text "{name}"')
+    return found
 
 
 def prepared(

@@ -74,6 +74,17 @@ def test_a_text_comes_by_name_from_a_file_or_as_it_is(tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(ValueError, match=r"system_prompt: .* is empty"):
         text_of("system_prompt", str(file))
+    file.write_text("{{a}}\n\n")
+    assert text_of("chat_template", str(file)) == "{{a}}\n\n"
+    entry = tmp_path / "chat_template.json"
+    entry.write_text('{"chat_template": "{{a}}\\n"}')
+    assert text_of("chat_template", str(entry)) == "{{a}}\n"
+    entry.write_text('{"template": "{{a}}"}')
+    with pytest.raises(ValueError, match='has no text "chat_template"'):
+        text_of("chat_template", str(entry))
+    entry.write_text("{")
+    with pytest.raises(ValueError, match=r"chat_template: .*can't be read as JSON"):
+        text_of("chat_template", str(entry))
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="no text in UTF-8"):
         text_of("system_prompt", str(file))
