@@ -71,3 +71,14 @@ def run(manager: Any, outside: list[Any], tmp_path: Path, monkeypatch: pytest.Mo
         return ask(manager, model, tasks, **options)
 
     return found
+
+
+@pytest.fixture
+def tokens_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are numbers of tokens: what random models say is hardly text, and many bytes look alike."""
+    from transformers import PreTrainedTokenizerBase
+
+    def numbers(_: Any, sequences: Any, **__: Any) -> list[str]:
+        return [" ".join(str(token) for token in row.tolist()) for row in sequences]
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "batch_decode", numbers)

@@ -8,29 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from tests.harness.lmms.conftest import Runs
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: make test-eval")
 
-from ocvtp.harness import answering
+from lmms_eval.loggers import EvaluationTracker
+
+from ocvtp.harness import answering, relative
 from ocvtp.harness.conversations import count_pictures
+from ocvtp.harness.protocol import BENCHMARKS, GROUP
 from tests.vlm.hub_folders import write_folder
 
-GROUP = "ocvtp_paper"
 #: What each task reports.
 METRICS = {
-    "gqa": ("exact_match",),
-    "mmbench_en_dev": ("gpt_eval_score",),
-    "mmbench_cn_dev": ("gpt_eval_score",),
-    "mme": ("mme_perception_score", "mme_cognition_score"),
-    "pope": ("pope_accuracy", "pope_f1_score"),
-    "scienceqa_img": ("exact_match",),
-    "textvqa_val": ("exact_match",),
-    "vqav2_val": ("exact_match",),
-    "seedbench": ("seed_image", "seed_all"),
-    "vizwiz_vqa_val": ("exact_match",),
-    "mmmu_val": ("mmmu_acc",),
+    one.task: sorted({metric for score in one.scores for metric in score.metrics}) for one in BENCHMARKS
 }
 #: Pictures of each question where it isn't one of each.
 PICTURES = {
@@ -71,13 +64,13 @@ def words(conversation: Any) -> str:
 
 @pytest.mark.parametrize("pruner", PRUNERS.values(), ids=PRUNERS)
 def test_all_of_them(run: Runs, outside: list[Any], folder: Path, asked: list[Any], pruner: str) -> None:
-    """Scores are there, counts are right, nobody calls the Hub or a judge, and batches change nothing."""
+    """Scores are there, counts are right, nobody calls the Hub or a judge; one by one makes no difference."""
     model = f"pretrained={folder},{pruner}"
     few = {"gen_kwargs": "max_new_tokens=4"}
     found = run(model, [GROUP], 4, **few)
     assert not outside
     results = found.found["results"]
-    assert set(METRICS) <= set(results)
+    assert len(METRICS) == len(BENCHMARKS) == 11
     for task, metrics in METRICS.items():
         for metric in metrics:
             assert isinstance(results[task][f"{metric},none"], Real), (task, metric)
@@ -94,7 +87,7 @@ def test_all_of_them(run: Runs, outside: list[Any], folder: Path, asked: list[An
     assert (found.record["report"] is None) == (pruner == PRUNERS["none"])
     said = {answer for task in METRICS for answer in found.answers(task)}
     assert len(said) > 6  # a model that says one thing would prove nothing
-    alone = run(model, [GROUP], 1, **few)
+    alone = run(model, [one.asked or one.task for one in BENCHMARKS], 1, **few)
     for task in METRICS:
         assert alone.answers(task) == found.answers(task), task
         assert alone.counts(task) == found.counts(task), task
@@ -104,14 +97,26 @@ def test_all_of_them(run: Runs, outside: list[Any], folder: Path, asked: list[An
         }
 
 
+@pytest.mark.parametrize(("said", "score"), [("B", 100 / 3), ("A", 0), ("I see no letter", 0)])
+def test_mmbench_is_scored_by_rules(
+    run: Runs, outside: list[Any], folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, score: float
+) -> None:
+    """B is right once of three; A would be, but is wrong where that question is asked in another order."""
+    monkeypatch.setattr(PreTrainedTokenizerBase, "batch_decode", lambda _, rows, **__: [said] * len(rows))
+    tasks = ("mmbench_en_dev", "mmbench_cn_dev")
+    asked = [one.asked or one.task for one in BENCHMARKS if one.task in tasks]
+    results = run(f"pretrained={folder},pruner=none", asked, 4, gen_kwargs="max_new_tokens=1").found[
+        "results"
+    ]
+    assert [results[task]["gpt_eval_score,none"] for task in tasks] == pytest.approx([score, score])
+    assert not outside
+
+
 def test_text_in_pictures_is_told(run: Runs, folder: Path, asked: list[Any]) -> None:
     """TextVQA's questions as the paper's fork asked them; lmms-eval itself leaves the tokens out."""
-    run(f"pretrained={folder},pruner=none", [GROUP], 4, gen_kwargs="max_new_tokens=1", limit=2)
-    told = [words(one) for one in asked if "Reference OCR token" in words(one)]
-    assert [text.splitlines()[1] for text in told] == [
-        "Reference OCR token: WORD, n0",
-        "Reference OCR token: WORD, n1",
-    ]
+    run(f"pretrained={folder},pruner=none", ["ocvtp_textvqa"], 4, gen_kwargs="max_new_tokens=1")
+    told = [words(one) for one in asked]
+    assert [text.splitlines()[1] for text in told] == [f"Reference OCR token: WORD, n{i}" for i in range(6)]
     assert all(text.startswith("What is written in picture") for text in told)
     assert all(text.endswith("Answer the question using a single word or phrase.") for text in told)
 
@@ -129,3 +134,32 @@ def test_system_sentence_and_squares(run: Runs, folder: Path, asked: list[Any]) 
     pictures = [part["image"] for part in user["content"] if part["type"] == "image"]
     assert [picture.size for picture in pictures] == [(176, 176), (192, 192)]
     assert pictures[0].getpixel((88, 0)) == (122, 116, 104)  # int(255 * CLIP's mean)
+
+
+def test_results_make_the_table(
+    run: Runs, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lmms-eval writes of two runs is what the table reads: no score is missing."""
+    names = {"all": "pruner=none", "quarter": "pruner=random,keep=0.25"}
+    for name, pruner in names.items():
+        tracker = EvaluationTracker(output_path=str(tmp_path / name))
+        found = run(
+            f"pretrained={folder},{pruner}",
+            [GROUP],
+            4,
+            gen_kwargs="max_new_tokens=2",
+            evaluation_tracker=tracker,
+        ).found
+        samples = found.pop("samples")
+        tracker.save_results_aggregated(found, samples, "2026-12-01T00:00:00")
+        assert len(list((tmp_path / name).rglob("*_results.json"))) == 1
+    capsys.readouterr()
+    assert relative.main([str(tmp_path / name) for name in names]) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("|")]
+    assert [line.count("|") for line in lines] == [lines[0].count("|")] * 4  # with head and rule
+    for one in BENCHMARKS:
+        assert one.name in lines[0]
+    assert "missing" not in "".join(lines)
+    assert f"| {TOKENS:.1f} |" in lines[2]
+    assert f"| {KEPT:.1f} |" in lines[3]
