@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ocvtp",),  # the public names
     ("ocvtp.cost", "ocvtp.training", "ocvtp.serving"),
     ("ocvtp.commands",),
-    ("ocvtp.cli",),
+    ("ocvtp.cli", "ocvtp.harness"),
     ("bench",),
 )
 # Operations share nothing but the files beside them.

@@ -160,7 +160,7 @@ def test_exit_code_is_pytests(
     parallel = ["-n", "auto", "--maxprocesses", "8"]
     assert [words[:3] for words in processes.ran] == [[sys.executable, "-m", "pytest"]] * 2
     assert [words[3:] for words in processes.ran] == [
-        [*parallel, "tests/harness", "-k", "resume"],
+        [*parallel, "tests/harness/lmms", "-k", "resume"],
         [*parallel, "tests/test_eval_environment.py", "-n", "0"],
     ]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.environments import ROOT, NoEnvironmentError, chosen, in_front, split
 from bench.eval_environment.build import FOLDER, build
 
-TESTS = ("tests/harness",)
+TESTS = ("tests/harness/lmms",)
 
 
 def pytest_command(arguments: Sequence[str]) -> list[str]:

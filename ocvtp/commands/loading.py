@@ -210,17 +210,12 @@ def check_fit(config: Any, pruner: PrunerConfig | None, keep: float) -> Adapter:
     Returns:
         Of a model of shapes alone, for more checks.
     """
-    import torch
-    from transformers import AutoModelForImageTextToText
-
     from ocvtp.vlm.contracts.fit import check_fit as check_pruner
-    from ocvtp.vlm.families import adapter_for
+    from ocvtp.vlm.skeleton import skeleton_of
 
     with blamed_on_input(ValueError):
         try:
-            with torch.device("meta"):  # shapes alone, whatever the size of the model
-                skeleton = AutoModelForImageTextToText.from_config(config)
-            adapter = adapter_for(skeleton)
+            adapter = skeleton_of(config)
             facts = adapter.facts({})
         except ValueError:
             raise

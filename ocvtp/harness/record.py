@@ -1,0 +1,130 @@
+"""What a run was: settings as resolved, what they apply to, and by which versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ocvtp import __version__
+from ocvtp.harness.arguments import PASSED, Arguments
+from ocvtp.vlm import PruneReport
+from ocvtp.vlm.options import Options
+
+_PACKAGES = ("torch", "transformers", "lmms_eval", "accelerate", "torchvision", "pillow")
+#: Numbers of a parameter that a model's fingerprint reads.
+_SAMPLE = 16
+#: What has no say in the answers, but for rounding.
+_FREE = ("resume", "batch_size", "device", "device_map")
+_defaults = {each.name: each.default for each in dataclasses.fields(Options)}
+
+
+def record_of(
+    arguments: Arguments,
+    model: Any,
+    chooser: Any,
+    report: PruneReport | None,
+    system: str | None,
+    template: str,
+) -> dict[str, Any]:
+    """JSON-ready, but for what is measured later.
+
+    Args:
+        arguments: of the run.
+        model: that answers.
+        chooser: who prunes it, as :func:`ocvtp.apply` took it.
+        report: what that made of it; ``None``: the model is as it was.
+        system: what the system says.
+        template: of the chat.
+    """
+    settings = dataclasses.asdict(arguments)
+    said = settings.pop("options")
+    options = {} if report is None else {name: _defaults[name] for name in PASSED} | said
+    resolved: dict[str, Any] = {} if report is None else dataclasses.asdict(report)
+    for name in ("merge", "weigh", "positions", "precision", "backend"):
+        if name in resolved:
+            options[name] = resolved[name]
+    settings |= {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": str(model.config.get_text_config()._attn_implementation),
+        "system_prompt": system,
+        "chat_template": template,
+    }
+    return {
+        "ocvtp": __version__,
+        "settings": {**settings, **options},
+        "report": resolved or None,
+        "pruner": {
+            "name": arguments.pruner,
+            "sha256": fingerprint(chooser) if isinstance(chooser, torch.nn.Module) else None,
+        },
+        "model": {
+            "name": arguments.pretrained,
+            "commit": getattr(model.config, "_commit_hash", None),
+            "sample_sha256": sampled_fingerprint(model),
+        },
+        "versions": versions(),
+        "device": _device(model),
+    }
+
+
+def deciding(record: dict[str, Any]) -> dict[str, Any]:
+    """The part of a record that has a say in the answers: what a journal is held to."""
+    settings = {name: value for name, value in record["settings"].items() if name not in _FREE}
+    return {
+        "settings": settings | {"pretrained": None, "pruner": None},  # folders may move; weights are compared
+        "report": record["report"],
+        "pruner": record["pruner"]["sha256"] or record["pruner"]["name"],
+        "model": record["model"]["sample_sha256"],
+        "versions": record["versions"],
+    }
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """SHA-256 of a module's state: names, shapes, dtypes and every byte."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sampled_fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 of some numbers of every parameter: of a large model, in no time.
+
+    Tells other weights, not every change of one number. Offloaded parameters count by name and shape.
+    """
+    digest = hashlib.sha256()
+    named: Iterable[tuple[str, torch.Tensor]] = itertools.chain(
+        model.named_parameters(), model.named_buffers()
+    )
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if not tensor.is_meta and tensor.numel():
+            flat = tensor.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
+            digest.update(picked.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what has a say in the answers, as far as it is installed."""
+    found = {"ocvtp": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _device(model: Any) -> str:
+    device = model.device
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}"
+    return str(device.type)

@@ -1,0 +1,291 @@
+"""The small model of the test bed, asked through what the plug-in asks by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import ocvtp
+from bench.accuracy.loading import ASSETS, MODEL
+from bench.testbed.examples import example
+from ocvtp.harness.answering import Answer, Answerer
+from ocvtp.harness.arguments import Arguments
+from ocvtp.harness.conversations import Conversation
+from ocvtp.harness.loading import chooser_of, load_model, load_processor, plan, prune
+from ocvtp.harness.record import deciding, fingerprint, record_of, sampled_fingerprint
+from ocvtp.harness.tally import Tally
+
+ONE: dict[str, Any] = {"max_new_tokens": 1}
+
+
+def arguments(**values: Any) -> Arguments:
+    given = {"pretrained": str(MODEL), "dtype": "float32", "merge": "off", "weigh": False, **values}
+    if given.get("pruner") == "none":
+        del given["merge"], given["weigh"]
+    return Arguments.from_strings(given)
+
+
+def talks(pictures: int, each: int) -> list[Conversation]:
+    found = []
+    for number in range(pictures):
+        scene = example("test", number, each)
+        for question in scene.questions:
+            parts = [
+                {"type": "image", "image": Image.fromarray(scene.pixels)},
+                {"type": "text", "text": question.text},
+            ]
+            found.append([{"role": "user", "content": parts}])
+    return found
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return load_processor(arguments(), None)
+
+
+@pytest.fixture(scope="module")
+def loaded(processor: Any) -> Any:
+    given = arguments()
+    return load_model(given, plan(given, processor)[0], torch.device("cpu"))
+
+
+@pytest.fixture
+def model(loaded: Any) -> Iterator[Any]:
+    yield loaded
+    ocvtp.remove(loaded)
+
+
+def patched(model: Any, processor: Any, **values: Any) -> tuple[Arguments, Any, Any]:
+    given = arguments(**values)
+    chooser = plan(given, processor)[1]
+    return given, chooser, prune(given, model, chooser)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "kept"), [("none", 256), (str(ASSETS / "testbed-pruner"), 28), ("grid", 28)]
+)
+def test_batches_answer_as_singles_and_count(model: Any, processor: Any, pruner: str, kept: int) -> None:
+    patched(model, processor, pruner=pruner, **({} if pruner == "none" else {"keep": 28}))
+    asked = talks(2, 3)
+    asked.append([{"role": "user", "content": [{"type": "text", "text": "what color is the circle ?"}]}])
+    answerer = Answerer(model, processor, 1)
+    together = answerer.answer(asked, ONE)
+    alone = [answerer.answer([one], ONE)[0] for one in asked]
+    for a, b in zip(together, alone, strict=True):
+        assert (a.text, a.kept_vision_tokens, a.input_tokens) == (
+            b.text,
+            b.kept_vision_tokens,
+            b.input_tokens,
+        )
+    assert [one.vision_tokens for one in together] == [256] * 6 + [0]
+    assert [one.kept_vision_tokens for one in together] == [kept] * 6 + [0]
+    assert [one.images for one in together] == [1] * 6 + [0]
+    assert all(one.output_tokens == 1 for one in together)
+    assert [one.warm for one in (*together, *alone)] == [False] * 7 + [True] * 7
+    assert len({one.seconds for one in together}) == 1
+    assert together[0].seconds > 0
+
+
+def test_the_unpruned_model_is_not_touched(model: Any, processor: Any) -> None:
+    before = set(model.__dict__)
+    _, _, report = patched(model, processor, pruner="none")
+    assert report is None
+    assert set(model.__dict__) == before
+    asked = talks(1, 2)
+    answers = Answerer(model, processor, 1).answer(asked, ONE)
+    for answer, talk in zip(answers, asked, strict=True):
+        inputs = processor.apply_chat_template(
+            talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        ids = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        assert answer.text == processor.decode(ids[0, -1:], skip_special_tokens=True)
+        assert answer.input_tokens == inputs["input_ids"].shape[1]
+
+
+def test_settings_of_a_task(model: Any, processor: Any) -> None:
+    answerer = Answerer(model, processor, 77)
+    greedy = answerer.settings({"until": ["\n\n"], "temperature": 0, "top_p": 0.5, "do_sample": False})
+    assert greedy["max_new_tokens"] == 77
+    assert (greedy["do_sample"], greedy["temperature"], greedy["top_p"]) == (False, None, None)
+    assert "until" not in greedy
+    drawn = answerer.settings({"temperature": 0.7, "max_new_tokens": 3, "image_aspect_ratio": "original"})
+    assert (drawn["do_sample"], drawn["temperature"], drawn["max_new_tokens"]) == (True, 0.7, 3)
+    assert "image_aspect_ratio" not in drawn
+
+
+def test_the_plan_refuses_before_weights_are_read(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", never)
+    for values, named in (
+        ({"keep": 257}, "keep must be between 1 and 256"),
+        ({"pruner": "/nowhere"}, "pruner: "),
+        ({"pruner": str(MODEL)}, "pruner: .* is no pruner's configuration"),
+        ({"pruner": "trim"}, "text_encoder: trim compares pictures with questions"),
+        ({"layout": "official"}, "layout='official' is not available"),
+        ({"min_pixels": 3}, "min_pixels is for Qwen"),
+        ({"image_grid_pinpoints": "[[672,672]]"}, "image_grid_pinpoints is for models that cut"),
+        ({"pruner": "fastv"}, "merge is for what is dropped before the language model"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            plan(arguments(**values), processor)
+
+
+def test_a_pruner_of_another_encoder_is_refused(processor: Any, tmp_path: Path) -> None:
+    other = ocvtp.OCPruner(ocvtp.PrunerConfig(in_dim=8, hidden_dim=8, slot_dim=8, ffn_dim=8, layer=2))
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="8"):
+        plan(arguments(pruner=str(tmp_path)), processor)
+
+
+def test_a_processor_is_tried_first(processor: Any, tmp_path: Path) -> None:
+    without = tmp_path / "model"
+    without.mkdir()
+    for file in MODEL.iterdir():
+        if file.name != "chat_template.jinja":
+            (without / file.name).symlink_to(file)
+    with pytest.raises(ValueError, match="no chat template: give chat_template=FILE"):
+        load_processor(arguments(pretrained=str(without)), None)
+    words = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+    blind = load_processor(arguments(pretrained=str(without), chat_template=words), None)
+    with pytest.raises(ValueError, match=r"puts no picture into the prompt|can't process"):
+        plan(arguments(pretrained=str(without), chat_template=words), blind)
+    users = "{% for m in messages if m['role'] == 'user' %}{{ m['content'][0]['text'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="leaves a system's words out"):
+        load_processor(arguments(pretrained=str(without), chat_template=users), "Be brief.")
+    angry = "{{ raise_exception('no system here') }}"
+    with pytest.raises(ValueError, match="refuses a system's words: no system here"):
+        load_processor(arguments(pretrained=str(without), chat_template=angry), "Be brief.")
+
+
+def test_the_record_tells_what_ran(model: Any, processor: Any) -> None:
+    given, chooser, report = patched(model, processor, pruner=str(ASSETS / "testbed-pruner"), keep=28)
+    record = record_of(given, model, chooser, report, "Be brief.", "template")
+    assert json.loads(json.dumps(record))["settings"]["keep"] == 28
+    settings = record["settings"]
+    assert (settings["merge"], settings["weigh"], settings["positions"]) == ("off", False, "compact")
+    assert (settings["dtype"], settings["system_prompt"]) == ("float32", "Be brief.")
+    assert (settings["seed"], settings["newlines"]) == (0, "last")  # what nobody said, too
+    assert record["report"]["tokens_after"] == 28
+    assert record["pruner"]["sha256"] == fingerprint(
+        ocvtp.OCPruner.from_pretrained(ASSETS / "testbed-pruner")
+    )
+    assert record["versions"]["ocvtp"] == ocvtp.__version__
+    given, chooser, report = patched(model, processor, pruner="grid", keep=28, merge="auto", weigh="auto")
+    resolved = record_of(given, model, chooser, report, None, "template")["settings"]
+    assert (resolved["merge"], resolved["weigh"]) == ("projected", True)
+
+
+def test_what_decides_changes_with_everything_that_does(model: Any, processor: Any) -> None:
+    def decided(system: str | None = None, template: str = "t", **values: Any) -> str:
+        given, chooser, report = patched(model, processor, **{"keep": 28, **values})
+        record = record_of(given, model, chooser, report, system, template)
+        return json.dumps(deciding(record), sort_keys=True)
+
+    first, second = (str(ASSETS / name) for name in ("testbed-pruner", "testbed-pruner-1"))
+    found = [
+        decided(),
+        decided(keep=29),
+        decided(merge="projected"),
+        decided(pruner=first),
+        decided(pruner=second),
+        decided(system="x"),
+        decided(template="u"),
+        decided(pad_to_square=True),
+        decided(max_new_tokens=3),
+    ]
+    assert len(set(found)) == len(found)
+    assert decided(batch_size=8, resume="folder") == found[0]
+    with torch.no_grad():
+        weight = model.lm_head.weight
+        before = weight.clone()
+        weight.mul_(1.01)
+        assert decided() != found[0]
+        weight.copy_(before)
+    assert decided() == found[0]
+
+
+def test_fingerprints_see_names_shapes_and_numbers() -> None:
+    def layer() -> torch.nn.Linear:
+        torch.manual_seed(0)
+        return torch.nn.Linear(3, 40)
+
+    one, other, half = layer(), layer(), layer().half()
+    assert fingerprint(one) == fingerprint(other)
+    assert sampled_fingerprint(one) == sampled_fingerprint(other)
+    assert fingerprint(one) != fingerprint(half)
+    assert sampled_fingerprint(one) != sampled_fingerprint(half)
+    with torch.no_grad():
+        other.weight[39, 2] += 1e-6
+    assert fingerprint(one) != fingerprint(other)
+    assert sampled_fingerprint(torch.nn.Sequential(one)) != sampled_fingerprint(one)
+    offloaded = layer().to("meta")
+    assert sampled_fingerprint(offloaded) != sampled_fingerprint(one)
+
+
+def answer(**values: Any) -> Answer:
+    usual: dict[str, Any] = {
+        "text": "x",
+        "images": 1,
+        "input_tokens": 40,
+        "vision_tokens": 256,
+        "kept_vision_tokens": 28,
+        "vision_tokens_in_layers": 28.0,
+        "output_tokens": 2,
+        "seconds": 1.0,
+        "preparing": 0.5,
+        "warm": True,
+    }
+    return Answer(**{**usual, **values})
+
+
+def test_figures_leave_the_first_batch_out() -> None:
+    first, second = Tally(), Tally()
+    first.add(answer(seconds=100.0, warm=False))
+    first.add(answer(seconds=2.0))
+    second.add(answer(seconds=50.0, warm=False))
+    second.add(answer(seconds=4.0, images=2, vision_tokens=512, kept_vision_tokens=60), restored=True)
+    found = Tally.of([first, second]).figures()
+    assert found is not None
+    assert found["requests"] == 4
+    assert found["restored"] == 1
+    assert found["images"] == 5
+    assert found["seconds_per_image"] == pytest.approx(6 / 3)
+    assert found["median_seconds_per_request"] == pytest.approx(3)
+    assert found["kept_vision_tokens_per_image"] == pytest.approx((28 * 3 + 60) / 5)
+    assert found["vision_tokens_per_image"] == pytest.approx(256)
+    assert found["preparing_seconds_per_request"] == 0.5
+
+
+def test_figures_of_nothing_and_of_words_alone() -> None:
+    tally = Tally()
+    assert tally.figures() is None
+    tally.add(answer(images=0, vision_tokens=0, kept_vision_tokens=0, warm=False, seconds=3.0))
+    found = tally.figures()
+    assert found is not None
+    assert "seconds_per_image" not in found
+    assert found["median_seconds_per_request"] == 3.0
+    tally.add(answer(warm=False, seconds=5.0))
+    with_image = tally.figures()
+    assert with_image is not None
+    assert with_image["seconds_per_image"] == 8.0  # no batch but first ones
+
+
+def test_a_text_encoder_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(checkpoint: str, **options: Any) -> str:
+        asked.append((checkpoint, options["decode"]))
+        return "encoder"
+
+    monkeypatch.setattr("ocvtp.vlm.rivals.ClipText.load", load)
+    made = chooser_of(arguments(pruner="trim", text_encoder="clip"), "decode")
+    assert made.text == "encoder"
+    assert asked == [("clip", "decode")]
