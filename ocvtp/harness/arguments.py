@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+import torch
+
 from ocvtp.methods.in_llm import Inside
 from ocvtp.vlm.contracts.reducer import Rival
 from ocvtp.vlm.contracts.selector import DEFAULT_RULE, Rule
@@ -111,6 +113,17 @@ class Arguments:
             value = getattr(self, name)
             if value is not None and (as_int(value) is None or value < 1):
                 raise ValueError(f"{name} must be a number, at least 1; got {value!r}")
+        if self.layer is not None and as_int(self.layer) is None:
+            raise TypeError(f"layer must be the number of an encoder layer; got {self.layer!r}")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(
+                f'dtype must be "auto" or one of PyTorch\'s, such as float16; got {self.dtype!r}'
+            )
+        pairs = self.image_grid_pinpoints
+        if pairs is not None and not all(
+            isinstance(pair, list) and len(pair) == 2 and all(as_int(side) for side in pair) for pair in pairs
+        ):
+            raise ValueError(f"image_grid_pinpoints must be pairs of pixels, [[672,672]]; got {pairs!r}")
         if not isinstance(self.pad_to_square, bool):
             raise TypeError(f"pad_to_square must be true or false; got {self.pad_to_square!r}")
         self._check_pruner()
@@ -236,11 +249,8 @@ def _parsed(name: str, value: Any) -> Any:
         return list(found)
     if name in _COUNTS and isinstance(value, str) and value.isdecimal():  # lmms-eval's own --batch_size
         return int(value)
-    if name in _TEXTS:
-        if isinstance(value, int) and not isinstance(value, bool):  # a revision may look like a number
-            return str(value)
-        if not isinstance(value, str):
-            raise TypeError(f"{name} must be text; got {value!r}: put it in quotes")
+    if name in _TEXTS and not isinstance(value, str):
+        raise TypeError(f"{name} must be text; got {value!r}: put it in quotes")
     return value
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from ocvtp.stored.refused import Refused
+import numpy as np
+
+from ocvtp.stored.refused import Refused, shown
 from ocvtp.stored.strict_json import parse_object
 
 #: By name, for ``system_prompt=``. What LLaVA-1.5 and LLaVA-NeXT (Vicuna) were trained and published with;
@@ -27,8 +30,8 @@ def text_of(name: str, given: str) -> str:
         given: to it.
 
     Raises:
-        ValueError: it looks like a path, and no file is there; or a file that is empty or no text; or JSON
-            without an entry of that name.
+        ValueError: neither a name nor a file, and nothing that could be meant; or a file that is empty or no
+            text; or JSON without an entry of that name.
     """
     if given in PROMPTS:
         return PROMPTS[given]
@@ -43,8 +46,13 @@ def text_of(name: str, given: str) -> str:
         if not text.strip():
             raise ValueError(f"{name}: {given} is empty")
         return text.strip() if name == "system_prompt" else text
-    if os.sep in given and " " not in given and "{" not in given:
-        raise ValueError(f"{name}: no file at {given}")
+    if name == "system_prompt" and " " not in given.strip():
+        raise ValueError(
+            f"{name}: {given} is no file here, and none of {', '.join(PROMPTS)}; one word is hardly what a "
+            "system says"
+        )
+    if name == "chat_template" and "{" not in given:
+        raise ValueError(f"{name}: {given} is no file here, and no template")
     return given
 
 
@@ -69,7 +77,7 @@ def prepared(
         mean: colour, 0 to 1, around pictures that are no squares; ``None``: they stay as they are.
 
     Raises:
-        ValueError: something to hear.
+        ValueError: something to hear; or a picture that can't be put on a square.
     """
     found: Conversation = []
     if system is not None:
@@ -80,6 +88,25 @@ def prepared(
     return found
 
 
+def digest(conversation: Conversation) -> str:
+    """Of everything that is asked, words and pictures alike: 16 digits."""
+    found = hashlib.sha256()
+    for message in conversation:
+        found.update(f"{message['role']}\n".encode())
+        for part in message["content"]:
+            for name, value in sorted(part.items()):
+                found.update(f"{name} {type(value).__name__} ".encode())
+                found.update(_bytes(value))
+    return found.hexdigest()[:16]
+
+
+def _bytes(value: Any) -> bytes:
+    if hasattr(value, "tobytes"):  # PIL's, NumPy's
+        shape = getattr(value, "size", None), getattr(value, "mode", None), getattr(value, "shape", None)
+        return str(shape).encode() + bytes(value.tobytes())
+    return str(value).encode()
+
+
 def count_pictures(conversation: Conversation) -> int:
     """Images and videos in a conversation."""
     return sum(part["type"] in ("image", "video") for message in conversation for part in message["content"])
@@ -88,9 +115,25 @@ def count_pictures(conversation: Conversation) -> int:
 def _part(part: dict[str, Any], mean: Sequence[float] | None) -> dict[str, Any]:
     if part["type"] == "audio":
         raise ValueError("this task has audio, which none of the models that ocvtp prunes can hear")
-    if part["type"] != "image" or mean is None or not hasattr(part["image"], "resize"):
+    if mean is None or part["type"] == "text":
         return part
-    return {**part, "image": squared(part["image"], mean)}
+    if part["type"] == "video":
+        raise ValueError("pad_to_square is for pictures, and this task has videos")
+    return {**part, "image": squared(_opened(part["image"]), mean)}
+
+
+def _opened(picture: Any) -> Any:
+    """A picture of PIL, from one, from numbers or from a file."""
+    from PIL import Image
+
+    if isinstance(picture, Image.Image):
+        return picture
+    if isinstance(picture, np.ndarray):
+        return Image.fromarray(picture)
+    if isinstance(picture, (str, os.PathLike)) and os.path.isfile(picture):
+        with Image.open(picture) as file:
+            return file.convert("RGB")
+    raise ValueError(f"pad_to_square: can't open the picture {shown(picture)}")
 
 
 def squared(picture: Any, mean: Sequence[float]) -> Any:

@@ -62,6 +62,8 @@ class Journal:
         _lock(file, own)
         file.seek(0)
         whole = file.read()
+        if b"\n" in whole:  # another run may have begun it since this one looked
+            self._check(own, 1, whole.split(b"\n", 1)[0])
         file.truncate(whole.rfind(b"\n") + 1)  # a line that a kill cut off
         self._file = file
         if b"\n" not in whole:
@@ -76,14 +78,18 @@ class Journal:
     def _read(self, path: Path) -> None:
         lines = path.read_bytes().split(b"\n")[:-1]  # what a kill cut off has no end
         for number, line in enumerate(lines, 1):
-            try:
-                found = parse_object(line)
-                self._settle(path, found["settings"]) if number == 1 else self._take(found["answers"])
-            except (Refused, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"resume: line {number} of {path} is damaged ({error}): delete that file, whose answers "
-                    "will be asked for again"
-                ) from error
+            self._check(path, number, line)
+
+    def _check(self, path: Path, number: int, line: bytes) -> None:
+        """The first line is held to the settings, others are taken."""
+        try:
+            found = parse_object(line)
+            self._settle(path, found["settings"]) if number == 1 else self._take(found["answers"])
+        except (Refused, KeyError, TypeError) as error:
+            raise ValueError(
+                f"resume: line {number} of {path} is damaged ({error}): delete that file, whose answers "
+                "will be asked for again"
+            ) from error
 
     def _settle(self, path: Path, before: Mapping[str, Any]) -> None:
         other = _differing(before, self._settings)
@@ -108,9 +114,11 @@ def _lock(file: IO[bytes], path: Path) -> None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         raise ValueError(f"resume: another process is writing {path}: give another folder") from error
+    except OSError:  # a file system without locks
+        return
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:

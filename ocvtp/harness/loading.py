@@ -70,8 +70,10 @@ def check_system(processor: Any, system: str) -> None:
         written = processor.apply_chat_template(prepared(question, system, None), tokenize=False)
     except Exception as error:  # a template can raise anything
         raise ValueError(f"system_prompt: the chat template refuses a system's words: {error}") from error
-    if system not in written:
-        raise ValueError("system_prompt: the chat template leaves a system's words out")
+    times = str(written).count(system)
+    if times != 1:
+        said = f"says a system's words {times} times" if times else "leaves a system's words out"
+        raise ValueError(f"system_prompt: the chat template {said}: give chat_template=FILE, or leave it out")
 
 
 def check_prompt(processor: Any, config: Any) -> None:

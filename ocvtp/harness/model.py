@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,13 +20,16 @@ from lmms_eval.protocol import ChatMessages
 from loguru import logger
 from tqdm import tqdm
 
-from ocvtp.harness.answering import Answer, Answerer
+from ocvtp.harness.answering import Answer, Answerer, ignored, samples
 from ocvtp.harness.arguments import Arguments
-from ocvtp.harness.conversations import Conversation, prepared, text_of
+from ocvtp.harness.conversations import Conversation, digest, prepared, text_of
 from ocvtp.harness.journal import Journal
 from ocvtp.harness.loading import load_model, load_processor, plan, prune
 from ocvtp.harness.record import deciding, record_of
 from ocvtp.harness.tally import Tally
+
+#: Of each task, answered questions that a resumed run compares, so that other data is not taken for the same.
+_COMPARED = 8
 
 
 @dataclass
@@ -56,7 +60,11 @@ class Ocvtp(lmms):
 
     def __init__(self, **given: Any) -> None:
         super().__init__()
-        arguments = Arguments.from_strings(given)
+        # lmms-eval tells the number of processes later, from the same place.
+        with _ending_all(int(os.environ.get("WORLD_SIZE", "1"))):
+            self._load(Arguments.from_strings(given))
+
+    def _load(self, arguments: Arguments) -> None:
         self.arguments = arguments
         self.accelerator = Accelerator()
         alone = self.accelerator.num_processes == 1
@@ -73,9 +81,10 @@ class Ocvtp(lmms):
         config, chooser = plan(arguments, processor)
         self.model = load_model(arguments, config, self.device)
         self.report = prune(arguments, self.model, chooser)
-        self._answerer: Answerer | None = Answerer(self.model, processor, arguments.max_new_tokens)
-        self._record = record_of(
-            arguments, self.model, chooser, self.report, self._system, processor.chat_template
+        self._record = record_of(arguments, self.model, chooser, self.report, self._system, processor)
+        self._timed_on = f"{self._record['device']}, {arguments.batch_size} at once"
+        self._answerer: Answerer | None = Answerer(
+            self.model, processor, arguments.max_new_tokens, self._timed_on
         )
         self._journal = None
         if arguments.resume is not None:
@@ -96,33 +105,59 @@ class Ocvtp(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """One answer per request, in their order."""
+        with _ending_all(self.world_size):
+            return self._results(requests)
+
+    def _results(self, requests: list[Instance]) -> list[GenerationResult]:
         keys = _keys(requests)
-        found: dict[str, Answer] = {}
-        asked: dict[str, Instance] = {}
-        for key, request in zip(keys, requests, strict=True):
-            before = None if self._journal is None else self._journal.get(key)
-            if key in found or key in asked:  # lmms-eval fills ranks up with copies
-                continue
-            if before is None:
-                asked[key] = request
-            else:
-                found[key] = Answer(**before)
-                self._tally.add(found[key], restored=True)
-        total = len(found) + len(asked)
-        with (
-            tqdm(total=total, initial=len(found), disable=self.rank != 0, desc="ocvtp") as bar,
-            _ending_all(self.world_size),
-        ):
+        # lmms-eval fills processes up with copies, which count nowhere.
+        own = {key for key, request in zip(keys, requests, strict=True) if not _is_copy(request)}
+        waiting = dict(zip(keys, requests, strict=True))
+        _check_settings(waiting.values(), resumable=self._journal is not None)
+        found = self._restored(waiting)
+        for key, answer in found.items():
+            if key in own:
+                self._tally.add(answer, restored=True, timed=answer.timed_on == self._timed_on)
+        asked = {key: request for key, request in waiting.items() if key not in found}
+        with tqdm(total=len(waiting), initial=len(found), disable=self.rank != 0, desc="ocvtp") as bar:
             for batch in self._batches(asked):
                 answers = self._answered([asked[key] for key in batch])
                 pairs = list(zip(batch, answers, strict=True))
+                ours = [(key, answer) for key, answer in pairs if key in own]
                 if self._journal is not None:
-                    self._journal.add(self.rank, [(key, asdict(answer)) for key, answer in pairs])
+                    self._journal.add(self.rank, [(key, asdict(answer)) for key, answer in ours])
                 found.update(pairs)
-                for answer in answers:
+                for _, answer in ours:
                     self._tally.add(answer)
                 bar.update(len(batch))
         return [_result(found[key]) for key in keys]
+
+    def _restored(self, waiting: Mapping[str, Instance]) -> dict[str, Answer]:
+        """Answers of an earlier run, if it was asked the same.
+
+        Raises:
+            ValueError: a task's words or pictures have changed since; told by a few of each task.
+        """
+        if self._journal is None:
+            return {}
+        before = {key: self._journal.get(key) for key in waiting}
+        try:
+            found = {key: Answer(**answer) for key, answer in before.items() if answer is not None}
+        except TypeError as error:
+            raise ValueError(
+                f"resume: answers of another version of ocvtp ({error}): give another folder"
+            ) from error
+        by_task: dict[str, list[str]] = defaultdict(list)
+        for key in found:
+            by_task[str(waiting[key].args[4])].append(key)
+        for task, keys in by_task.items():
+            for key in keys[:: max(1, len(keys) // _COMPARED)]:
+                if digest(self._conversation(waiting[key])) != found[key].asked:
+                    raise ValueError(
+                        f"resume: the questions of {task}, words or pictures, are not those that were "
+                        "answered: give another folder"
+                    )
+        return found
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not supported."""
@@ -134,6 +169,14 @@ class Ocvtp(lmms):
 
     def clean(self) -> None:
         """Free the model. Every process comes here once it has answered, so they add up their figures."""
+        with _ending_all(self.world_size):
+            self._add_up()
+        if self._journal is not None:
+            self._journal.close()
+        self._answerer = None
+        super().clean()
+
+    def _add_up(self) -> None:
         parts: list[Any] = [self._tally]
         if self.world_size > 1 and torch.distributed.is_initialized():
             parts = [None] * self.world_size
@@ -141,18 +184,10 @@ class Ocvtp(lmms):
         whole = Tally.of(parts)
         self._figures = whole.figures()
         if self._figures is not None and self.rank == 0:
-            speed = whole.output_tokens / whole.seconds if whole.seconds else 0.0
+            speed = whole.timed_tokens / whole.seconds if whole.seconds else 0.0
             # The name makes lmms-eval work out the latency.
-            log_metrics(
-                whole.seconds,
-                whole.output_tokens,
-                speed,
-                {**self._figures, "num_requests": whole.requests},
-            )
-        if self._journal is not None:
-            self._journal.close()
-        self._answerer = None
-        super().clean()
+            latency = {"num_requests": whole.timed} if whole.timed else {}
+            log_metrics(whole.seconds, whole.timed_tokens, speed, {**self._figures, **latency})
 
     def _batches(self, asked: Mapping[str, Instance]) -> Iterator[list[str]]:
         """Requests that can be answered together: those with the same generation settings."""
@@ -166,8 +201,15 @@ class Ocvtp(lmms):
 
     def _answered(self, requests: list[Instance]) -> list[Answer]:
         assert self._answerer is not None
-        conversations = [self._conversation(request) for request in requests]
-        return self._answerer.answer(conversations, requests[0].args[2])
+        try:
+            conversations = [self._conversation(request) for request in requests]
+            return self._answerer.answer(conversations, requests[0].args[2])
+        except Exception:
+            which = ", ".join(
+                f"{task} {split} {number}" for *_, number, task, split in (r.args for r in requests)
+            )
+            logger.error(f"ocvtp: failed at {which} (task, split, number of the document)")
+            raise
 
     def _conversation(self, request: Instance) -> Conversation:
         _, to_messages, _, number, task, split = request.args
@@ -198,10 +240,30 @@ def _keys(requests: list[Instance]) -> list[str]:
         words, _, settings, number, task, split = request.args
         digest = hashlib.sha256(str(words).encode()).hexdigest()[:16]
         key = json.dumps([task, split, number, request.idx, digest, settings], sort_keys=True, default=str)
-        copied = bool((request.metadata or {}).get("__padding_only__"))
+        copied = _is_copy(request)
         keys.append(f"{key} {max(seen[key] - copied, 0)}")
         seen[key] += not copied
     return keys
+
+
+def _is_copy(request: Instance) -> bool:
+    """Whether lmms-eval put it there to have as many requests in every process."""
+    return bool((request.metadata or {}).get("__padding_only__"))
+
+
+def _check_settings(requests: Iterable[Instance], *, resumable: bool) -> None:
+    """Warn of generation settings that reach nobody; raise ``ValueError`` where answers can't be resumed."""
+    lost: dict[str, set[str]] = defaultdict(set)
+    for request in requests:
+        settings, task = request.args[2], str(request.args[4])
+        lost[task].update(ignored(settings))
+        if resumable and samples(settings):
+            raise ValueError(
+                f"resume: {task} draws its answers, and a resumed run would draw others: leave resume out"
+            )
+    for task, names in lost.items():
+        if names:
+            logger.warning(f"ocvtp: {task} asks for {', '.join(sorted(names))}, which is not handed on")
 
 
 def _result(answer: Answer) -> GenerationResult:

@@ -6,15 +6,17 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from ocvtp import __version__
-from ocvtp.harness.arguments import PASSED, Arguments
+from ocvtp.harness.arguments import NONE, PASSED, Arguments
 from ocvtp.vlm import PruneReport
 from ocvtp.vlm.options import Options
+from ocvtp.vlm.rivals import ClipText
 
 _PACKAGES = ("torch", "transformers", "lmms_eval", "accelerate", "torchvision", "pillow")
 #: Numbers of a parameter that a model's fingerprint reads.
@@ -30,7 +32,7 @@ def record_of(
     chooser: Any,
     report: PruneReport | None,
     system: str | None,
-    template: str,
+    processor: Any,
 ) -> dict[str, Any]:
     """JSON-ready, but for what is measured later.
 
@@ -40,7 +42,7 @@ def record_of(
         chooser: who prunes it, as :func:`ocvtp.apply` took it.
         report: what that made of it; ``None``: the model is as it was.
         system: what the system says.
-        template: of the chat.
+        processor: of the model, set up.
     """
     settings = dataclasses.asdict(arguments)
     said = settings.pop("options")
@@ -53,8 +55,11 @@ def record_of(
         "dtype": str(model.dtype).removeprefix("torch."),
         "attn_implementation": str(model.config.get_text_config()._attn_implementation),
         "system_prompt": system,
-        "chat_template": template,
+        "chat_template": processor.chat_template,
     }
+    if arguments.pruner == NONE:
+        settings["keep"] = None
+    text = getattr(chooser, "text", None)
     return {
         "ocvtp": __version__,
         "settings": {**settings, **options},
@@ -67,7 +72,14 @@ def record_of(
             "name": arguments.pretrained,
             "commit": getattr(model.config, "_commit_hash", None),
             "sample_sha256": sampled_fingerprint(model),
+            "config_sha256": _digest(_config(model.config)),
         },
+        "text_encoder_sha256": sampled_fingerprint(text.model) if isinstance(text, ClipText) else None,
+        "processor": {
+            "sha256": _processor(processor),
+            "image_processor": _plain(_without_versions(processor.image_processor.to_dict())),
+        },
+        "generation": _plain(_without_versions(model.generation_config.to_diff_dict())),
         "versions": versions(),
         "device": _device(model),
     }
@@ -80,7 +92,10 @@ def deciding(record: dict[str, Any]) -> dict[str, Any]:
         "settings": settings | {"pretrained": None, "pruner": None},  # folders may move; weights are compared
         "report": record["report"],
         "pruner": record["pruner"]["sha256"] or record["pruner"]["name"],
-        "model": record["model"]["sample_sha256"],
+        "model": [record["model"]["sample_sha256"], record["model"]["config_sha256"]],
+        "text_encoder": record["text_encoder_sha256"],
+        "processor": record["processor"],
+        "generation": record["generation"],
         "versions": record["versions"],
     }
 
@@ -121,6 +136,43 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _processor(processor: Any) -> str:
+    """Of everything that makes inputs of words and pictures."""
+    tokenizer = processor.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    images = _without_versions(processor.image_processor.to_dict())
+    own = {
+        name: value
+        for name, value in vars(processor).items()
+        if isinstance(value, (int, float, str, bool, type(None))) and name != "chat_template"
+    }
+    return _digest([words, images, own, processor.chat_template])
+
+
+def _config(config: Any) -> dict[str, Any]:
+    """What a configuration says, but where it came from and who wrote it."""
+    found = _without_versions(config.to_diff_dict())
+    return {name: value for name, value in found.items() if name not in ("_name_or_path", "dtype")}
+
+
+def _without_versions(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "transformers_version"}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 
 def _device(model: Any) -> str:

@@ -21,11 +21,15 @@ class Tally:
         kept_vision_tokens: see there.
         vision_tokens_in_layers: see there.
         output_tokens: see there.
+        timed: questions whose seconds are of this batch size and device; what follows is of them.
         seconds: in ``generate``.
+        timed_tokens: that were generated.
         preparing: in the processor, before it.
-        warm_seconds: of batches that were not the first of a process.
+        image_seconds: of questions with images.
+        timed_images: in those.
+        warm_seconds: of questions with images, in batches that were not the first of a process.
         warm_images: in those.
-        per_request: seconds of each question in them.
+        per_request: seconds of each question in batches that were not the first.
     """
 
     requests: int = 0
@@ -35,14 +39,24 @@ class Tally:
     kept_vision_tokens: int = 0
     vision_tokens_in_layers: float = 0.0
     output_tokens: int = 0
+    timed: int = 0
     seconds: float = 0.0
+    timed_tokens: int = 0
     preparing: float = 0.0
+    image_seconds: float = 0.0
+    timed_images: int = 0
     warm_seconds: float = 0.0
     warm_images: int = 0
     per_request: list[float] = field(default_factory=list)
 
-    def add(self, answer: Answer, *, restored: bool = False) -> None:
-        """Count an answer."""
+    def add(self, answer: Answer, *, restored: bool = False, timed: bool = True) -> None:
+        """Count an answer.
+
+        Args:
+            answer: to be counted.
+            restored: whether an earlier run gave it.
+            timed: whether its seconds are of this run's batch size and device.
+        """
         self.requests += 1
         self.restored += restored
         self.images += answer.images
@@ -50,12 +64,20 @@ class Tally:
         self.kept_vision_tokens += answer.kept_vision_tokens
         self.vision_tokens_in_layers += answer.vision_tokens_in_layers
         self.output_tokens += answer.output_tokens
+        if not timed:
+            return
+        self.timed += 1
         self.seconds += answer.seconds
+        self.timed_tokens += answer.output_tokens
         self.preparing += answer.preparing
+        if answer.images:
+            self.image_seconds += answer.seconds
+            self.timed_images += answer.images
         if answer.warm:
-            self.warm_seconds += answer.seconds
-            self.warm_images += answer.images
             self.per_request.append(answer.seconds)
+            if answer.images:
+                self.warm_seconds += answer.seconds
+                self.warm_images += answer.images
 
     @classmethod
     def of(cls, parts: Iterable[Tally]) -> Tally:
@@ -67,11 +89,12 @@ class Tally:
         return whole
 
     def figures(self) -> dict[str, int | float] | None:
-        """JSON-ready; ``None`` where nothing was answered. What has no images has no figures per image.
+        """JSON-ready; ``None`` where nothing was answered. What there is nothing of has no figure.
 
         ``seconds_per_image`` is the time around ``generate`` with the device synchronised: vision tower,
-        pruner, prefill and decoding, without decoding and resizing pictures, of batches after each process's
-        first (of all, where there are no others). Of several processes it is each one's, not divided by them.
+        pruner, prefill and decoding, without decoding and resizing pictures, of questions with images in
+        batches after each process's first (in all, where there are no others). Of several processes it is
+        each one's, not divided by them.
         """
         if not self.requests:
             return None
@@ -80,19 +103,22 @@ class Tally:
             "restored": self.restored,
             "images": self.images,
             "output_tokens": self.output_tokens,
-            "preparing_seconds_per_request": self.preparing / self.requests,
-            "median_seconds_per_request": statistics.median(
-                self.per_request or [self.seconds / self.requests]
-            ),
         }
         if self.images:
-            warm = bool(self.warm_images)
             found |= {
                 "vision_tokens_per_image": self.vision_tokens / self.images,
                 "kept_vision_tokens_per_image": self.kept_vision_tokens / self.images,
                 "vision_tokens_per_image_in_layers": self.vision_tokens_in_layers / self.images,
-                "seconds_per_image": (
-                    self.warm_seconds / self.warm_images if warm else self.seconds / self.images
-                ),
             }
+        if self.timed:
+            every = self.per_request or [self.seconds / self.timed]
+            found |= {
+                "timed_requests": self.timed,
+                "median_seconds_per_request": statistics.median(every),
+                "preparing_seconds_per_request": self.preparing / self.timed,
+            }
+        if self.warm_images:
+            found["seconds_per_image"] = self.warm_seconds / self.warm_images
+        elif self.timed_images:
+            found["seconds_per_image"] = self.image_seconds / self.timed_images
         return found

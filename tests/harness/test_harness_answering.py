@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 import ocvtp
 from bench.accuracy.loading import ASSETS, MODEL
 from bench.testbed.examples import example
-from ocvtp.harness.answering import Answer, Answerer
+from ocvtp.harness.answering import Answer, Answerer, ignored, samples
 from ocvtp.harness.arguments import Arguments
 from ocvtp.harness.conversations import Conversation
 from ocvtp.harness.loading import chooser_of, load_model, load_processor, plan, prune
@@ -59,6 +60,11 @@ def loaded(processor: Any) -> Any:
 def model(loaded: Any) -> Iterator[Any]:
     yield loaded
     ocvtp.remove(loaded)
+
+
+def recorded(model: Any, processor: Any, system: str | None = None, **values: Any) -> dict[str, Any]:
+    given, chooser, report = patched(model, processor, **values)
+    return record_of(given, model, chooser, report, system, processor)
 
 
 def patched(model: Any, processor: Any, **values: Any) -> tuple[Arguments, Any, Any]:
@@ -117,6 +123,23 @@ def test_settings_of_a_task(model: Any, processor: Any) -> None:
     drawn = answerer.settings({"temperature": 0.7, "max_new_tokens": 3, "image_aspect_ratio": "original"})
     assert (drawn["do_sample"], drawn["temperature"], drawn["max_new_tokens"]) == (True, 0.7, 3)
     assert "image_aspect_ratio" not in drawn
+    assert not samples({"do_sample": False, "temperature": 0.7})
+    assert samples({"do_sample": True})
+    assert answerer.settings({"length_penalty": 0.5, "min_new_tokens": 2})["length_penalty"] == 0.5
+    assert ignored({"until": [], "temperature": 0, "max_new_tokens": 3, "typical_p": 0.2}) == ["typical_p"]
+
+
+def test_a_picture_that_is_left_out_of_the_prompt_is_no_question(model: Any, processor: Any) -> None:
+    asked = talks(1, 1)[0]
+    asked[0]["content"][0] = {"type": "video", "video": np.zeros((2, 128, 128, 3), np.uint8)}
+    with pytest.raises(ValueError, match="left out of the prompt"):
+        Answerer(model, processor, 1).answer([asked], ONE)
+
+
+def test_new_tokens_end_with_the_first_end(model: Any, processor: Any) -> None:
+    end = model.generation_config.eos_token_id
+    fresh = torch.tensor([[7, 8, end, end], [7, end, 0, 0], [7, 8, 9, 10], [end, 7, 7, 7]])
+    assert Answerer(model, processor, 1)._written(fresh).tolist() == [3, 2, 4, 1]
 
 
 def test_the_plan_refuses_before_weights_are_read(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,14 +183,16 @@ def test_a_processor_is_tried_first(processor: Any, tmp_path: Path) -> None:
     users = "{% for m in messages if m['role'] == 'user' %}{{ m['content'][0]['text'] }}{% endfor %}"
     with pytest.raises(ValueError, match="leaves a system's words out"):
         load_processor(arguments(pretrained=str(without), chat_template=users), "Be brief.")
+    twice = "{{ messages[0]['content'][0]['text'] }} {{ messages[0]['content'][0]['text'] }}"
+    with pytest.raises(ValueError, match="2 times"):
+        load_processor(arguments(pretrained=str(without), chat_template=twice), "Be brief.")
     angry = "{{ raise_exception('no system here') }}"
     with pytest.raises(ValueError, match="refuses a system's words: no system here"):
         load_processor(arguments(pretrained=str(without), chat_template=angry), "Be brief.")
 
 
 def test_the_record_tells_what_ran(model: Any, processor: Any) -> None:
-    given, chooser, report = patched(model, processor, pruner=str(ASSETS / "testbed-pruner"), keep=28)
-    record = record_of(given, model, chooser, report, "Be brief.", "template")
+    record = recorded(model, processor, "Be brief.", pruner=str(ASSETS / "testbed-pruner"), keep=28)
     assert json.loads(json.dumps(record))["settings"]["keep"] == 28
     settings = record["settings"]
     assert (settings["merge"], settings["weigh"], settings["positions"]) == ("off", False, "compact")
@@ -178,15 +203,16 @@ def test_the_record_tells_what_ran(model: Any, processor: Any) -> None:
         ocvtp.OCPruner.from_pretrained(ASSETS / "testbed-pruner")
     )
     assert record["versions"]["ocvtp"] == ocvtp.__version__
-    given, chooser, report = patched(model, processor, pruner="grid", keep=28, merge="auto", weigh="auto")
-    resolved = record_of(given, model, chooser, report, None, "template")["settings"]
+    assert record["processor"]["image_processor"]["image_mean"] == [0.5] * 3
+    assert record["text_encoder_sha256"] is None
+    resolved = recorded(model, processor, pruner="grid", keep=28, merge="auto", weigh="auto")["settings"]
     assert (resolved["merge"], resolved["weigh"]) == ("projected", True)
+    assert recorded(model, processor, pruner="none")["settings"]["keep"] is None
 
 
 def test_what_decides_changes_with_everything_that_does(model: Any, processor: Any) -> None:
-    def decided(system: str | None = None, template: str = "t", **values: Any) -> str:
-        given, chooser, report = patched(model, processor, **{"keep": 28, **values})
-        record = record_of(given, model, chooser, report, system, template)
+    def decided(system: str | None = None, **values: Any) -> str:
+        record = recorded(model, processor, system, **{"keep": 28, **values})
         return json.dumps(deciding(record), sort_keys=True)
 
     first, second = (str(ASSETS / name) for name in ("testbed-pruner", "testbed-pruner-1"))
@@ -197,7 +223,6 @@ def test_what_decides_changes_with_everything_that_does(model: Any, processor: A
         decided(pruner=first),
         decided(pruner=second),
         decided(system="x"),
-        decided(template="u"),
         decided(pad_to_square=True),
         decided(max_new_tokens=3),
     ]
@@ -209,6 +234,24 @@ def test_what_decides_changes_with_everything_that_does(model: Any, processor: A
         weight.mul_(1.01)
         assert decided() != found[0]
         weight.copy_(before)
+    assert decided() == found[0]
+    for thing, name, other in (
+        (processor, "chat_template", "{{ messages }}"),
+        (processor, "patch_size", 7),
+        (processor.image_processor, "image_mean", [0.4] * 3),
+        (model.generation_config, "repetition_penalty", 1.9),
+        (model.config, "vision_feature_select_strategy", "full"),
+    ):
+        was = getattr(thing, name)
+        setattr(thing, name, other)
+        try:
+            if name != "chat_template":
+                assert decided() != found[0], name
+            else:
+                with pytest.raises(ValueError, match="picture"):
+                    decided()
+        finally:
+            setattr(thing, name, was)
     assert decided() == found[0]
 
 
@@ -242,6 +285,8 @@ def answer(**values: Any) -> Answer:
         "seconds": 1.0,
         "preparing": 0.5,
         "warm": True,
+        "asked": "",
+        "timed_on": "",
     }
     return Answer(**{**usual, **values})
 
@@ -275,7 +320,25 @@ def test_figures_of_nothing_and_of_words_alone() -> None:
     tally.add(answer(warm=False, seconds=5.0))
     with_image = tally.figures()
     assert with_image is not None
-    assert with_image["seconds_per_image"] == 8.0  # no batch but first ones
+    assert with_image["seconds_per_image"] == 5.0  # no batch but first ones, and not the words' seconds
+    for _ in range(9):
+        tally.add(answer(images=0, seconds=0.1))
+    tally.add(answer(seconds=0.3))
+    mixed = tally.figures()
+    assert mixed is not None
+    assert mixed["seconds_per_image"] == pytest.approx(0.3)
+
+
+def test_seconds_of_another_batch_size_do_not_count() -> None:
+    tally = Tally()
+    tally.add(answer(seconds=9.0), restored=True, timed=False)
+    alone = tally.figures()
+    assert alone is not None
+    assert not [name for name in alone if "seconds" in name]
+    tally.add(answer(seconds=1.0))
+    found = tally.figures()
+    assert found is not None
+    assert (found["seconds_per_image"], found["requests"], found["timed_requests"]) == (1.0, 2, 1)
 
 
 def test_a_text_encoder_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ocvtp.harness.conversations import PROMPTS, count_pictures, prepared, squared, text_of
+from ocvtp.harness.conversations import PROMPTS, count_pictures, digest, prepared, squared, text_of
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -50,11 +50,39 @@ def test_system_words_come_first_and_once() -> None:
 
 def test_pictures_are_squared_and_counted_wherever_they_are() -> None:
     parts = [{"type": "image", "image": picture(5, 3)}, {"type": "text", "text": "and"}]
-    talk = prepared(asked(*parts, *parts, {"type": "video", "video": "file"}), None, (0.5, 0.5, 0.5))
+    talk = prepared(asked(*parts, *parts), None, (0.5, 0.5, 0.5))
     assert [part["image"].size for part in talk[0]["content"] if part["type"] == "image"] == [(5, 5)] * 2
-    assert count_pictures(talk) == 3
+    assert count_pictures(talk) == 2
+    assert count_pictures(asked(*parts, {"type": "video", "video": "file"})) == 2
     assert parts[0]["image"].size == (5, 3)
     assert count_pictures(prepared(asked({"type": "text", "text": "?"}), None, None)) == 0
+
+
+def test_pictures_of_other_kinds_are_opened_or_refused(tmp_path: Path) -> None:
+    one, grey = picture(5, 3), (0.5, 0.5, 0.5)
+    one.save(tmp_path / "one.png")
+    want = np.asarray(squared(one, grey))
+    for other in (np.asarray(one), str(tmp_path / "one.png"), tmp_path / "one.png"):
+        made = prepared(asked({"type": "image", "image": other}), None, grey)[0]["content"][0]["image"]
+        assert np.array_equal(np.asarray(made), want)
+    with pytest.raises(ValueError, match="can't open the picture"):
+        prepared(asked({"type": "image", "image": "nowhere.png"}), None, grey)
+    with pytest.raises(ValueError, match="this task has videos"):
+        prepared(asked({"type": "video", "video": "file"}), None, grey)
+
+
+def test_a_digest_is_of_words_and_pictures() -> None:
+    def of(words: str = "?", width: int = 5, role: str = "user", **other: Any) -> str:
+        shown = other.get("image", picture(width, 3))
+        parts = [{"type": "image", "image": shown}, {"type": "text", "text": words}]
+        return digest([{"role": role, "content": parts}])
+
+    changed = picture(5, 3)
+    changed.putpixel((4, 2), (1, 2, 3))
+    found = [of(), of("!"), of(width=6), of(role="assistant"), of(image=changed), of(image="file")]
+    assert len(set(found)) == len(found)
+    assert of() == of(image=picture(5, 3))
+    assert of(image=picture(5, 3).transpose(Image.Transpose.ROTATE_90)) != of()
 
 
 def test_sound_is_refused() -> None:
@@ -69,8 +97,11 @@ def test_a_text_comes_by_name_from_a_file_or_as_it_is(tmp_path: Path) -> None:
     assert text_of("system_prompt", str(file)) == "Be brief."
     assert text_of("system_prompt", "Be brief.") == "Be brief."
     assert text_of("chat_template", "{{a}}/{{b}}") == "{{a}}/{{b}}"
-    with pytest.raises(ValueError, match="chat_template: no file at"):
+    with pytest.raises(ValueError, match=r"chat_template: .*nothing\.jinja is no file here"):
         text_of("chat_template", str(tmp_path / "nothing.jinja"))
+    for typed in ("vicuna1", "vicuna-v1", "prompt.txt", "a/b"):
+        with pytest.raises(ValueError, match=r"no file here, and none of vicuna_v1"):
+            text_of("system_prompt", typed)
     file.write_text("\n")
     with pytest.raises(ValueError, match=r"system_prompt: .* is empty"):
         text_of("system_prompt", str(file))

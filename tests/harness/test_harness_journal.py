@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,26 @@ def test_two_writers_of_one_rank_are_refused(tmp_path: Path) -> None:
     first.close()
     second.close()
     assert len(Journal(str(tmp_path), SETTINGS)) == 2
+
+
+def test_a_folder_that_another_run_began_meanwhile_is_refused(tmp_path: Path) -> None:
+    late = Journal(str(tmp_path), {**SETTINGS, "pruner": "other"})
+    filled(tmp_path, 0, ("a",))
+    before = (tmp_path / "0.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"other settings \(pruner\)"):
+        late.add(0, answers("b"))
+    assert (tmp_path / "0.jsonl").read_bytes() == before
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    filled(tmp_path, 0, ("a",))
+    assert len(Journal(str(tmp_path), SETTINGS)) == 1
 
 
 def test_nothing_is_written_before_there_is_an_answer(tmp_path: Path) -> None:

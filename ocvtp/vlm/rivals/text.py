@@ -96,6 +96,11 @@ class ClipText:
         return cls(model, CLIPTokenizer.from_pretrained(checkpoint), **options)
 
     @property
+    def model(self) -> Any:
+        """The checkpoint's model, as it was given."""
+        return self._model
+
+    @property
     def width(self) -> int:
         """Of the vision tower it belongs to."""
         return int(self._model.visual_projection.in_features)
