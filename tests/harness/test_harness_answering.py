@@ -17,10 +17,11 @@ from bench.accuracy.loading import ASSETS, MODEL
 from bench.testbed.examples import example
 from ocvtp.harness.answering import Answer, Answerer, ignored, samples
 from ocvtp.harness.arguments import Arguments
-from ocvtp.harness.conversations import Conversation
+from ocvtp.harness.conversations import PROMPTS, Conversation, prepared
 from ocvtp.harness.loading import chooser_of, load_model, load_processor, plan, prune
 from ocvtp.harness.record import deciding, fingerprint, record_of, sampled_fingerprint
 from ocvtp.harness.tally import Tally
+from tests.vlm.hub_folders import write_folder
 
 ONE: dict[str, Any] = {"max_new_tokens": 1}
 
@@ -339,6 +340,22 @@ def test_seconds_of_another_batch_size_do_not_count() -> None:
     found = tally.figures()
     assert found is not None
     assert (found["seconds_per_image"], found["requests"], found["timed_requests"]) == (1.0, 2, 1)
+
+
+def test_the_prompt_is_the_published_one(tmp_path: Path) -> None:
+    """LLaVA-1.5's with vicuna_v1, given a template that puts a system's words first, as llava-hf's does."""
+    folder = write_folder(tmp_path, "llava-hf/llava-1.5-7b-hf")
+    given = Arguments.from_strings({"pretrained": str(folder), "system_prompt": "vicuna_v1"})
+    system = PROMPTS["vicuna_v1"]
+    made = load_processor(given, system)
+    parts = [{"type": "image", "image": Image.new("RGB", (9, 5))}, {"type": "text", "text": "What is this?"}]
+    asked = prepared([{"role": "user", "content": parts}], system, made.image_processor.image_mean)
+    written = made.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert written == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the user's questions. "
+        "USER: <image>\nWhat is this? ASSISTANT:"
+    )
 
 
 def test_a_text_encoder_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,8 @@ LLAVA_SAMPLES = (
     "vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.bias",
 )
 LLAVA_CHAT = (
-    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() }}: {% endif %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
     "{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"

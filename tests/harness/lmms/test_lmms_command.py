@@ -69,7 +69,9 @@ Model.generate = generate
 def test_an_exception_leaves_no_results(testbed: Path, tmp_path: Path, processes: int) -> None:
     asked = words(testbed, tmp_path, {**SMALL, "pruner": "grid", "keep": 9}, limit=12)
     ran = lmms_eval(asked, tmp_path, before=FAILS, processes=processes)
-    assert "out of luck" in ran.stderr + ran.stdout
+    said = ran.stderr + ran.stdout
+    assert "out of luck" in said
+    assert "failed at ocvtp_testbed test" in said
     assert not list(tmp_path.rglob("*.json*"))
     if processes > 1:  # the other process waits for answers that don't come: it was ended
         assert ran.returncode != 0
@@ -82,7 +84,7 @@ def test_an_exception_leaves_no_results(testbed: Path, tmp_path: Path, processes
         ("keep=257", "keep must be between 1 and 256"),
         ("pruner=none,keep=3", "keep"),
         (f"pruner={MODEL}", "pruner: "),
-        ("chat_template=/nowhere.jinja", "chat_template: no file at"),
+        ("chat_template=/nowhere.jinja", "nowhere.jinja is no file here"),
         ("attn_implementation=fast", "attn_implementation"),
     ],
 )

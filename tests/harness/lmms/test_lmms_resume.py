@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed here: make test-eval")
 
+from PIL import Image
+
 from bench.accuracy.loading import ASSETS, MODEL
+from ocvtp.harness.model import Ocvtp
 from tests.harness.lmms.asking import ocvtp_model
 from tests.harness.lmms.conftest import Runs
 from tests.harness.lmms.processes import lmms_eval, results, samples, words
@@ -88,6 +92,41 @@ def test_answers_of_other_versions_are_refused(
     monkeypatch.setattr("ocvtp.harness.record.__version__", "99")
     with pytest.raises(ValueError, match=r"versions\.ocvtp"):
         ocvtp_model(given)
+
+
+def test_answers_about_other_pictures_are_refused(
+    run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = said({**MODEL_ARGS, "resume": tmp_path / "answers"})
+    run(given, ["ocvtp_testbed"], 4, limit=6)
+    real = Ocvtp._conversation
+
+    def mirrored(self: Ocvtp, request: Any) -> Any:
+        talk = real(self, request)
+        for part in talk[0]["content"]:
+            if part["type"] == "image":
+                part["image"] = part["image"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return talk
+
+    monkeypatch.setattr(Ocvtp, "_conversation", mirrored)
+    with pytest.raises(ValueError, match="the questions of ocvtp_testbed, words or pictures, are not those"):
+        run(given, ["ocvtp_testbed"], 4, limit=6)
+
+
+def test_drawn_answers_are_not_resumed(run: Runs, tmp_path: Path) -> None:
+    drawn = {"gen_kwargs": "temperature=0.7,do_sample=True,max_new_tokens=1", "limit": 4}
+    run(said(MODEL_ARGS), ["ocvtp_testbed"], 4, **drawn)
+    with pytest.raises(ValueError, match="ocvtp_testbed draws its answers"):
+        run(said({**MODEL_ARGS, "resume": tmp_path / "answers"}), ["ocvtp_testbed"], 4, **drawn)
+
+
+def test_seconds_of_another_batch_size_are_left_out(run: Runs, tmp_path: Path) -> None:
+    given = said({**MODEL_ARGS, "resume": tmp_path / "answers"})
+    first = run(given, ["ocvtp_testbed"], 4, limit=8).record["measured"]
+    assert first["seconds_per_image"] > 0
+    again = run(given, ["ocvtp_testbed"], 2, limit=8).record["measured"]
+    assert (again["restored"], again["kept_vision_tokens_per_image"]) == (8, 28)
+    assert "seconds_per_image" not in again
 
 
 def test_two_processes_answer_as_one_and_one_goes_on(testbed: Path, run: Runs, tmp_path: Path) -> None:
