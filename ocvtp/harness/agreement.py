@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ocvtp.harness.results import Row, part, record_in
+from ocvtp.harness.protocol import BENCHMARKS, Benchmark
+from ocvtp.harness.results import Row, command, part, questions, record_in
 
 #: Settings of ours that change what is asked, or in which numbers it is answered.
 _SETTINGS = (
@@ -33,8 +34,8 @@ _TASK = (
     "lmms_eval_specific_kwargs",
     "metric_list",
 )
-#: What makes two runs of one row the same setting.
-_SETTING = ("pruner", "keep", "inside", "merge", "weigh", "seed", "layer", "settings")
+#: Of a record's settings, those in which runs of one row may differ.
+_FREE = ("resume", "batch_size", "device", "device_map")
 _LONG = 40
 
 #: By fact, then by its value as text, the rows that have it.
@@ -65,11 +66,70 @@ def differences(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
+def departures(rows: Sequence[Row], benchmarks: Sequence[Benchmark] = BENCHMARKS) -> list[str]:
+    """Notes about rows that were asked or scored otherwise than the protocol has it."""
+    notes = []
+    for one in benchmarks:
+        if one.wanted is None:
+            continue
+        runs = [(row.label, row.tasks[one.task]) for row in rows if one.task in row.tasks]
+        other = [label for label, task in runs if task and not one.wanted.holds(task)]
+        if other:
+            notes.append(f"not the protocol's: {one.name} is {one.wanted.otherwise} in {', '.join(other)}")
+        if unknown := [label for label, task in runs if not task]:
+            notes.append(f"whether {one.name} is the protocol's is not known in {', '.join(unknown)}")
+    return notes
+
+
+def incomplete(rows: Sequence[Row]) -> list[str]:
+    """Notes about rows in which not all questions were asked."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        short = [f"{number} of {of} questions of {task}" for task, (number, of) in sorted(row.parts.items())]
+        notes = [f"not all questions were asked: {', '.join(short)}"] if short else []
+        for whole in row.runs:
+            if not any(of is not None and number < of for number, of in questions(whole).values()):
+                notes += [f"lmms-eval was called with {option}" for option in _cutting(whole)]
+        for note in dict.fromkeys(notes):
+            said.setdefault(note, []).append(row.label)
+    return [f"{note} (in {', '.join(labels)})" for note, labels in said.items()]
+
+
+def _cutting(whole: Mapping[str, Any]) -> list[str]:
+    given = command(whole)
+    found = [(name, given.get(name)) for name in ("limit", "offset")]
+    return [f"--{name} {value}" for name, value in found if value and value != -1]  # -1: all
+
+
+def cached(rows: Sequence[Row]) -> list[str]:
+    """A note about rows whose answers may be those of other weights."""
+    found = [row.label for row in rows if any(map(_cached, row.runs))]
+    if not found:
+        return []
+    return [
+        f"answers may be from lmms-eval's cache (--use_cache) in {', '.join(found)}: its key knows neither "
+        "the pruner's weights nor ocvtp's version, and what is from there has no tokens and no seconds"
+    ]
+
+
+def _cached(whole: Mapping[str, Any]) -> bool:
+    """Whether lmms-eval was told a cache, or our model answered less than was scored."""
+    if command(whole).get("use_cache"):
+        return True
+    record = record_in(whole)
+    if record is None:
+        return False
+    answered = part(record, "measured").get("requests", 0)
+    return bool(answered < sum(number for number, _ in questions(whole).values())) or not answered
+
+
 def timings(rows: Sequence[Row]) -> list[str]:
     """Notes about seconds that were not measured alike."""
     said: _Said = {}
     for row in rows:
         for record in row.records:
+            if "seconds_per_image" not in part(record, "measured"):
+                continue
             _note(said, "device", record.get("device"), row.label)
             _note(said, "batch_size", part(record, "settings").get("batch_size"), row.label)
     return _lines(said, "seconds can't be compared: ")
@@ -79,20 +139,33 @@ def _mixed(row: Row) -> list[str]:
     """A folder with results of several settings is no row."""
     said: _Said = {}
     for record in row.records:
-        for name in _SETTING:
-            _note(said, name, part(record, "settings").get(name), "")
+        for name, value in part(record, "settings").items():
+            if name not in _FREE:
+                _note(said, name, value, "")
         _note(said, "the pruner's weights", part(record, "pruner").get("sha256"), "")
     mixed = [name for name, values in said.items() if len(values) > 1]
     return [f"{row.label} holds runs of several settings: {', '.join(mixed)}"] if mixed else []
 
 
 def _facts(whole: Mapping[str, Any]) -> dict[str, Any]:
-    config = part(whole, "config")
-    command = {**part(config, "resolved_cli_args"), **config}
+    given = command(whole)
     # An empty string and nothing are the same to lmms-eval.
-    facts: dict[str, Any] = {name: command[name] or None for name in _COMMAND if name in command}
+    facts: dict[str, Any] = {name: given[name] or None for name in _COMMAND if name in given}
     record = record_in(whole)
     if record is not None:
+        # Records of older versions lack some of these, and who reads no question has no text encoder.
+        facts |= {
+            name: value
+            for name, value in (
+                ("the model's configuration", part(record, "model").get("config_sha256")),
+                ("the text encoder", record.get("text_encoder_sha256")),
+                ("the processor", part(record, "processor").get("sha256")),
+                ("the generation configuration", record.get("generation")),
+            )
+            if value is not None
+        }
+        pictures = part(part(record, "processor"), "image_processor")
+        facts |= {f"{name} of the image processor": value for name, value in pictures.items()}
         facts["the model's weights"] = part(record, "model").get("sample_sha256")
         facts |= {name: part(record, "settings").get(name) for name in _SETTINGS}
         facts |= {f"version of {name}": value for name, value in part(record, "versions").items()}

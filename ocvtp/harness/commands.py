@@ -166,7 +166,7 @@ def command(run: Run, out: str, tasks: Sequence[str], processes: int, batch_size
     """
     folder = PurePosixPath(out) / run.label
     given = (*run.arguments, ("resume", f"{folder}/answers"))
-    said = ",".join(f"{name}={_value(value)}" for name, value in given)
+    said = ",".join(f"{name}={_value(name, value)}" for name, value in given)
     start = "lmms-eval" if processes == 1 else f"accelerate launch --num_processes {processes} -m lmms_eval"
     return [
         f"{start} --model ocvtp --include_path {_TASKS} --tasks {','.join(tasks)} \\",
@@ -176,9 +176,31 @@ def command(run: Run, out: str, tasks: Sequence[str], processes: int, batch_size
     ]
 
 
-def _value(text: str) -> str:
-    """lmms-eval cuts at commas, but not in brackets and quotes."""
-    return f'"{text}"' if "," in text and text[0] not in "[{" else text
+def _value(name: str, text: str) -> str:
+    """lmms-eval cuts at commas, but not in brackets and quotes, and reads numbers and truth values."""
+    if name in ("pruner", "resume") and ("," in text or _reads_as_other(text)):
+        return f'"{text}"'
+    return text
+
+
+def _reads_as_other(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text.lower() in ("true", "false")
+    return True
+
+
+def _check_names(out: str, pruner: str | None) -> None:
+    """Raise ``ValueError`` for names that lmms-eval's command line would tear apart."""
+    if "," in out:
+        raise ValueError(f"--out {out}: lmms-eval cuts its --output_path at commas")
+    for option, name in (("--out", out), ("--pruner", pruner or "")):
+        # A quote or a bracket that is open hides the commas behind it, and so the arguments.
+        if found := sorted(set(name) & set("\"'{}[]\\")):
+            raise ValueError(
+                f"{option} {name}: lmms-eval's --model_args can't have {' '.join(found)} in a name"
+            )
 
 
 def _failed(run: Run) -> str:
@@ -213,8 +235,10 @@ def script(
         merged: see :func:`runs`.
 
     Raises:
-        ValueError: see :func:`runs`; or an unknown benchmark.
+        ValueError: see :func:`runs`; or an unknown benchmark; or a comma in ``out``, or a quote, bracket or
+            backslash there or in ``pruner``, which lmms-eval can't read.
     """
+    _check_names(out, pruner)
     rows = runs(model, methods, budgets, pruner, merged=merged)
     whole = GROUP in tasks
     asked = list(BENCHMARKS) if whole else [benchmark_of(one) for one in tasks]
@@ -311,7 +335,8 @@ def listing() -> str:
             for score in one.scores
         )
         lines.append(f"{one.name:8} {one.task:16} {one.split}, about {one.questions} questions: {scores}")
-        lines += [f"{'':8} {text}" for text in (one.judge, one.note) if text]
+        asked = f"asked as {one.asked}" if one.asked else ""
+        lines += [f"{'':8} {text}" for text in (asked, one.judge, one.note) if text]
     return "\n".join(lines)
 
 

@@ -7,7 +7,10 @@ look up; "inferred".
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,19 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a run's settings of a task must have, so that it was asked and scored as the protocol has it.
+
+    Attributes:
+        holds: of ``configs[task]`` in lmms-eval's results: whether they have.
+        otherwise: what the run is where they have not, for notes.
+    """
+
+    holds: Callable[[Mapping[str, Any]], bool]
+    otherwise: str
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A column of the table.
 
@@ -38,6 +54,7 @@ class Benchmark:
         scores: ways to score it; the first is counted unless another is asked for.
         login: whether lmms-eval 0.7.3 asks the Hub for the data with a token.
         judge: how a judge or a submission server is avoided; empty: there is none.
+        wanted: of a run's settings of the task; ``None``: lmms-eval's own are the protocol's.
         note: what else to know.
     """
 
@@ -49,16 +66,50 @@ class Benchmark:
     asked: str = ""
     login: bool = False
     judge: str = ""
+    wanted: Wanted | None = None
     note: str = ""
+
+
+def _told_ocr(task: Mapping[str, Any]) -> bool:
+    """TextVQA's; lmms-eval spreads what is under "default" before it asks, where that is what it takes."""
+    said = task.get("lmms_eval_specific_kwargs")
+    said = said if isinstance(said, Mapping) else {}
+    default = said.get("default")
+    return {**(default if isinstance(default, Mapping) else {}), **said}.get("ocr") is True
+
+
+def _by_rules(task: Mapping[str, Any]) -> bool:
+    """MMBench's score is by :func:`ocvtp.harness.tasks.paper.mmbench`, a function that is written as text."""
+    metrics = task.get("metric_list")
+    ways = [
+        str(metric.get("aggregation"))
+        for metric in (metrics if isinstance(metrics, list) else ())
+        if isinstance(metric, Mapping) and metric.get("metric") == "gpt_eval_score"
+    ]
+    return len(ways) == 1 and re.search(r"\bmmbench\b", ways[0]) is not None
 
 
 _VQA = (Score("", ("exact_match",)),)
 _CIRCULAR = (Score("", ("gpt_eval_score",)),)
 _RULES = "scored by rules alone; lmms-eval's own task asks GPT about answers that it can't read"
+_OCR_WANTED = Wanted(_told_ocr, "asked without OCR tokens in the prompt")
+_RULES_WANTED = Wanted(
+    _by_rules, "scored by lmms-eval's own metric, which asks GPT, or draws at random, where it can't read"
+)
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("GQA", "gqa", "testdev_balanced", 12_600, (Score("", ("exact_match",)),), login=True),
-    Benchmark("MMB", "mmbench_en_dev", "dev", 4_300, _CIRCULAR, asked="ocvtp_mmb", login=True, judge=_RULES),
+    Benchmark(
+        "MMB",
+        "mmbench_en_dev",
+        "dev",
+        4_300,
+        _CIRCULAR,
+        asked="ocvtp_mmb",
+        login=True,
+        judge=_RULES,
+        wanted=_RULES_WANTED,
+    ),
     Benchmark(
         "MMB-CN",
         "mmbench_cn_dev",
@@ -68,6 +119,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         asked="ocvtp_mmb_cn",
         login=True,
         judge=_RULES,
+        wanted=_RULES_WANTED,
         note="whether the tenth of the paper is this one or MMMU is inferred",
     ),
     Benchmark(
@@ -103,7 +155,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         _VQA,
         asked="ocvtp_textvqa",
         judge="the test split has a server; this is the validation split",
-        note="with OCR tokens in the prompt, as the fork has it; lmms-eval leaves them out",
+        wanted=_OCR_WANTED,
+        note="wanted with OCR tokens in the prompt, as the fork has it; lmms-eval leaves them out",
     ),
     Benchmark(
         "VQAv2",
@@ -219,7 +272,9 @@ MODELS: dict[str, Model] = {
         Model(
             "qwen2.5-vl-7b",
             "Qwen/Qwen2.5-VL-7B-Instruct",
-            (("dtype", "bfloat16"),),
+            # min_pixels and max_pixels: what lmms-eval's own class for Qwen2.5-VL sets (0.7.3,
+            # models/simple/qwen2_5_vl.py, __init__). The fork has that class as compiled files only.
+            (("dtype", "bfloat16"), ("min_pixels", "200704"), ("max_pixels", "1605632")),
             # HiPrune's shares of a third, two ninths and one ninth; the paper's own budgets are not known.
             (0.334, 0.223, 0.112),
             None,

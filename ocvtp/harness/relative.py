@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ocvtp.harness.agreement import differences, timings
+from ocvtp.harness.agreement import cached, departures, differences, incomplete, timings
 from ocvtp.harness.protocol import BENCHMARKS, TEN, Benchmark, Score
 from ocvtp.harness.results import NoResultsError, Row, part, read_row
 
@@ -99,7 +99,8 @@ def table(rows: Sequence[Row], benchmarks: Sequence[Benchmark] = BENCHMARKS) -> 
     never = [one.name for one in benchmarks if one not in seen]
     if never:
         notes.append(f"no run has results of {', '.join(never)}")
-    notes += _ambiguous(seen) + differences(rows) + timings(rows)
+    notes += _ambiguous(seen) + departures(rows, seen) + incomplete(rows) + cached(rows)
+    notes += differences(rows) + timings(rows)
     about = (
         f"In brackets: percent of the unpruned score. average: {_HOW}, by the first score of each benchmark, "
         "and in brackets the range over all choices of scores. tokens: mean vision tokens of an image that "

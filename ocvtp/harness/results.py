@@ -23,6 +23,7 @@ class Row:
         label: for the table.
         scores: by benchmark and name of the score: lmms-eval's numbers, added up.
         counts: by task, how many questions were answered.
+        parts: by task that was not asked in full, how many questions were answered, and of how many.
         tasks: by task, its settings as lmms-eval wrote them: data, prompt, metrics.
         runs: the whole of every file that a result is from, oldest first.
     """
@@ -30,6 +31,7 @@ class Row:
     label: str
     scores: Mapping[tuple[str, str], float] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     runs: tuple[Mapping[str, Any], ...] = ()
 
@@ -88,11 +90,12 @@ def read_row(folder: Path, label: str | None = None) -> Row:
             f"benchmarks ({', '.join(one.task for one in BENCHMARKS)})"
         )
     ours = {task: index for task, index in owner.items() if task in {one.task for one in BENCHMARKS}}
-    counts = {task: _samples(wholes[index], task) for task, index in ours.items()}
+    asked = {task: found for task, index in ours.items() if (found := questions(wholes[index]).get(task))}
     return Row(
         label or folder.name,
         scores,
-        {task: number for task, number in counts.items() if number is not None},
+        {task: number for task, (number, _) in asked.items()},
+        {task: (number, of) for task, (number, of) in asked.items() if of is not None and number < of},
         {task: part(part(wholes[index], "configs"), task) for task, index in ours.items()},
         tuple(wholes[index] for index in sorted(set(ours.values()))),
     )
@@ -135,7 +138,25 @@ def _numbers(values: Any) -> dict[str, float]:
     }
 
 
-def _samples(whole: Mapping[str, Any], task: str) -> int | None:
-    found = part(whole, "n-samples").get(task)
-    number = found.get("effective") if isinstance(found, Mapping) else found
-    return int(number) if isinstance(number, (int, float)) else None
+def command(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """What lmms-eval was called with, as it was or as it was understood."""
+    config = part(whole, "config")
+    return {**part(config, "resolved_cli_args"), **config}
+
+
+def questions(whole: Mapping[str, Any]) -> dict[str, tuple[int, int | None]]:
+    """By task, how many questions a run scored, and of how many (``None``: it doesn't say)."""
+    offset = command(whole).get("offset")
+    found: dict[str, tuple[int, int | None]] = {}
+    for task, said in part(whole, "n-samples").items():
+        numbers = said if isinstance(said, Mapping) else {"effective": said}
+        effective, of = _whole_number(numbers.get("effective")), _whole_number(numbers.get("original"))
+        if effective is not None:
+            if of is not None and isinstance(offset, int):  # which lmms-eval's count takes no notice of
+                effective = max(0, min(effective, of - offset))
+            found[task] = effective, of
+    return found
+
+
+def _whole_number(value: Any) -> int | None:
+    return int(value) if isinstance(value, (int, float)) else None

@@ -85,11 +85,11 @@ def as_lmms_eval(text: str) -> dict[str, Any]:
 
 
 def test_a_shell_runs_them(tmp_path: Path) -> None:
-    text = script(LLAVA, methods=("pruner", "visionzip"), budgets=(192, 64), out="my runs, of May")
+    text = script(LLAVA, methods=("pruner", "visionzip"), budgets=(192, 64), out="my runs of May")
     calls, printed = shell(text, tmp_path)
     *asked, table = calls
     labels = ["none", "pruner-192", "pruner-64", "visionzip-192", "visionzip-64"]
-    folders = [f"my runs, of May/{label}" for label in labels]
+    folders = [f"my runs of May/{label}" for label in labels]
     assert [option(call, "--output_path") for call in asked] == folders
     for call, folder in zip(asked, folders, strict=True):
         assert call[0] == "lmms-eval"
@@ -125,6 +125,19 @@ def test_a_pruner_of_ones_own(tmp_path: Path) -> None:
     calls, _ = shell(text, tmp_path)
     said = Arguments.from_strings(as_lmms_eval(option(calls[1], "--model_args")))
     assert (said.pruner, said.keep, said.dtype) == ("trained, with care/qwen", 0.25, "bfloat16")
+
+
+def test_a_pruner_whose_name_is_a_number(tmp_path: Path) -> None:
+    calls, _ = shell(script(LLAVA, pruner="12345", budgets=(64,)), tmp_path)
+    assert 'pruner="12345",' in option(calls[1], "--model_args")
+    assert Arguments.from_strings(as_lmms_eval(option(calls[1], "--model_args"))).pruner == "12345"
+
+
+def test_pixels_of_the_harness() -> None:
+    """What lmms-eval's own class sets; the checkpoint's are others."""
+    for row in runs(QWEN, ("divprune",), None, None):
+        said = Arguments.from_strings(as_lmms_eval(",".join("=".join(pair) for pair in row.arguments)))
+        assert (said.min_pixels, said.max_pixels) == (256 * 28 * 28, 1605632)
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +221,13 @@ def test_budgets_of_the_paper_that_cannot_be_had_are_named() -> None:
         (["llava-1.5-7b", "--keep", "nan"], "--keep nan: "),
         (["llava-1.5-7b", "--keep", "many"], "tokens, or a share such as 0.25; got 'many'"),
         (["llava-1.5-7b", "--tasks", "mmvet"], "no benchmark 'mmvet'"),
+        (["llava-1.5-7b", "--out", "runs, of May"], "--out runs, of May: lmms-eval cuts its --output_path"),
+        (["llava-1.5-7b", "--out", "May's"], "--out May's: lmms-eval's --model_args can't have ' in a name"),
+        (["llava-1.5-7b", "--out", 'a"b'], """--out a"b: lmms-eval's --model_args can't have " """),
+        (["llava-1.5-7b", "--pruner", "my 'best'"], "--pruner my 'best': .* can't have ' in a name"),
+        (["llava-1.5-7b", "--pruner", 'a"b'], '--pruner a"b: .* can\'t have " in a name'),
+        (["llava-1.5-7b", "--pruner", "a{b"], "--pruner a{b: .* can't have { in a name"),
+        (["llava-1.5-7b", "--out", "a[1"], r"--out a\[1: .* can't have \[ in a name"),
         (["llava-1.5-7b", "--gpus", "0"], "--gpus and --batch-size are at least 1"),
         (["llava-2"], "invalid choice: 'llava-2'"),
         ([], "which model"),

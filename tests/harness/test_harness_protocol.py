@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from ocvtp.harness.protocol import BENCHMARKS, GROUP, MODELS, TEN, Benchmark, benchmark_of
 from ocvtp.harness.tasks import FOLDER
+from ocvtp.harness.tasks.paper import mmbench
 
 
 class Loader(yaml.SafeLoader):
@@ -49,6 +51,39 @@ def test_what_is_changed_of_their_tasks() -> None:
         (circular,) = group(name)
         assert isinstance(circular, dict)
         assert circular["metric_list"][0]["aggregation"] == "function paper.mmbench"
+
+
+@pytest.mark.parametrize(
+    ("said", "holds"),
+    [
+        ({"default": {"ocr": True}}, True),
+        ({"ocr": True, "default": {"ocr": True}}, True),
+        ({"ocr": True}, True),
+        ({"default": {"ocr": False}}, False),
+        ({"ocr": False, "default": {"ocr": True}}, False),
+        ({"pre_prompt": ""}, False),
+        ({"ocr": "true"}, False),
+        (None, False),
+    ],
+)
+def test_ocr_tokens_are_wanted(said: Any, holds: bool) -> None:
+    wanted = benchmark_of("TextVQA").wanted
+    assert wanted is not None
+    assert wanted.holds({"lmms_eval_specific_kwargs": said}) is holds
+
+
+@pytest.mark.parametrize("name", ["MMB", "MMB-CN"])
+def test_rules_are_wanted(name: str) -> None:
+    wanted = benchmark_of(name).wanted
+    assert wanted is not None
+    ours = {"metric": "gpt_eval_score", "aggregation": str(mmbench)}
+    theirs = {**ours, "aggregation": "<function mmbench_aggregate_dev_results_eval at 0x7efc5690a660>"}
+    sheet = {**theirs, "metric": "submission"}
+    assert wanted.holds({"metric_list": [ours]})
+    assert wanted.holds({"metric_list": [sheet, ours]})
+    assert not wanted.holds({"metric_list": [theirs, sheet]})
+    assert not wanted.holds({"metric_list": [sheet, {**ours, "metric": "submission"}]})
+    assert not wanted.holds({})
 
 
 def test_ten_of_eleven() -> None:

@@ -51,13 +51,27 @@ def results(
         },
     }
     found["configs"] = {name: {**copy.deepcopy(task), "task": name} for name in scores}
+    for name in set(found["configs"]) & {"mmbench_en_dev", "mmbench_cn_dev"}:
+        found["configs"][name]["metric_list"] = [
+            {"metric": "gpt_eval_score", "aggregation": "<function mmbench at 0x7efc5690a660>"}
+        ]
+    if "textvqa_val" in scores:
+        found["configs"]["textvqa_val"]["lmms_eval_specific_kwargs"] = {"default": {"ocr": True}}
     found["n-samples"] = {name: {"original": 100, "effective": 100} for name in scores}
     (record,) = found["config"]["batch_sizes"]
     record["settings"] |= settings
     record["pruner"]["name"] = settings.get("pruner", "none")
     record["report"] = {"tokens_after": settings.get("keep")} if pruned else None
+    record["settings"].setdefault("keep", None)
+    record["model"]["config_sha256"] = "c1"
+    record["processor"] = {"sha256": "f0", "image_processor": {"do_pad": False}}
+    record |= {"generation": {}, "text_encoder_sha256": None}
     kept = settings.get("keep", 576)
-    record["measured"] |= {"images": images, "kept_vision_tokens_per_image": kept}
+    record["measured"] |= {
+        "requests": 100 * len(scores),
+        "images": images,
+        "kept_vision_tokens_per_image": kept,
+    }
     record["measured"] |= {"vision_tokens_per_image_in_layers": kept, "seconds_per_image": kept / 1000}
     return found
 
@@ -226,17 +240,49 @@ def test_a_folder_of_several_settings_is_told(tmp_path: Path, none: Path) -> Non
     assert "- both holds runs of several settings: keep\n" in table([read_row(none), read_row(folder)]) + "\n"
 
 
+RECORD = ["config", "batch_sizes", 0]
+
+
+def put(found: Any, path: list[Any], value: Any) -> None:
+    for name in path[:-1]:
+        found = found[name]
+    found[path[-1]] = value
+
+
 def changed(path: list[Any], value: Any) -> dict[str, Any]:
     """Results of a pruned run that differ from the unpruned in one thing more."""
     found = results(scaled(0.9), pruned=True, **LETTERS)
-    part: Any = found
-    for name in path[:-1]:
-        part = part[name]
-    part[path[-1]] = value
+    put(found, path, value)
     return found
 
 
-RECORD = ["config", "batch_sizes", 0]
+@pytest.mark.parametrize(
+    ("path", "value", "mixed"),
+    [
+        ([*RECORD, "settings", "layout"], "official", "layout"),
+        ([*RECORD, "settings", "fill"], "own", "fill"),
+        ([*RECORD, "settings", "refine"], 2, "refine"),
+        ([*RECORD, "settings", "text_encoder"], "another/clip", "text_encoder"),
+        ([*RECORD, "settings", "seed"], 1, "seed"),
+        ([*RECORD, "pruner", "sha256"], "other", "the pruner's weights"),
+        ([*RECORD, "settings", "resume"], "elsewhere", ""),
+        ([*RECORD, "settings", "batch_size"], 8, ""),
+        ([*RECORD, "settings", "device"], "cuda:1", ""),
+        ([*RECORD, "settings", "device_map"], "auto", ""),
+    ],
+)
+def test_which_settings_a_folder_may_mix(
+    tmp_path: Path, none: Path, path: list[Any], value: Any, mixed: str
+) -> None:
+    options = {**LETTERS, "layout": "auto", "fill": "auto", "refine": 0, "seed": 0}
+    first = results({"gqa": WHOLE["gqa"]}, pruned=True, **options)
+    second = results({"pope": WHOLE["pope"]}, pruned=True, **options)
+    put(second, path, value)
+    folder = tmp_path / "both"
+    write(folder, first, "20260101")
+    write(folder, second, "20260102")
+    found = [line for line in table([read_row(none), read_row(folder)]).splitlines() if "several" in line]
+    assert found == ([f"- both holds runs of several settings: {mixed}"] if mixed else [])
 
 
 @pytest.mark.parametrize(
@@ -248,6 +294,22 @@ RECORD = ["config", "batch_sizes", 0]
         ([*RECORD, "settings", "pad_to_square"], True, "pad_to_square is false in none, true in 64"),
         ([*RECORD, "settings", "chat_template"], "x" * 90, r"chat_template is .*'x+'\.\.\. \(.*\) in 64"),
         ([*RECORD, "model", "sample_sha256"], "other", "the model's weights is .* in none, other in 64"),
+        (
+            [*RECORD, "model", "config_sha256"],
+            "other",
+            "the model's configuration is c1 in none, other in 64",
+        ),
+        ([*RECORD, "processor", "sha256"], "other", "the processor is f0 in none, other in 64"),
+        (
+            [*RECORD, "processor", "image_processor", "do_pad"],
+            True,
+            "do_pad of the image processor is false in none, true in 64",
+        ),
+        (
+            [*RECORD, "generation"],
+            {"repetition_penalty": 1.05},
+            r'the generation configuration is {} in none, {"repetition_penalty": 1.05} in 64',
+        ),
         (["config", "limit"], 50.0, "limit is null in none, 50.0 in 64"),
         (["config", "gen_kwargs"], "temperature=1", "gen_kwargs is null in none, temperature=1 in 64"),
         (
@@ -272,6 +334,131 @@ def test_what_rows_do_not_share_is_told(
     found = [line for line in table([base, other]).splitlines() if "not the same thing" in line]
     assert len(found) == 1
     assert re.search(note, found[0])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [["model", "config_sha256"], ["processor"], ["generation"], ["text_encoder_sha256"]],
+    ids=lambda path: path[-1],
+)
+def test_a_record_without_new_parts_is_no_difference(tmp_path: Path, none: Path, path: list[str]) -> None:
+    found = results(scaled(0.9), pruned=True, **LETTERS)
+    record = found["config"]["batch_sizes"][0]
+    del (record if len(path) == 1 else record[path[0]])[path[-1]]
+    assert "not the same thing" not in table([read_row(none), read_row(write(tmp_path / "64", found))])
+
+
+def test_text_encoders_of_rows_that_have_one(tmp_path: Path, none: Path) -> None:
+    path = [*RECORD, "text_encoder_sha256"]
+    rows = [
+        read_row(write(tmp_path / name, changed(path, name), "20260101")) for name in ("trim", "cdpruner")
+    ]
+    start = "not the same thing is compared: the text encoder is "
+    assert start not in table([read_row(none), rows[0]])
+    assert f"{start}trim in trim, cdpruner in cdpruner" in table([read_row(none), *rows])
+
+
+def test_a_part_of_the_questions_is_told(tmp_path: Path) -> None:
+    """All rows alike, so that nothing differs."""
+    rows = []
+    for name in ("none", "64"):
+        found = results({"gqa": WHOLE["gqa"], "pope": WHOLE["pope"]}, pruned=name != "none")
+        found["config"]["limit"] = 50.0
+        found["n-samples"]["gqa"]["effective"] = 50
+        rows.append(read_row(write(tmp_path / name, found)))
+    text = table(rows)
+    assert "- not all questions were asked: 50 of 100 questions of gqa (in none, 64)" in text
+    assert "called with" not in text
+    assert "not the same thing" not in text
+
+
+def test_an_offset_leaves_questions_out(tmp_path: Path) -> None:
+    """lmms-eval counts those before it as answered."""
+    found = results({"gqa": WHOLE["gqa"]})
+    found["config"] |= {"offset": 30, "limit": 80.0}
+    found["n-samples"]["gqa"]["effective"] = 80
+    row = read_row(write(tmp_path / "none", found))
+    assert row.counts == {"gqa": 70}
+    assert "not all questions were asked: 70 of 100 questions of gqa (in none)" in table([row])
+
+
+@pytest.mark.parametrize(("limit", "told"), [(500.0, True), (-1.0, False), (None, False)])
+def test_a_limit_is_told_whatever_it_left_out(tmp_path: Path, limit: float | None, told: bool) -> None:
+    found = results({"gqa": WHOLE["gqa"]})
+    found["config"]["limit"] = limit
+    text = table([read_row(write(tmp_path / "none", found))])
+    assert ("- lmms-eval was called with --limit 500.0 (in none)" in text) == told
+    assert ("called with" in text) == told
+    assert "not all questions" not in text
+
+
+def test_text_without_its_tokens_is_told(tmp_path: Path) -> None:
+    """All rows alike, so that nothing differs."""
+    rows, good = [], []
+    for name in ("none", "64"):
+        found = results({"textvqa_val": WHOLE["textvqa_val"]}, pruned=name != "none")
+        good.append(read_row(write(tmp_path / "good" / name, found)))
+        found["configs"]["textvqa_val"]["lmms_eval_specific_kwargs"] = {"default": {"ocr": False}}
+        rows.append(read_row(write(tmp_path / name, found)))
+    assert "- TextVQA: wanted with OCR tokens in the prompt" in table(good)
+    assert "not the protocol's" not in table(good)
+    note = "- not the protocol's: TextVQA is asked without OCR tokens in the prompt in "
+    assert table(rows).endswith(f"{note}none, 64")
+    assert f"{note}64\n" in table([good[0], rows[1]])
+
+
+@pytest.mark.parametrize(("name", "task"), [("MMB", "mmbench_en_dev"), ("MMB-CN", "mmbench_cn_dev")])
+def test_a_judge_is_told(tmp_path: Path, name: str, task: str) -> None:
+    found = results({task: WHOLE[task]})
+    assert "not the protocol's" not in table([read_row(write(tmp_path / "rules", found))])
+    found["configs"][task]["metric_list"][0]["aggregation"] = (
+        "<function mmbench_aggregate_dev_results_eval at 0x7efc5690a660>"
+    )
+    text = table([read_row(write(tmp_path / "none", found))])
+    assert re.search(
+        rf"not the protocol's: {name} is scored by lmms-eval's own metric, .* in none$", text, re.M
+    )
+
+
+def test_a_file_without_settings_of_a_task_is_told(tmp_path: Path) -> None:
+    found = results({"textvqa_val": WHOLE["textvqa_val"]})
+    del found["configs"]
+    text = table([read_row(write(tmp_path / "none", found))])
+    assert "whether TextVQA is the protocol's is not known in none" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        (["config", "use_cache"], "a/folder", True),
+        (["config", "resolved_cli_args", "use_cache"], "a/folder", False),  # config itself says null
+        ([*RECORD, "measured"], None, True),
+        ([*RECORD, "measured", "requests"], 1099, True),
+        ([*RECORD, "measured", "requests"], 1200, False),  # some are asked several times
+    ],
+)
+def test_answers_of_a_cache_are_told(
+    tmp_path: Path, none: Path, path: list[Any], value: Any, told: bool
+) -> None:
+    text = table([read_row(none), read_row(write(tmp_path / "64", changed(path, value)))])
+    assert ("answers may be from lmms-eval's cache (--use_cache) in 64: " in text) == told
+
+
+def test_a_part_of_the_questions_is_no_cache(tmp_path: Path) -> None:
+    found = results({"gqa": WHOLE["gqa"]})
+    found["config"] |= {"offset": 30, "limit": 80.0}
+    found["n-samples"]["gqa"]["effective"] = 80
+    found["config"]["batch_sizes"][0]["measured"]["requests"] = 70
+    assert "cache" not in table([read_row(write(tmp_path / "none", found))])
+
+
+def test_a_run_without_seconds(tmp_path: Path, none: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a resumed run's, only those of its batch size and device are; there may be none."""
+    found = changed([*RECORD, "device"], "NVIDIA H200")
+    del found["config"]["batch_sizes"][0]["measured"]["seconds_per_image"]
+    (_, second), below = printed(capsys, none, write(tmp_path / "64", found))
+    assert (second["s/image"], second["tokens"]) == ("", "64.0")
+    assert "seconds can't be compared" not in below
 
 
 def test_addresses_of_functions_are_no_difference(tmp_path: Path, none: Path) -> None:

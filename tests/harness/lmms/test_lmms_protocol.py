@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import itertools
 import re
 import shlex
@@ -10,16 +12,24 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed here: make test-eval")
 
+import lmms_eval.models
 import lmms_eval.tasks
+import pandas
+from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.loggers.evaluation_tracker import GeneralConfigTracker
 from lmms_eval.utils import simple_parse_args_string
 
 from ocvtp.harness.arguments import Arguments
 from ocvtp.harness.commands import script
-from ocvtp.harness.protocol import BENCHMARKS, MODELS, Benchmark
+from ocvtp.harness.protocol import BENCHMARKS, GROUP, MODELS, Benchmark
+from ocvtp.harness.relative import table
+from ocvtp.harness.results import Row, read_row
+from tests.harness.lmms.conftest import Runs
+from tests.vlm.hub_folders import write_folder
 
 TASKS = Path(lmms_eval.tasks.__file__).parent
 
@@ -77,7 +87,7 @@ def test_what_is_changed_is_otherwise_in_theirs(theirs: dict[str, dict[str, Any]
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_their_parser_reads_what_is_printed(model: Any) -> None:
     text = script(
-        model, methods=("pruner", "tome", "fastv"), pruner="a folder, of mine", out="some, runs", merged=True
+        model, methods=("pruner", "tome", "fastv"), pruner="a folder, of mine", out="some runs", merged=True
     )
     lines = shlex.split(text, comments=True)
     given = [after for word, after in itertools.pairwise(lines) if word == "--model_args"]
@@ -106,3 +116,55 @@ def test_results_are_one_folder_down() -> None:
         )
         assert tracker.model_name_sanitized
         assert "/" not in tracker.model_name_sanitized
+
+
+def test_pixels_are_those_of_their_class() -> None:
+    """Read, not imported: it wants packages that it doesn't ask for."""
+    file = Path(lmms_eval.models.__file__).parent / "simple" / "qwen2_5_vl.py"
+    (made,) = (
+        node
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    )
+    defaults = made.args.defaults
+    named = zip(made.args.args[-len(defaults) :], defaults, strict=True)
+    theirs = {one.arg: eval(ast.unparse(value)) for one, value in named if one.arg.endswith("_pixels")}
+    ours = dict(MODELS["qwen2.5-vl-7b"].arguments)
+    assert theirs == {name: int(ours[name]) for name in ("min_pixels", "max_pixels")}
+
+
+@pytest.fixture
+def rows(run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Row]:
+    """Of a small model, as lmms-eval writes them: the protocol's tasks unpruned and pruned, and its own.
+
+    The model says a letter, about which nobody asks a judge. Their MMBench writes a sheet for its server.
+    """
+    monkeypatch.setattr(pandas, "ExcelWriter", contextlib.nullcontext)
+    monkeypatch.setattr(pandas.DataFrame, "to_excel", lambda *_, **__: None)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "batch_decode", lambda _, rows, **__: ["B"] * len(rows))
+    folder = write_folder(tmp_path / "hub", "llava-hf/llava-1.5-7b-hf")
+    found = {}
+    few: dict[str, Any] = {"gen_kwargs": "max_new_tokens=1", "limit": 4}  # MME is asked in pairs
+    changed = [one for one in BENCHMARKS if one.asked]
+    for label, pruner, tasks in (
+        ("none", "none", [GROUP]),
+        ("a quarter", "random,keep=0.25", [GROUP]),
+        ("theirs", "none", [one.task for one in changed]),
+    ):
+        tracker = EvaluationTracker(output_path=str(tmp_path / label))
+        whole = run(f"pretrained={folder},pruner={pruner}", tasks, 4, evaluation_tracker=tracker, **few).found
+        tracker.save_results_aggregated(whole, whole.pop("samples"), "2026-12-01T00:00:00")
+        found[label] = read_row(tmp_path / label)
+    return found
+
+
+def test_what_lmms_eval_writes_is_told_apart(rows: dict[str, Row]) -> None:
+    none, quarter, theirs = rows.values()
+    text = table([none, quarter])
+    assert "not the protocol's" not in text
+    assert "not the same thing" not in text  # pruning changes nothing that a record compares
+    assert "cache" not in text
+    assert "4 of 6 questions of gqa" in text
+    for one in BENCHMARKS:
+        if one.wanted is not None:
+            assert f"not the protocol's: {one.name} is {one.wanted.otherwise} in theirs" in table([theirs])
