@@ -90,7 +90,8 @@ def read_row(folder: Path, label: str | None = None) -> Row:
             f"benchmarks ({', '.join(one.task for one in BENCHMARKS)})"
         )
     ours = {task: index for task, index in owner.items() if task in {one.task for one in BENCHMARKS}}
-    asked = {task: found for task, index in ours.items() if (found := questions(wholes[index]).get(task))}
+    said = {task: questions(wholes[index]).get(task) for task, index in ours.items()}
+    asked = {task: pair for task, pair in said.items() if pair is not None}
     return Row(
         label or folder.name,
         scores,
