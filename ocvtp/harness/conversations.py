@@ -96,11 +96,15 @@ def digest(conversation: Conversation) -> str:
         for part in message["content"]:
             for name, value in sorted(part.items()):
                 found.update(f"{name} {type(value).__name__} ".encode())
-                found.update(_bytes(value))
+                found.update(_bytes(value, may_be_file=name != "type" and part["type"] != "text"))
     return found.hexdigest()[:16]
 
 
-def _bytes(value: Any) -> bytes:
+def _bytes(value: Any, may_be_file: bool) -> bytes:
+    if may_be_file and isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
+        # What it shows is asked, not what it is called.
+        with open(value, "rb") as file:
+            return file.read()
     if hasattr(value, "tobytes"):  # PIL's, NumPy's
         shape = getattr(value, "size", None), getattr(value, "mode", None), getattr(value, "shape", None)
         return str(shape).encode() + bytes(value.tobytes())

@@ -85,6 +85,20 @@ def test_a_digest_is_of_words_and_pictures() -> None:
     assert of(image=picture(5, 3).transpose(Image.Transpose.ROTATE_90)) != of()
 
 
+def test_a_digest_is_of_what_a_file_shows(tmp_path: Path) -> None:
+    file, same = tmp_path / "a.png", tmp_path / "b.png"
+
+    def of(shown: str | Path) -> str:
+        return digest([{"role": "user", "content": [{"type": "image", "image": shown}]}])
+
+    picture(5, 3).save(file)
+    picture(5, 3).save(same)
+    found = of(str(file))
+    assert of(str(same)) == found
+    picture(5, 4).save(file)
+    assert of(str(file)) != found
+
+
 def test_sound_is_refused() -> None:
     with pytest.raises(ValueError, match="audio"):
         prepared(asked({"type": "audio", "audio": "file"}), None, None)
