@@ -14,6 +14,8 @@
 #                what make test leaves out because its neighbours find nearly the same
 #   make lint    ruff and mypy
 #   make aot     compile every kernel for every supported GPU, without one; TARGETS="sm_90 gfx942" chooses
+#   make aot-changed
+#                only what is not the program that its snapshot was taken of, and one in sixteen of the rest
 #   make bench   microbenchmarks; without a GPU, PyTorch alone at small sizes
 #   make e2e     a whole model unpruned and pruned by several methods: 3 minutes on two cores
 #   make scaling cost against tokens, images and frames, and where pruning does not pay: 6 minutes on two cores
@@ -65,7 +67,7 @@ RECORD = $(RECORDED) --deadline 400 $(TABLE)
 # Exit code 3 means that time ran out and a later run goes on: the other parts still get their turn.
 RESUMABLE = $(RECORDED) --minutes 6 || [ $$? -eq 3 ]
 
-.PHONY: demo test test-matrix test-serving test-vllm test-eval test-libraries test-thorough lint aot format bench e2e scaling \
+.PHONY: demo test test-matrix test-serving test-vllm test-eval test-libraries test-thorough lint aot aot-changed format bench e2e scaling \
         serving report guard accuracy hub-kernel clean \
         gpu gpu-check gpu-first gpu-tests gpu-micro-selection gpu-micro-received gpu-micro-reconstruction gpu-micro-coverage \
         gpu-micro-merge gpu-micro-diversity gpu-micro-slot-training gpu-micro-slots gpu-micro-slots-kernels gpu-micro-slots-pruner \
@@ -114,6 +116,9 @@ lint: $(VENV)/.dev
 
 aot: $(VENV)/.dev
 	$(BIN)/python -W ignore -m bench.aot $(addprefix --target ,$(TARGETS))
+
+aot-changed: $(VENV)/.dev
+	$(BIN)/python -W ignore -m bench.aot --changed $(addprefix --target ,$(TARGETS))
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/micro $(TABLE)

@@ -4,11 +4,13 @@ Launches are recorded from the launchers themselves, on shapes that reach every 
 what is compiled is what a GPU would run. Prints registers, spills, shared memory and matrix instructions, and
 exits with 1 if a kernel spills, exceeds a limit of its architecture, or has a dot that missed the tensor
 cores; and if any of these numbers is not the one in bench/results/counts/aot.json, which --write renews.
+--changed leaves out what Triton translates to the program that the snapshot was taken of, but for a few.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import multiprocessing
 import os
 import re
@@ -72,6 +74,7 @@ _TYPES = {
 class Usage:
     """What one compiled kernel needs. Counts are instructions, shared memory is bytes.
 
+    ``program``: of what was compiled, see :func:`program`.
     ``wide``: loads and stores of 16 bytes, of kernels that copy rows; ``None`` of others.
     """
 
@@ -83,11 +86,12 @@ class Usage:
     shared: int
     matrix: str
     faults: tuple[str, ...]
+    program: str
     wide: int | None = None
 
     def row(self) -> dict[str, int | str]:
         """What the snapshot holds of it."""
-        row = {name: getattr(self, name) for name in ("registers", "spills", "shared", "matrix")}
+        row = {name: getattr(self, name) for name in ("registers", "spills", "shared", "matrix", "program")}
         return row if self.wide is None else {**row, "wide": self.wide}
 
 
@@ -108,7 +112,8 @@ def compile_launch(launch: Launch, target: str) -> Usage:
     if "tt.dot" in compiled.asm["ttir"] and not matrix:
         faults.append("a dot without tensor cores")
     wide = len(_WIDE.findall(code)) if name in COPIES else None
-    return Usage(target, name, _variant(launch), registers, spills, shared, matrix, tuple(faults), wide)
+    variant, made = _variant(launch), program(launch, gpu)
+    return Usage(target, name, variant, registers, spills, shared, matrix, tuple(faults), made, wide)
 
 
 def waits_first(ptx: str) -> bool:
@@ -121,6 +126,33 @@ def waits_first(ptx: str) -> bool:
 def compiled_for(launch: Launch, gpu: Target) -> Any:
     """What Triton makes of one recorded launch."""
     import triton
+
+    source, target, options = _source(launch, gpu)
+    return triton.compile(source, target=target, options=options)
+
+
+def program(launch: Launch, gpu: Target) -> str:
+    """Of everything that decides what Triton's compiler makes of a launch, but for its version: 16 digits.
+
+    That is the launch in Triton's first language, without names of files and numbers of lines, and options.
+    It takes a twentieth of the time of compiling.
+    """
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    source, target, given = _source(launch, gpu)
+    backend = make_backend(target)
+    options = backend.parse_options({**given, **source.parse_options()})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    text = source.make_ir(target, options, functions, modules, context).str_nodebug()
+    return hashlib.sha256(f"{target} {sorted(given.items())}\n{text}".encode()).hexdigest()[:16]
+
+
+def _source(launch: Launch, gpu: Target) -> tuple[Any, Any, dict[str, Any]]:
+    """For Triton's compiler: what, for whom, and with which options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -128,7 +160,7 @@ def compiled_for(launch: Launch, gpu: Target) -> Any:
     options = {name: launch.tile[name] for name in ("num_warps", "num_stages") if name in launch.tile}
     options |= launch_options(launch.tile)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=options)
+    return source, GPUTarget(gpu.backend, gpu.arch, gpu.warp), options
 
 
 def specialise(
@@ -198,7 +230,7 @@ def disassemble(compiled: Any, elf: bool = False) -> Disassembly:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        sass = _output(tools / "nvdisasm", "-c", file.name)
+        sass = _output(tools / "nvdisasm", "-ndf", "-c", file.name)
         return Disassembly(usage, sass, _output(tools / "cuobjdump", "-elf", file.name) if elf else "")
 
 
@@ -227,9 +259,13 @@ def _output(*command: str | os.PathLike[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _task(task: tuple[str, int]) -> Usage:
-    target, index = task
-    return compile_launch(launches(TARGETS[target].tiles)[index], target)
+def _task(task: tuple[str, int, str]) -> Usage | None:
+    """``None``: this would compile the program that is named."""
+    target, index, accepted = task
+    launch = launches(TARGETS[target].tiles)[index]
+    if accepted and accepted == program(launch, TARGETS[target]):
+        return None
+    return compile_launch(launch, target)
 
 
 def tasks(targets: list[str], kernels: list[str]) -> Iterator[tuple[str, int]]:
@@ -245,6 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
     parser.add_argument("--kernel", action="append", help="default: all")
+    parser.add_argument("--changed", action="store_true", help="only what the snapshot was not taken of")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--write", action="store_true", help="accept what was compiled: renew the snapshot")
     options = parser.parse_args(arguments)
@@ -255,15 +292,27 @@ def main(arguments: list[str] | None = None) -> int:
     if not work:
         parser.error(f"no kernel is called {' or '.join(options.kernel)}")
     names = {target: keys(target) for target in targets}
+    version = str(package_version("triton"))
+    accepted = aot_snapshot.trusted(version, aot_snapshot.PATH) if options.changed else {}
+    before = [accepted.get(target, {}).get(names[target][index]) for target, index in work]
+    tried = [(*task, row["program"] if row else "") for task, row in zip(work, before, strict=True)]
     found: aot_snapshot.Rows = {target: {} for target in targets}
-    failed = 0
+    failed = skipped = 0
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for (target, index), usage in zip(work, pool.map(_task, work, chunksize=4), strict=True):
+        results = pool.map(_task, tried, chunksize=4)
+        for (target, index), row, usage in zip(work, before, results, strict=True):
+            key = names[target][index]
+            if usage is None:
+                assert row is not None
+                found[target][key] = row
+                skipped += 1
+                continue
             print(_line(usage), flush=True)
             failed += bool(usage.faults)
-            found[target][names[target][index]] = usage.row()
-    print(f"{len(work)} kernels compiled, {failed} with faults")
-    version = str(package_version("triton"))
+            found[target][key] = usage.row()
+    print(f"{len(work) - skipped} kernels compiled, {failed} with faults")
+    if skipped:
+        print(f"{skipped} are the programs that {aot_snapshot.PATH.name} was taken of")
     if not options.write:
         lines, same = aot_snapshot.compare(
             found, version=version, whole=not options.kernel, path=aot_snapshot.PATH

@@ -22,7 +22,8 @@ from bench import aot, aot_snapshot
 from bench.aot import TARGETS
 
 ROOT = Path(__file__).parents[1]
-ROW = {"registers": 40, "spills": 0, "shared": 1024, "matrix": "HMMA"}
+NUMBERS = {"registers": 40, "spills": 0, "shared": 1024, "matrix": "HMMA"}
+ROW = {**NUMBERS, "program": "c0ffee"}
 
 
 def launch(x: torch.Tensor, stride: int, size: int) -> Launch:
@@ -72,7 +73,7 @@ def test_every_difference_has_a_line(path: Path) -> None:
     assert lines[:-1] == [
         "sm_80 gather 1: registers 40 -> 48",
         "sm_80 gather 1: shared 1024 -> 2048",
-        f"sm_80 gather 2: new, {json.dumps(ROW)}",
+        f"sm_80 gather 2: new, {json.dumps(NUMBERS)}",
         "sm_80 select 1: gone",
     ]
     assert "python -m bench.aot --write" in lines[-1]
@@ -82,6 +83,23 @@ def test_a_part_is_compared_with_that_part(path: Path) -> None:
     part = {"sm_80": {"gather 1": ROW}}
     assert aot_snapshot.compare(part, version="3.9.0", whole=False, path=path)[1]
     assert not aot_snapshot.compare(part, version="3.9.0", whole=True, path=path)[1]
+
+
+def test_another_program_with_the_same_numbers_is_no_difference(path: Path) -> None:
+    found = {"sm_80": {"gather 1": {**ROW, "program": "beef"}}}
+    lines, same = aot_snapshot.compare(found, version="3.9.0", whole=False, path=path)
+    assert same
+    assert lines[0].startswith("1 are other programs than aot.json is of")
+
+
+def test_rows_hold_for_the_same_program_and_triton_but_for_some(tmp_path: Path) -> None:
+    path = tmp_path / "aot.json"
+    assert aot_snapshot.trusted("3.9.0", path) == {}
+    doubted = {**ROW, "program": "beef0"}
+    found = {"sm_80": {"gather 1": ROW, "gather 2": doubted}}
+    aot_snapshot.renew(found, version="3.9.0", commit="abc", path=path)
+    assert aot_snapshot.trusted("3.9.0", path) == {"sm_80": {"gather 1": ROW}}
+    assert aot_snapshot.trusted("3.9.1", path) == {}
 
 
 def test_another_triton_is_not_compared(path: Path) -> None:
@@ -162,9 +180,21 @@ def test_the_command_compares_and_accepts(tmp_path: Path) -> None:
     committed = snapshot.read(aot_snapshot.PATH)
     if committed["triton"] == record["triton"]:
         assert committed["targets"]["gfx942"][key] == row
-    row["registers"] += 1
-    (tmp_path / "aot.json").write_text(json.dumps(record))
-    result = compiled(tmp_path, *one)
+
+    def changed(**fields: object) -> subprocess.CompletedProcess[str]:
+        row.update(fields)
+        (tmp_path / "aot.json").write_text(json.dumps(record))
+        return compiled(tmp_path, *one, "--changed")
+
+    program = row["program"]
+    row["registers"] += 1  # that nobody measured
+    if not program.endswith("0"):
+        result = changed()
+        assert result.returncode == 0, result.stderr
+        assert "0 kernels compiled" in result.stdout
+        assert "1 are the programs" in result.stdout
+    result = changed(program=f"another {program}")
     assert result.returncode == 1, result.stderr
+    assert "1 kernels compiled" in result.stdout
     assert f"gfx942 {key}: registers {row['registers']} -> {row['registers'] - 1}" in result.stdout
     assert "python -m bench.aot --write" in result.stdout

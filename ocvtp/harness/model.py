@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -181,6 +182,7 @@ class Ocvtp(lmms):
         if self.world_size > 1 and torch.distributed.is_initialized():
             parts = [None] * self.world_size
             torch.distributed.all_gather_object(parts, self._tally)
+            atexit.register(_leave)
         whole = Tally.of(parts)
         self._figures = whole.figures()
         if self._figures is not None and self.rank == 0:
@@ -215,6 +217,15 @@ class Ocvtp(lmms):
         _, to_messages, _, number, task, split = request.args
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][number]))
         return prepared(messages.to_hf_messages(), self._system, self._mean)
+
+
+def _leave() -> None:
+    """End the group of processes, which lmms-eval doesn't.
+
+    Its threads let go of tensors, and one that does so while Python is ending aborts a process that is done.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
