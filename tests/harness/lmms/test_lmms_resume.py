@@ -129,13 +129,25 @@ def test_seconds_of_another_batch_size_are_left_out(run: Runs, tmp_path: Path) -
     assert "seconds_per_image" not in again
 
 
+#: Runs last of all in each process.
+LEFT = """
+import atexit, os, pathlib, torch.distributed
+def write():
+    there = torch.distributed.is_initialized()
+    pathlib.Path(FOLDER, "group-" + os.environ["RANK"]).write_text("there" if there else "left")
+atexit.register(write)
+"""
+
+
 def test_two_processes_answer_as_one_and_one_goes_on(testbed: Path, run: Runs, tmp_path: Path) -> None:
     resume = tmp_path / "answers"
     given = {**MODEL_ARGS, "resume": resume}
     # 13 questions: the second process gets a copy of one, which must not count
     command = words(testbed, tmp_path / "out", given, limit=13)
-    both = lmms_eval(command, tmp_path, processes=2)
+    both = lmms_eval(command, tmp_path, before=f"FOLDER = {str(tmp_path)!r}\n{LEFT}", processes=2)
     assert both.returncode == 0, both.stderr
+    # Threads of a group that is still there can abort a process after its last line.
+    assert [(tmp_path / f"group-{rank}").read_text() for rank in (0, 1)] == ["left", "left"]
     alone = run(said(MODEL_ARGS), ["ocvtp_testbed"], 4, limit=13)
     rows, task = samples(tmp_path / "out"), "ocvtp_testbed"
     assert [row["filtered_resps"] for row in rows] == alone.answers(task)
