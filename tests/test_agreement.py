@@ -18,6 +18,7 @@ from bench.agreement import Features, Photograph, RoundedProducts, compare, dire
 from ocvtp import OCPruner
 from ocvtp_kernels._arch import interpreting
 from tests.conftest import SMALL, make_pruner, relative_error
+from tests.threads import single_threaded
 
 SIZE, LAYER, CROPS = 84, 1, 3  # 36 tokens of 32 channels
 
@@ -25,10 +26,8 @@ SIZE, LAYER, CROPS = 84, 1, 3  # 36 tokens of 32 channels
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """These operations are so small that waking threads for them takes longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with single_threaded():
+        yield
 
 
 def photograph(path: Path, seed: int) -> Photograph:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from transformers import LlavaForConditionalGeneration
 
 import ocvtp
 from ocvtp import OCPruner
+from tests.threads import single_threaded
 from tests.vlm.family import Family, made
 from tests.vlm.skips import needs_mm_route, needs_original
 from tests.vlm.tiny_llava import KEEP, WEIGHED, llava, pruner
@@ -18,10 +18,8 @@ from tests.vlm.tiny_llava import KEEP, WEIGHED, llava, pruner
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with single_threaded():
+        yield
 
 
 @pytest.fixture(params=["mm_encoder_outputs", "inputs_embeds"])

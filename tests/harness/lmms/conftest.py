@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from tests.threads import single_threaded
 
 #: Of a model or its ``--model_args``, tasks, a batch size and options of lmms-eval; the fixture ``run``.
 Runs = Callable[..., Any]
@@ -19,10 +20,8 @@ FOLDERS = (
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with single_threaded():
+        yield
 
 
 @pytest.fixture
