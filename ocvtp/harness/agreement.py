@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ocvtp.harness.protocol import BENCHMARKS, Benchmark
-from ocvtp.harness.results import Row, command, part, questions, record_in
+from ocvtp.harness.results import FREE, Row, command, part, questions, record_in
 
 #: Settings of ours that change what is asked, or in which numbers it is answered.
 _SETTINGS = (
@@ -34,8 +34,6 @@ _TASK = (
     "lmms_eval_specific_kwargs",
     "metric_list",
 )
-#: Of a record's settings, those in which runs of one row may differ.
-_FREE = ("resume", "batch_size", "device", "device_map")
 _LONG = 40
 
 #: By fact, then by its value as text, the rows that have it.
@@ -140,7 +138,7 @@ def _mixed(row: Row) -> list[str]:
     said: _Said = {}
     for record in row.records:
         for name, value in part(record, "settings").items():
-            if name not in _FREE:
+            if name not in FREE:
                 _note(said, name, value, "")
         _note(said, "the pruner's weights", part(record, "pruner").get("sha256"), "")
     mixed = [name for name, values in said.items() if len(values) > 1]

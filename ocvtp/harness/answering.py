@@ -12,6 +12,7 @@ import torch
 
 from ocvtp.harness.conversations import Conversation, count_pictures, digest
 from ocvtp.vlm import count_prompt_tokens
+from ocvtp.vlm.encode.timing import synchronize
 
 # What of a task's settings goes on to generate. The rest is for other models. ``until``, which lmms-eval sets
 # to two newlines where a task says nothing, is left alone, as by its own classes for these models.
@@ -93,10 +94,10 @@ class Answerer:
         start = time.perf_counter()
         device = self._model.device
         inputs = tokenized(self._processor, conversations).to(device, self._model.dtype)
-        _synchronize(device)
+        synchronize(device)
         began = time.perf_counter()
         output = self._model.generate(**inputs, **self.settings(task))
-        _synchronize(device)
+        synchronize(device)
         ended = time.perf_counter()
         ids = inputs["input_ids"]
         fresh = output.sequences[:, ids.shape[1] :]
@@ -172,8 +173,3 @@ def tokenized(processor: Any, conversations: Sequence[Conversation]) -> Any:
         return_tensors="pt",
         **({"processor_kwargs": padding} if "processor_kwargs" in known else padding),
     )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

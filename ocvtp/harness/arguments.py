@@ -150,7 +150,7 @@ class Arguments:
         if self.settings is not None and self.pruner not in get_args(Rival):
             known = ", ".join(get_args(Rival))
             raise ValueError(f"settings is for rival methods ({known}), not for pruner={self.pruner!r}")
-        if self.text_encoder is not None and self.pruner not in ("trim", "cdpruner"):
+        if self.text_encoder is not None and not reads_text(self.pruner):
             raise ValueError(
                 f"text_encoder is for trim and cdpruner, which read the question, not for {self.pruner!r}"
             )
@@ -194,6 +194,13 @@ def inside_of(given: Mapping[str, Any] | None) -> Any:
         raise ValueError(f'inside needs a "name", one of {", ".join(kinds)}; got {name!r}')
     kind, own = kinds[name]
     return _made(kind, {**own, **rest}, f"inside {name}")
+
+
+def reads_text(name: str) -> bool:
+    """Whether ``name`` is that of a rival method that compares pictures with questions."""
+    from ocvtp.vlm.rivals.catalog import METHODS
+
+    return name in METHODS and METHODS[name].reads_text
 
 
 def rival_of(name: str, settings: Mapping[str, Any] | None, text: Any) -> Any:

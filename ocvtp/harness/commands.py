@@ -88,7 +88,9 @@ def _choice(model: Model, method: str, pruner: str | None) -> tuple[tuple[str, s
         if chosen is None:
             raise ValueError(f"{model.note}: --pruner FOLDER, or --methods")
         return (("pruner", chosen),)
-    reads = method in ("trim", "cdpruner") and model.text_encoder is not None
+    from ocvtp.harness.arguments import reads_text  # later: see _kinds
+
+    reads = model.text_encoder is not None and reads_text(method)
     return (("pruner", method), *((("text_encoder", str(model.text_encoder)),) if reads else ()))
 
 

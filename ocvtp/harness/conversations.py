@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ocvtp.stored.refused import Refused, shown
+from ocvtp.stored.seal import file_digest
 from ocvtp.stored.strict_json import parse_object
 
 #: By name, for ``system_prompt=``. What LLaVA-1.5 and LLaVA-NeXT (Vicuna) were trained and published with;
@@ -103,8 +105,7 @@ def digest(conversation: Conversation) -> str:
 def _bytes(value: Any, may_be_file: bool) -> bytes:
     if may_be_file and isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
         # What it shows is asked, not what it is called.
-        with open(value, "rb") as file:
-            return file.read()
+        return file_digest(Path(value)).encode()
     if hasattr(value, "tobytes"):  # PIL's, NumPy's
         shape = getattr(value, "size", None), getattr(value, "mode", None), getattr(value, "shape", None)
         return str(shape).encode() + bytes(value.tobytes())

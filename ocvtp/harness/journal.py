@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ocvtp.stored.lock import lock
 from ocvtp.stored.refused import Refused
 from ocvtp.stored.strict_json import parse_object
 
@@ -59,7 +60,9 @@ class Journal:
 
     def _opened(self, own: Path) -> IO[bytes]:
         file = own.open("ab+")
-        _lock(file, own)
+        if not lock(file.fileno()):
+            file.close()
+            raise ValueError(f"resume: another process is writing {own}: give another folder")
         file.seek(0)
         whole = file.read()
         if b"\n" in whole:  # another run may have begun it since this one looked
@@ -104,21 +107,6 @@ class Journal:
         for answer in answers:
             rest = dict(answer)
             self._answers[rest.pop("key")] = rest
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    """Keep a second run of the same rank out, where the system can."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise ValueError(f"resume: another process is writing {path}: give another folder") from error
-    except OSError:  # a file system without locks
-        return
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:

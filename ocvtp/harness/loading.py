@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 
 from ocvtp.harness.answering import tokenized
-from ocvtp.harness.arguments import NONE, Arguments, inside_of, rival_of
+from ocvtp.harness.arguments import NONE, Arguments, inside_of, reads_text, rival_of
 from ocvtp.harness.conversations import prepared, text_of
 from ocvtp.methods.in_llm import Inside
 from ocvtp.vlm import PruneReport, apply
@@ -18,6 +18,8 @@ from ocvtp.vlm.contracts.selector import Rule
 from ocvtp.vlm.options import Options
 from ocvtp.vlm.resolving import resolve
 from ocvtp.vlm.skeleton import skeleton_of
+
+_NO_TILES = "image_grid_pinpoints is for models that cut pictures into tiles (LLaVA-NeXT)"
 
 
 def load_processor(arguments: Arguments, system: str | None) -> Any:
@@ -56,7 +58,7 @@ def load_processor(arguments: Arguments, system: str | None) -> Any:
     images = processor.image_processor
     if arguments.image_grid_pinpoints is not None:
         if not hasattr(images, "image_grid_pinpoints"):
-            raise ValueError("image_grid_pinpoints is for models that cut pictures into tiles (LLaVA-NeXT)")
+            raise ValueError(_NO_TILES)
         images.image_grid_pinpoints = arguments.image_grid_pinpoints
     if arguments.pad_to_square and getattr(images, "image_mean", None) is None:
         raise ValueError("pad_to_square needs the mean colour, which this image processor has not")
@@ -116,7 +118,7 @@ def plan(arguments: Arguments, processor: Any) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(arguments.pretrained, revision=arguments.revision)
     if arguments.image_grid_pinpoints is not None:
         if not hasattr(config, "image_grid_pinpoints"):
-            raise ValueError("image_grid_pinpoints is for models that cut pictures into tiles (LLaVA-NeXT)")
+            raise ValueError(_NO_TILES)
         config.image_grid_pinpoints = arguments.image_grid_pinpoints
     for name in ("min_pixels", "max_pixels"):
         if getattr(arguments, name) is not None and not config.model_type.startswith("qwen"):
@@ -135,7 +137,7 @@ def plan(arguments: Arguments, processor: Any) -> tuple[Any, Any]:
 
 def _check_text(arguments: Arguments, config: Any) -> None:
     """Raise ``ValueError`` for a method that reads the question, and nothing to read it with."""
-    if arguments.pruner not in ("trim", "cdpruner") or arguments.text_encoder is not None:
+    if not reads_text(arguments.pruner) or arguments.text_encoder is not None:
         return
     if config.model_type in LLAVA and "text" not in (arguments.settings or {}):
         raise ValueError(

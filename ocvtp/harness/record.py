@@ -7,13 +7,15 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ocvtp import __version__
 from ocvtp.harness.arguments import NONE, PASSED, Arguments
+from ocvtp.harness.results import FREE
+from ocvtp.stored.seal import tensor_digest
 from ocvtp.vlm import PruneReport
 from ocvtp.vlm.options import Options
 from ocvtp.vlm.rivals import ClipText
@@ -21,8 +23,6 @@ from ocvtp.vlm.rivals import ClipText
 _PACKAGES = ("torch", "transformers", "lmms_eval", "accelerate", "torchvision", "pillow")
 #: Numbers of a parameter that a model's fingerprint reads.
 _SAMPLE = 16
-#: What has no say in the answers, but for rounding.
-_FREE = ("resume", "batch_size", "device", "device_map")
 _defaults = {each.name: each.default for each in dataclasses.fields(Options)}
 
 
@@ -87,7 +87,7 @@ def record_of(
 
 def deciding(record: dict[str, Any]) -> dict[str, Any]:
     """The part of a record that has a say in the answers: what a journal is held to."""
-    settings = {name: value for name, value in record["settings"].items() if name not in _FREE}
+    settings = {name: value for name, value in record["settings"].items() if name not in FREE}
     return {
         "settings": settings | {"pretrained": None, "pruner": None},  # folders may move; weights are compared
         "report": record["report"],
@@ -102,11 +102,7 @@ def deciding(record: dict[str, Any]) -> dict[str, Any]:
 
 def fingerprint(module: torch.nn.Module) -> str:
     """SHA-256 of a module's state: names, shapes, dtypes and every byte."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return _digest({name: tensor_digest(tensor) for name, tensor in module.state_dict().items()})
 
 
 def sampled_fingerprint(model: torch.nn.Module) -> str:
@@ -114,17 +110,15 @@ def sampled_fingerprint(model: torch.nn.Module) -> str:
 
     Tells other weights, not every change of one number. Offloaded parameters count by name and shape.
     """
-    digest = hashlib.sha256()
-    named: Iterable[tuple[str, torch.Tensor]] = itertools.chain(
-        model.named_parameters(), model.named_buffers()
-    )
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        if not tensor.is_meta and tensor.numel():
-            flat = tensor.detach().reshape(-1)
-            picked = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
-            digest.update(picked.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return _digest({name: [tensor.shape, str(tensor.dtype), _sampled(tensor)] for name, tensor in named})
+
+
+def _sampled(tensor: torch.Tensor) -> str | None:
+    if tensor.is_meta or not tensor.numel():
+        return None
+    flat = tensor.detach().reshape(-1)
+    return tensor_digest(flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE])
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,10 @@ from typing import Any
 
 from ocvtp.harness.protocol import BENCHMARKS
 
+#: Of a record's settings, those that have no say in the answers, but for rounding: runs of one row may differ
+#: in them, and a resumed run from the one before it.
+FREE = ("resume", "batch_size", "device", "device_map")
+
 
 class NoResultsError(ValueError):
     """A folder without results, or with results that can't be read; the message names it."""

@@ -19,6 +19,7 @@ import torch
 
 from ocvtp.atomic import PARTIAL, write_atomic, write_json
 from ocvtp.stored.fields import Within, check_value, from_object
+from ocvtp.stored.lock import lock
 from ocvtp.stored.refused import Refused, refused_as, shown
 from ocvtp.stored.seal import file_digest, sealed, unsealed
 from ocvtp.stored.strict_json import read_object
@@ -231,16 +232,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
     if os.name != "posix":
         yield
         return
-    import fcntl
-
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreError(f"another process is writing to {folder}; wait for it to end") from error
-        except OSError:  # a file system without locks: go without
-            pass
+        if not lock(descriptor):
+            raise StoreError(f"another process is writing to {folder}; wait for it to end")
         yield
     finally:
         os.close(descriptor)

@@ -424,7 +424,7 @@ def test_no_synchronisation_unless_timing(
     model: Any, oc_pruner: Any, one: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[torch.device] = []
-    monkeypatch.setattr("ocvtp.vlm.encode.timing._synchronize", calls.append)
+    monkeypatch.setattr("ocvtp.vlm.encode.timing.synchronize", calls.append)
     ocvtp.apply(model, oc_pruner, keep=KEEP)
     model.generate(**one, **GREEDY)
     assert not calls

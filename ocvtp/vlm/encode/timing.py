@@ -20,11 +20,11 @@ class Clock:
     @contextlib.contextmanager
     def stage(self, name: str, device: torch.device) -> Iterator[None]:
         """Add the time spent inside to stage ``name``."""
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         try:
             yield
-            _synchronize(device)
+            synchronize(device)
         finally:
             self.times[name] += (time.perf_counter() - start) * 1e3
 
@@ -34,6 +34,7 @@ def stage(clock: Clock | None, name: str, device: torch.device) -> contextlib.Ab
     return contextlib.nullcontext() if clock is None else clock.stage(name, device)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what ``device`` was given to do."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)
